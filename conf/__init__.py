@@ -1,0 +1,1 @@
+"""Hydra configuration of lcsc; shipped inside the wheel as lcsc.conf."""

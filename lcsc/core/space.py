@@ -1,0 +1,86 @@
+"""What a searcher may vary: named boxes of floats, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lcsc.core.errors import ConfigError
+
+Point = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Box:
+    """`size` floats under one name.
+
+    Args:
+        name: key in a point.
+        size: number of floats.
+        lower, upper: bounds of every float; infinite means unbounded.
+        scale: length of a typical move, in the box's own units; searchers start with it.
+    """
+
+    name: str
+    size: int
+    lower: float = -math.inf
+    upper: float = math.inf
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"box `{self.name}` has size {self.size}; a box holds at least 1 float. Drop it instead.")
+        if not self.lower < self.upper:
+            raise ConfigError(f"box `{self.name}` spans [{self.lower}, {self.upper}]; lower must be below upper.")
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """An ordered set of boxes. Empty means that there is nothing to search."""
+
+    boxes: tuple[Box, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of floats in all boxes."""
+        return sum(box.size for box in self.boxes)
+
+    @property
+    def lower(self) -> np.ndarray:
+        """Lower bounds, shape (size,), float64."""
+        return np.concatenate([np.full(b.size, b.lower) for b in self.boxes] or [np.empty(0)])
+
+    @property
+    def upper(self) -> np.ndarray:
+        """Upper bounds, shape (size,), float64."""
+        return np.concatenate([np.full(b.size, b.upper) for b in self.boxes] or [np.empty(0)])
+
+    @property
+    def scale(self) -> np.ndarray:
+        """Typical move of every float, shape (size,), float64."""
+        return np.concatenate([np.full(b.size, b.scale) for b in self.boxes] or [np.empty(0)])
+
+    def to_point(self, vector: np.ndarray) -> dict[str, np.ndarray]:
+        """Cut a flat vector, shape (size,), into the boxes' arrays."""
+        vector = np.asarray(vector, dtype=np.float64)
+        if vector.shape != (self.size,):
+            raise ConfigError(f"a point of this space has {self.size} floats, got shape {vector.shape}.")
+        point, start = {}, 0
+        for box in self.boxes:
+            point[box.name] = vector[start : start + box.size].copy()
+            start += box.size
+        return point
+
+    def to_vector(self, point: Point) -> np.ndarray:
+        """Join a point's arrays into one float64 vector, shape (size,)."""
+        names = {box.name for box in self.boxes}
+        if set(point) != names:
+            raise ConfigError(f"point has {sorted(point)}, the space wants {sorted(names)}.")
+        parts = [np.asarray(point[box.name], dtype=np.float64).reshape(-1) for box in self.boxes]
+        vector = np.concatenate(parts or [np.empty(0)])
+        if vector.shape != (self.size,):
+            raise ConfigError(f"point holds {vector.size} floats, the space wants {self.size}.")
+        return vector
