@@ -1,0 +1,1 @@
+"""Ways to make a model from a bank, one file each."""

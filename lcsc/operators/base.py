@@ -1,0 +1,68 @@
+"""What an operator is: (bank, point) -> candidate. Pure; the bank stays untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lcsc.bank import CheckpointBank, Layout
+from lcsc.core.space import Point, SearchSpace
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights that do not exist yet, and the recipe that makes them.
+
+    Args:
+        arch: `{"class", "config"}` of the candidate's network (may differ from the bank's).
+        layout: where each parameter lies in the flat row.
+        write: fills a float32 row, shape (P,), with the weights; the same bits each time.
+        recipe: plain JSON values, enough to rebuild the candidate from the bank.
+        constants: tensors that are not combined.
+    """
+
+    arch: Mapping[str, Any]
+    layout: Layout
+    write: Callable[[Tensor], None]
+    recipe: Mapping[str, Any]
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A fresh copy of all tensors by name, float32 (constants in their own dtype)."""
+        theta_P = torch.empty(self.layout.num_parameters)
+        self.write(theta_P)
+        return {**self.layout.views(theta_P), **{k: v.clone() for k, v in self.constants.items()}}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A named point that a user could have chosen without a search.
+
+    `family` groups points that differ in one setting; the best of a family on the search seeds is its
+    tuned representative.
+    """
+
+    family: str
+    label: str
+    point: Point
+
+
+@runtime_checkable
+class Operator(Protocol):
+    """A way to make a model from a bank."""
+
+    def space(self, bank: CheckpointBank) -> SearchSpace:
+        """What may be varied; empty means that there is nothing to search."""
+        ...
+
+    def apply(self, bank: CheckpointBank, point: Point) -> Candidate:
+        """The candidate at `point`."""
+        ...
+
+    def baselines(self, bank: CheckpointBank) -> list[Baseline]:
+        """Points to compare a search with; may be empty."""
+        ...
