@@ -1,0 +1,54 @@
+"""`lcsc export`: write a run's winner where it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lcsc.cli.settings import need, parse_words
+from lcsc.core.errors import RunError
+from lcsc.export.model import export_model
+from lcsc.report.run import Run
+from lcsc.search.journal import read_records
+from lcsc.search.setup import build_problem
+
+
+def main(words: Sequence[str]) -> None:
+    """`run=DIR to=DIR [format=diffusers|safetensors] [max_shard_size=5GB]`."""
+    settings = parse_words(words, {"run": None, "to": None, "format": "diffusers", "max_shard_size": "5GB"})
+    to = Path(need(settings, "to"))
+    value = export_run(Path(need(settings, "run")), to, need(settings, "format"), need(settings, "max_shard_size"))
+    print(f"model: {to} (loaded back, it scores {value:.6g}, as the run reported)", flush=True)
+
+
+def export_run(path: Path, to: Path, format: str = "diffusers", max_shard_size: str = "5GB") -> float:
+    """Write the winner of the finished run `path` to the new folder `to`; returns its score when loaded back.
+
+    Raises:
+        RunError: the run is not finished, or its bank changed.
+        OutputExistsError: `to` exists.
+    """
+    run = Run.open(path)
+    if run.summary is None:
+        raise RunError(f"`{path}` is not finished. Continue it with: {run.info['command'] or 'lcsc search ...'}")
+    problem = build_problem(run.info["config"])
+    if problem.bank.digest != run.info["fingerprints"]["bank"]:
+        raise RunError(f"the checkpoints in `{problem.bank.path}` are not the ones `{path}` was searched on. Restore them, or search again.")
+    records, _ = read_records(path / "journal.jsonl")
+    best = next(record for record in records if record["kind"] == "report" and record["who"] == "best")
+    space = problem.operator.space(problem.bank)
+    return export_model(
+        bank=problem.bank,
+        operator=problem.operator,
+        objective=problem.objective,
+        seed=problem.seed,
+        point=space.to_point(np.array(best["vector"])),
+        expected=best,
+        info=run.info,
+        report=run.summary["report"],
+        to=to,
+        format=format,
+        max_shard_size=max_shard_size,
+    )

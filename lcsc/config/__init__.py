@@ -1,0 +1,1 @@
+"""Configuration: the registry's parts as Hydra groups."""

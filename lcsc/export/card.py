@@ -1,0 +1,73 @@
+"""The model card that travels with exported weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+_USE = """```python
+from diffusers import {cls}
+
+net = {cls}.from_pretrained("path/to/this/folder").eval()
+```"""
+
+
+def model_card(info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mapping[str, Any], export: str) -> str:
+    """README.md of an exported model: YAML front matter, scores, coefficients and the command that made it.
+
+    Args:
+        info: run.json of the search.
+        recipe: the candidate's recipe with its parents.
+        report: the `report` section of summary.json.
+        export: one sentence about the score of this very artefact.
+    """
+    metric, evaluator = info["metric"], info["fingerprints"]["evaluator"]
+    front = {
+        "library_name": "diffusers",
+        "tags": ["lcsc", "merge", "checkpoint-averaging"],
+        "lcsc": {
+            "run_id": info["run_id"],
+            "metric": metric,
+            "value": report["best"]["value"],
+            "se": report["best"]["se"],
+            "nfe": info["nfe"],
+            "version": info["fingerprints"]["versions"]["lcsc"],
+        },
+    }
+    best, arch = report["best"], recipe["arch"]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        f"# {info['name']}: {len(info['bank']['steps'])} checkpoints combined by lcsc",
+        "",
+        f"{metric} **{best['value']:.4g} ± {best['se']:.2g}** at {info['nfe']} network evaluations an image. {export}",
+        "",
+        "| model | " + metric + " | ± SE | setting |",
+        "|---|---|---|---|",
+        f"| **lcsc** | **{best['value']:.4g}** | {best['se']:.2g} | {best['label']} |",
+        *(f"| {who} | {row['value']:.4g} | {row['se']:.2g} | {row['label']} |" for who, row in report["baselines"].items()),
+        "",
+        "Scored on report seeds and reference images that the search never used; the baselines were tuned on the same",
+        "search seeds as the winner. The standard error covers the sampling of the generated images.",
+        "",
+        "## Use",
+        "",
+        _USE.format(cls=arch["class"]),
+        "",
+        "## How it was made",
+        "",
+        f"    {info['command'] or 'lcsc.run_search(...)'}",
+        "",
+        "| circumstance | value |",
+        "|---|---|",
+        *(f"| {key} | `{value}` |" for key, value in evaluator.items()),
+        *(f"| {key} | {value} |" for key, value in info["fingerprints"]["versions"].items() if value),
+        "",
+    ]
+    if "coef" in recipe:
+        rows = [f"| {step} | {coef:+.6f} |" for step, coef in zip(recipe["steps"], recipe["coef"], strict=True)]
+        lines += ["## Coefficients", "", "| step | coefficient |", "|---|---|", *rows, ""]
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""A candidate as a folder of files, proven by loading it back and scoring it again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcsc.bank import CheckpointBank
+from lcsc.core.errors import EvaluationError
+from lcsc.core.files import new_directory
+from lcsc.core.seeds import Purpose
+from lcsc.core.space import Point
+from lcsc.export.card import model_card
+from lcsc.export.weights import read_weights, write_weights
+from lcsc.models.network import load_network
+from lcsc.objectives.base import Objective
+from lcsc.operators.base import Candidate, Operator
+
+#: Largest relative difference between the artefact's score and the run's. On the machine of the search they are equal
+#: to the last bit; other processors and thread counts sum in another order.
+TOLERANCE = 1e-4
+
+
+def export_model(
+    *,
+    bank: CheckpointBank,
+    operator: Operator,
+    objective: Objective,
+    seed: int,
+    point: Point,
+    expected: Mapping[str, Any],
+    info: Mapping[str, Any],
+    report: Mapping[str, Any],
+    to: Path,
+    format: str = "diffusers",
+    max_shard_size: str = "5GB",
+) -> float:
+    """Write the candidate at `point` to the new folder `to`: weights with their recipe, config.json and a model card.
+
+    The folder is loaded back and scored on the report seeds before it gets its name.
+
+    Args:
+        expected: the run's report record of this candidate (`value`, `num_images`).
+        info: run.json.
+        report: the `report` section of the summary.
+
+    Returns:
+        The score of the folder that was written.
+
+    Raises:
+        OutputExistsError: `to` exists.
+        EvaluationError: what was loaded back is not what was scored; nothing is left behind.
+    """
+    candidate = operator.apply(bank, point)
+    weights = candidate.weights()
+    recipe = {
+        **candidate.recipe,
+        "arch": candidate.arch,
+        "parents": [dict(parent) for parent in bank.parents],
+        "lcsc_version": importlib.metadata.version("lcsc"),
+        "run_id": info["run_id"],
+        "evaluator": info["fingerprints"]["evaluator"],
+        "score": {"value": expected["value"], "se": expected["se"], "num_images": expected["num_images"]},
+    }
+    with new_directory(to) as folder:
+        write_weights(weights, candidate.arch, recipe, folder, format=format, max_shard_size=max_shard_size)
+        loaded = _load_back(folder, format)
+        wrong = [name for name in weights if not torch.equal(loaded[name], weights[name])]
+        if wrong or set(loaded) != set(weights):
+            raise EvaluationError(f"`{to}` does not load back as it was written: {wrong[:10]}. Check the disk; nothing was kept.")
+        value = objective(
+            _candidate_of(candidate, loaded), seed=seed, purpose=Purpose.REPORT, num_images=expected["num_images"]
+        ).value
+        if abs(value - expected["value"]) > TOLERANCE * abs(expected["value"]):
+            raise EvaluationError(
+                f"the exported model scores {value}, the run reported {expected['value']}. "
+                "The bank, a library or the machine changed since the search; nothing was kept."
+            )
+        same = "exactly the run's" if value == expected["value"] else f"{value - expected['value']:+.2g} from the run's"
+        sentence = f"Loaded back from these files it scores {value:.6g}, {same}."
+        (folder / "README.md").write_text(model_card(info, recipe, report, sentence), encoding="utf-8")
+    return value
+
+
+def _load_back(folder: Path, format: str) -> dict[str, Tensor]:
+    """The folder's tensors, by the library its users load it with."""
+    return load_network(folder).state_dict() if format == "diffusers" else read_weights(folder)
+
+
+def _candidate_of(candidate: Candidate, tensors: Mapping[str, Tensor]) -> Candidate:
+    """A candidate with the given tensors in place of its own."""
+
+    def write(theta_P: Tensor) -> None:
+        candidate.layout.flatten(tensors, theta_P)
+
+    return Candidate(candidate.arch, candidate.layout, write, candidate.recipe, candidate.constants)

@@ -1,0 +1,78 @@
+"""Weights to files that other libraries load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lcsc.core.digests import canonical_json
+from lcsc.core.errors import ConfigError, did_you_mean
+
+#: Stem of the weight file by format; the first is the name diffusers looks for.
+STEMS = {"diffusers": "diffusion_pytorch_model", "safetensors": "model"}
+RECIPE_KEY = "lcsc_recipe"
+
+
+def write_weights(
+    weights: Mapping[str, Tensor],
+    arch: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    folder: Path,
+    *,
+    format: str = "diffusers",
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write config.json and safetensors files whose header carries the recipe.
+
+    Args:
+        weights: tensors by name.
+        arch: `{"class", "config"}`.
+        recipe: plain JSON values.
+        folder: an existing, empty folder.
+        format: `diffusers` (loads with `from_pretrained`) or `safetensors` (the same under the plain name).
+        max_shard_size: size above which several files and an index are written, such as "5GB".
+
+    Raises:
+        ConfigError: no such format.
+    """
+    if format not in STEMS:
+        raise ConfigError(f"no format named `{format}`.{did_you_mean(format, STEMS)}")
+    config = {"_class_name": arch["class"], **arch["config"]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    pattern = STEMS[format] + "{suffix}.safetensors"
+    plan = split_torch_state_dict_into_shards(dict(weights), filename_pattern=pattern, max_shard_size=max_shard_size)
+    header = {"format": "pt", RECIPE_KEY: canonical_json(recipe)}
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata=header)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / f"{STEMS[format]}.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the safetensors files in a folder, by name."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - no mapping
+    return tensors
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe in the header of an exported folder's first safetensors file."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"`{folder}` holds no safetensors file. Give a folder that `lcsc export` wrote.")
+    with safe_open(files[0], framework="pt") as handle:
+        text = (handle.metadata() or {}).get(RECIPE_KEY)
+    if text is None:
+        raise ConfigError(f"`{files[0]}` has no recipe in its header. Only models exported by lcsc carry one.")
+    return json.loads(text)

@@ -1,0 +1,1 @@
+"""Candidate -> score, one file each."""

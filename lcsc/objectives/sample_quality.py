@@ -1,0 +1,172 @@
+"""Quality of sampled images: network -> images -> features -> distance to the reference."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcsc.core.errors import ConfigError, EvaluationError
+from lcsc.core.registry import register
+from lcsc.core.seeds import ImageNoise, Purpose, SeedRange
+from lcsc.datasets.base import Dataset
+from lcsc.datasets.split import split_halves
+from lcsc.metrics.base import Metric
+from lcsc.metrics.bootstrap import bootstrap_se
+from lcsc.models.base import Model
+from lcsc.models.flat import LiveModel
+from lcsc.objectives.base import Score
+from lcsc.operators.base import Candidate
+from lcsc.samplers.base import Sampler
+
+#: Blocks of images that the bootstrap resamples.
+NUM_BLOCKS = 20
+
+
+@register("objective", "sample_quality", source="LCSC, arXiv:2404.02241; protocol in docs/honest_numbers.md")
+@dataclass(frozen=True)
+class SampleQuality:
+    """Distance between generated images and real ones.
+
+    The reference images are cut into a search half and a report half; `Purpose.REPORT` is scored against the report
+    half, everything else against the search half. The noise of image i depends on (seed, purpose, i) alone, so all
+    candidates of a purpose share it.
+
+    Args:
+        model: how the network becomes a denoiser.
+        sampler: how noise becomes images.
+        metric: the distance.
+        dataset: the real images.
+        other_metrics: scored beside `metric` in full evaluations; same detector.
+        batch_size: images per network call.
+        split_seed: of the cut of the reference.
+        device: torch device; `auto` takes the GPU where there is one.
+    """
+
+    model: Model = field(metadata={"internal": True})
+    sampler: Sampler = field(metadata={"internal": True})
+    metric: Metric = field(metadata={"internal": True})
+    dataset: Dataset = field(metadata={"internal": True})
+    other_metrics: tuple[Metric, ...] = field(default=(), metadata={"internal": True})
+    batch_size: int = 500
+    split_seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"`objective.batch_size` is {self.batch_size}; it must be at least 1.")
+        for other in self.other_metrics:
+            if other.load_detector().digest != self.metric.load_detector().digest:
+                raise ConfigError(f"`{other.name}` uses another detector than `{self.metric.name}`; choose one with the same.")
+
+    @property
+    def name(self) -> str:
+        """The metric's name."""
+        return self.metric.name
+
+    def __call__(self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int, full: bool = False) -> Score:
+        """See `Objective.__call__`."""
+        if num_images < self.metric.min_samples:
+            raise EvaluationError(
+                f"{num_images} images are too few for `{self.metric.name}`; it needs at least {self.metric.min_samples}. "
+                "Raise `search.num_images`."
+            )
+        live = self._live(candidate)
+        candidate.write(live.theta_P)
+        if not torch.isfinite(live.theta_P).all():
+            raise EvaluationError("the combined weights hold NaN or Inf; the coefficients are too large for float32.")
+        features_ND = torch.cat([self._features(images) for images in self.generate(live, seed, purpose, num_images)])
+        half = "report" if purpose is Purpose.REPORT else "search"
+        metrics = (self.metric, *self.other_metrics) if full else (self.metric,)
+        rows = {metric.name: self._measure(metric, features_ND, half, full) for metric in metrics}
+        value, se = rows.pop(self.metric.name)
+        others = {name: {"value": other, "se": error} for name, (other, error) in rows.items() if error is not None}
+        return Score(value, num_images, self.sampler.nfe(), se, others)
+
+    def images(self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int) -> Tensor:
+        """The candidate's images, float32 NCHW in [-1, 1], on the CPU."""
+        live = self._live(candidate)
+        candidate.write(live.theta_P)
+        return torch.cat([images.cpu() for images in self.generate(live, seed, purpose, num_images)])
+
+    def floor(self) -> float:
+        """Search half scored against the report half: what real images reach."""
+        features_ND = self._features(self._reference_images("search"))
+        return self._measure(self.metric, features_ND, "report", full=False)[0]
+
+    def circumstances(self) -> dict[str, Any]:
+        """Metric, detector, reference and sampler."""
+        detector = self.metric.load_detector()
+        return {
+            "metric": self.metric.name,
+            "detector": detector.name,
+            "detector_digest": detector.digest,
+            "nfe": self.sampler.nfe(),
+            "sampler": repr(self.sampler),
+            "model": repr(self.model),
+            "dataset": repr(self.dataset),
+            "split_seed": self.split_seed,
+        }
+
+    @functools.cached_property
+    def torch_device(self) -> torch.device:
+        """Where the networks run."""
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+
+    @torch.no_grad()
+    def generate(self, live: LiveModel, seed: int, purpose: Purpose, num_images: int) -> Iterator[Tensor]:
+        """Batches of images, NCHW in [-1, 1], from the weights that are in `live` now."""
+        denoise = functools.partial(self.model.denoise, live.net)
+        noise_NCHW = _initial_noise(SeedRange(seed, purpose), num_images, tuple(self.dataset.image_shape))
+        for start in range(0, num_images, self.batch_size):
+            rows = range(start, min(start + self.batch_size, num_images))
+            noise = noise_NCHW[rows.start : rows.stop].to(self.torch_device)
+            images = self.sampler(denoise, noise, None, rng=ImageNoise(SeedRange(seed, purpose), rows))
+            if not torch.isfinite(images).all():
+                raise EvaluationError(f"{int((~torch.isfinite(images)).sum())} sampled pixels are NaN or Inf; the candidate diverged.")
+            images = images.clamp(-1, 1)
+            if rows.start == 0 and len(rows) > 1 and torch.equal(images, images[:1].expand_as(images)):
+                raise EvaluationError("all sampled images are equal; the candidate collapsed.")
+            yield images
+
+    def _live(self, candidate: Candidate) -> LiveModel:
+        """The live network for the candidate's layout; kept while candidates share it."""
+        cached = self.__dict__.get("_live_cache")
+        if cached is None or cached[0] is not candidate.layout:
+            live = LiveModel(candidate.arch, candidate.layout, candidate.constants, self.torch_device)
+            cached = self.__dict__["_live_cache"] = (candidate.layout, live)
+        return cached[1]
+
+    @torch.no_grad()
+    def _features(self, images_NCHW: Tensor) -> Tensor:
+        return self.metric.load_detector().features(images_NCHW)
+
+    def _reference_images(self, half: str) -> Tensor:
+        images_NCHW = self.dataset.images()
+        search, report = split_halves(len(images_NCHW), self.split_seed)
+        return images_NCHW[torch.from_numpy(search if half == "search" else report)]
+
+    def _reference(self, metric: Metric, half: str) -> Any:
+        cache = self.__dict__.setdefault("_reference_cache", {})
+        if (metric.name, half) not in cache:
+            features_ND = self._features(self._reference_images(half).to(self.torch_device))
+            cache[metric.name, half] = metric.reference(metric.update(metric.zeros(), features_ND))
+        return cache[metric.name, half]
+
+    def _measure(self, metric: Metric, features_ND: Tensor, half: str, full: bool) -> tuple[float, float | None]:
+        reference = self._reference(metric, half)
+        if not full:
+            return metric.compute(metric.update(metric.zeros(), features_ND), reference), None
+        blocks = [metric.update(metric.zeros(), block) for block in features_ND.tensor_split(NUM_BLOCKS)]
+        value = metric.compute(functools.reduce(metric.merge, blocks), reference)
+        rng = SeedRange(0, Purpose.BOOTSTRAP).generator()
+        return value, bootstrap_se(metric, blocks, reference, rng=rng)
+
+
+@functools.lru_cache(maxsize=3)  # search, select and report seeds
+def _initial_noise(seeds: SeedRange, num_images: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(seeds.normal(range(num_images), shape))

@@ -1,0 +1,133 @@
+"""The append-only record of a search, and the cursor that replays it.
+
+A search is a deterministic sequence of steps. Each step goes through `Journal.step`: when the journal holds its
+record already (the run was interrupted), the record is returned and nothing is computed; otherwise it is computed,
+appended and fsynced. So continuing is running the same program again. Clocks stay out of the journal: an interrupted
+run and an unbroken one leave the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lcsc.core.digests import canonical_json
+from lcsc.core.errors import RunError
+from lcsc.core.files import fsync_dir
+
+Record = dict[str, Any]
+
+
+class Journal:
+    """One writer's view of `journal.jsonl`; use as a context manager.
+
+    Args:
+        folder: the run directory.
+        note: hears one sentence when a torn last line was dropped.
+
+    Raises:
+        RunError: another process is writing this journal, or a line other than the last is damaged.
+    """
+
+    def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
+        path = folder / "journal.jsonl"
+        created = not path.exists()
+        self._file = open(path, "a+b")  # noqa: SIM115 - closed by __exit__
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise RunError(f"another process is running `{folder}`. Wait for it, or stop it first.") from error
+        if created:
+            fsync_dir(folder)
+        self._records, good = read_records(path)
+        if good < path.stat().st_size:
+            note(f"dropped a torn last line of {path.stat().st_size - good} bytes from `{path}`")
+            self._file.truncate(good)
+        self._timing = open(folder / "timing.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._cursor = 0
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._timing.close()
+        self._file.close()  # releases the lock
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the next step is already recorded."""
+        return self._cursor < len(self._records)
+
+    def step(self, kind: str, key: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]], images: int = 0) -> Record:
+        """The record of the next step.
+
+        Args:
+            kind: what the step is.
+            key: what it is done to; must agree with the recorded step when replaying.
+            compute: makes the rest of the record.
+            images: how many images it samples, for the timing file.
+
+        Raises:
+            RunError: the journal holds another step here.
+        """
+        head = {"seq": self._cursor, "kind": kind, **key}
+        if self.replaying:
+            record = self._records[self._cursor]
+            wrong = [name for name in head if canonical_json(record.get(name)) != canonical_json(head[name])]
+            if wrong:
+                name = wrong[0]
+                raise RunError(
+                    f"journal record {self._cursor} has `{name}` = {str(record.get(name))[:60]}, this search computes "
+                    f"{str(head[name])[:60]}. Library versions or the machine changed; start a new run."
+                )
+        else:
+            began = time.monotonic()
+            record = {**head, **compute()}
+            self._append(record, time.monotonic() - began, images)
+        self._cursor += 1
+        return record
+
+    def _append(self, record: Record, seconds: float, images: int) -> None:
+        self._file.write(canonical_json(record).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._records.append(record)
+        at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        line = {"seq": record["seq"], "seconds": round(seconds, 4), "images": images, "at": at}
+        self._timing.write(json.dumps(line) + "\n")
+        self._timing.flush()
+
+
+def read_records(path: Path) -> tuple[list[Record], int]:
+    """All whole records of a journal and the number of bytes they take; a torn last line is left out.
+
+    Raises:
+        RunError: a line before the last is damaged, or the sequence has a gap.
+    """
+    data = path.read_bytes()
+    records: list[Record] = []
+    good = 0
+    while good < len(data):
+        end = data.find(b"\n", good)
+        if end < 0:
+            break
+        try:
+            record = json.loads(data[good:end])
+            if not isinstance(record, dict) or record.get("seq") != len(records):
+                raise ValueError("out of sequence")
+        except ValueError as error:
+            raise RunError(
+                f"`{path}` is damaged at record {len(records)} (byte {good}): {error}. "
+                "Restore the file from a copy, or start a new run."
+            ) from error
+        records.append(record)
+        good = end + 1
+    return records, good

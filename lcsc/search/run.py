@@ -1,0 +1,166 @@
+"""A search from start to finished run directory."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcsc.core.files import write_bytes, write_json
+from lcsc.core.seeds import Purpose
+from lcsc.export.model import export_model
+from lcsc.objectives.sample_quality import SampleQuality
+from lcsc.search.journal import Journal, read_records
+from lcsc.search.loop import Outcome, Problem, Search
+from lcsc.search.progress import Progress, say
+from lcsc.search.rundir import RunDir, open_run_dir
+from lcsc.search.setup import fingerprints
+
+#: Images a row of the report's sample grids is cut from.
+NUM_SAMPLES = 64
+
+
+def run_search(
+    problem: Problem,
+    *,
+    config: Mapping[str, Any],
+    name: str,
+    runs_dir: Path = Path("runs"),
+    run_dir: Path | None = None,
+    command: str = "",
+    quiet: bool = False,
+) -> Path:
+    """Search, or continue the search this configuration began earlier, and leave a finished run directory.
+
+    Args:
+        problem: what to search.
+        config: the plain configuration that made `problem`; a run is found again by it.
+        name: experiment name, first part of the directory's name.
+        runs_dir: where run directories live.
+        run_dir: the run directory itself; None finds the unfinished one or makes a new one.
+        command: the line that started the search, for the record.
+        quiet: print nothing.
+
+    Returns:
+        The run directory: run.json, journal.jsonl, timing.jsonl, samples.npz, best/, summary.json.
+
+    Raises:
+        LcscError: a mistake in the configuration or the bank; nothing is written before all are checked.
+    """
+    bank = problem.bank
+    bank.matrix()  # damaged numbers show up here, before anything is written
+    space = problem.operator.space(bank)
+    problem.searcher.start(space, problem.budget.num_trials, problem.seed)
+    circumstances = problem.objective.circumstances()
+    info = {
+        "name": name,
+        "command": command,
+        "config": dict(config),
+        "fingerprints": fingerprints(problem),
+        "bank": {"steps": list(bank.steps), "num_checkpoints": bank.num_checkpoints, "num_parameters": bank.layout.num_parameters},
+        "nfe": circumstances.get("nfe"),
+        "metric": problem.objective.name,
+    }
+    run, state = open_run_dir(runs_dir, run_dir, info)
+    if state == "finished":
+        if not quiet:
+            say(f"{run.path} is finished already; nothing to do")
+        return run.path
+    if not quiet:
+        say(f"{'continuing' if state == 'resumed' else 'searching in'} {run.path}")
+    with Progress(name, 0, quiet) as progress, Journal(run.path, progress.note) as journal:
+        search = Search(problem, journal, progress)
+        progress.expect(search.num_steps())
+        outcome = search.run()
+        _save_samples(problem, search, outcome, run.path)
+        _export_best(problem, search, outcome, run)
+    write_json(run.path / "summary.json", _summary(problem, outcome, run))
+    return run.path
+
+
+def _save_samples(problem: Problem, search: Search, outcome: Outcome, folder: Path) -> None:
+    """Images of the winner, the last checkpoint, the best baseline (same noise) and the data, for the report."""
+    objective = problem.objective
+    if not isinstance(objective, SampleQuality):
+        return
+    records = {record["who"]: record for record in outcome.reports}
+    wanted = {"best": "best", "last": "last", "best_baseline": outcome.best_family}
+    images = {
+        key: objective.images(
+            problem.operator.apply(problem.bank, search.point(records[who])),
+            seed=problem.seed,
+            purpose=Purpose.REPORT,
+            num_images=NUM_SAMPLES,
+        ).numpy()
+        for key, who in wanted.items()
+        if who in records
+    }
+    images["real"] = objective.dataset.images()[:NUM_SAMPLES].numpy()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **images)
+    write_bytes(folder / "samples.npz", buffer.getvalue())
+
+
+def _export_best(problem: Problem, search: Search, outcome: Outcome, run: RunDir) -> None:
+    """best/: the winner as a diffusers folder, its score proven by loading it back."""
+    target = run.path / "best"
+    if target.exists():  # written before an interruption; it appeared complete or not at all
+        return
+    export_model(
+        bank=problem.bank,
+        operator=problem.operator,
+        objective=problem.objective,
+        seed=problem.seed,
+        point=search.point(outcome.winner),
+        expected=outcome.reports[0],
+        to=target,
+        info=run.info,
+        report=_report_section(outcome),
+    )
+
+
+def _report_section(outcome: Outcome) -> dict[str, Any]:
+    """The `report` section of summary.json."""
+    best, *others = ({"value": r["value"], "se": r["se"], "label": r["label"]} for r in outcome.reports)
+    baselines = {record["who"]: row for record, row in zip(outcome.reports[1:], others, strict=True)}
+    section: dict[str, Any] = {"best": best, "baselines": baselines}
+    if baselines:
+        # the strongest baseline on the report seeds: hardest on us, and never chosen by luck of the search seeds
+        name = min(baselines, key=lambda who: baselines[who]["value"])
+        section |= {"best_baseline": name, "ratio": best["value"] / baselines[name]["value"]}
+    return section
+
+
+def _summary(problem: Problem, outcome: Outcome, run: RunDir) -> dict[str, Any]:
+    records, _ = read_records(run.path / "journal.jsonl")
+    config = run.info["config"]
+    coef = outcome.reports[0].get("coef")
+    return {
+        "experiment": run.info["name"],
+        "operator": config["operator"]["name"],
+        "searcher": config["searcher"]["name"],
+        "num_trials": sum(record["kind"] == "trial" for record in records),
+        "num_failed": outcome.num_failed,
+        "num_checkpoints": problem.bank.num_checkpoints,
+        "num_coefficients": problem.operator.space(problem.bank).size,
+        "nfe": run.info["nfe"],
+        "metric": run.info["metric"],
+        "detector": run.info["fingerprints"]["evaluator"].get("detector"),
+        "images_sampled": outcome.images_sampled,
+        "wall_seconds": round(_wall_seconds(run.path), 1),
+        "floor": outcome.floor,
+        "report": _report_section(outcome),
+        "coefficients": [] if coef is None else [{"step": s, "coef": c} for s, c in zip(problem.bank.steps, coef, strict=True)],
+        "export": "best",
+    }
+
+
+def _wall_seconds(folder: Path) -> float:
+    """Seconds spent in steps, over all sittings."""
+    lines = (folder / "timing.jsonl").read_text(encoding="utf-8").splitlines()
+    return sum(json.loads(line)["seconds"] for line in lines if line.endswith("}"))
+

@@ -1,0 +1,63 @@
+"""From a plain configuration to the objects of a search. Knows no configuration library."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcsc.bank import CheckpointBank, Selection
+from lcsc.core import registry
+from lcsc.objectives.base import Objective
+from lcsc.search.loop import Budget, Problem
+
+#: Distributions whose version can change a score.
+VERSIONS = ("lcsc", "torch", "numpy", "scipy", "diffusers", "nevergrad", "safetensors")
+
+
+def open_bank(config: Mapping[str, Any]) -> CheckpointBank:
+    """The bank of a configuration's `bank` section."""
+    bank = config["bank"]
+    select = Selection(bank["start"], bank["stop"], bank["every"], bank["last"])
+    return CheckpointBank.open(Path(bank["path"]), select=select, component=bank["component"], dtype=bank["dtype"])
+
+
+def build_objective(config: Mapping[str, Any]) -> Objective:
+    """The objective of a configuration, with its model, sampler, metrics and data set."""
+    return registry.build(
+        "objective",
+        config["objective"],
+        model=registry.build("model", config["model"]),
+        sampler=registry.build("sampler", config["sampler"]),
+        metric=registry.build("metric", config["metric"]),
+        dataset=registry.build("dataset", config["dataset"]),
+        other_metrics=tuple(registry.build("metric", other) for other in config["other_metrics"]),
+    )
+
+
+def build_problem(config: Mapping[str, Any]) -> Problem:
+    """Everything a search needs.
+
+    Args:
+        config: plain values with the sections bank, operator, searcher, objective, model, sampler, metric,
+            other_metrics, dataset, search and seed.
+
+    Raises:
+        LcscError: a part, a setting or a checkpoint is not as it should be.
+    """
+    operator = registry.build("operator", config["operator"])
+    searcher = registry.build("searcher", config["searcher"])
+    budget = Budget(**config["search"])
+    return Problem(open_bank(config), operator, searcher, build_objective(config), budget, config["seed"])
+
+
+def fingerprints(problem: Problem) -> dict[str, Any]:
+    """What must agree for two searches to be the same: bank contents, evaluator and library versions."""
+    versions = {}
+    for name in VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"bank": problem.bank.digest, "evaluator": problem.objective.circumstances(), "versions": versions}
