@@ -31,7 +31,24 @@ _HOMES = {
     "run_search": "lcsc.search.run:run_search",
     "write_report": "lcsc.report.html:write_report",
 }
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = [
+    "__version__",
+    "Budget",
+    "CheckpointBank",
+    "LcscError",
+    "Problem",
+    "SampleQuality",
+    "Selection",
+    "build",
+    "build_problem",
+    "combine",
+    "compose_config",
+    "open_run",
+    "project",
+    "register",
+    "run_search",
+    "write_report",
+]
 
 if TYPE_CHECKING:
     from lcsc.bank import CheckpointBank, Selection

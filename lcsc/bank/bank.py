@@ -44,8 +44,8 @@ class Selection:
         kept = kept[::-1][:: self.every][: self.last][::-1]
         if not kept:
             raise BankError(
-                f"no checkpoint left: {len(files)} steps from {files[0].step} to {files[-1].step}, and {self} keeps none. "
-                "Widen `bank.start` and `bank.stop`."
+                f"no checkpoint left: {len(files)} steps from {files[0].step} to {files[-1].step}, "
+                f"and {self} keeps none. Widen `bank.start` and `bank.stop`."
             )
         return kept
 
@@ -152,7 +152,7 @@ class CheckpointBank:
         bad = {name: int((~torch.isfinite(view)).sum()) for name, view in self.layout.views(row_P).items()}
         name, count = next((name, count) for name, count in bad.items() if count)
         raise NonFiniteError(
-            f"`{headers[name].file}` holds {count} NaN or Inf in `{name}` ({sum(bad.values())} in the whole checkpoint). "
+            f"`{headers[name].file}` holds {count} NaN or Inf in `{name}`, {sum(bad.values())} in the whole checkpoint. "
             "A bank holds finite numbers only; leave the step out with `bank.start`, `bank.stop` or `bank.every`."
         )
 
@@ -171,18 +171,20 @@ def _tensors(file: CheckpointFile, headers: Mapping[str, Header], names: set[str
             with safe_open(part, framework="pt") as handle:
                 found += [(name, handle.get_tensor(name)) for name in sorted(names) if headers[name].file == part]
         except SafetensorError as error:
-            raise BankError(f"`{part}` changed while it was read: {error}. Leave the bank alone during a search.") from error
+            raise BankError(
+                f"`{part}` changed while it was read: {error}. Leave the bank alone during a search."
+            ) from error
     return found
 
 
-def _check_same(
-    first: CheckpointFile, a: Mapping[str, Header], other: CheckpointFile, b: Mapping[str, Header]
-) -> None:
+def _check_same(first: CheckpointFile, a: Mapping[str, Header], other: CheckpointFile, b: Mapping[str, Header]) -> None:
     """Raise BankError with the first ten differences between two checkpoints' names and shapes."""
     rows = [f"`{name}` is only in step {first.step}" for name in sorted(set(a) - set(b))]
     rows += [f"`{name}` is only in step {other.step}" for name in sorted(set(b) - set(a))]
     rows += [
-        f"`{name}` is {a[name].shape} vs {b[name].shape}" for name in sorted(set(a) & set(b)) if a[name].shape != b[name].shape
+        f"`{name}` is {a[name].shape} vs {b[name].shape}"
+        for name in sorted(set(a) & set(b))
+        if a[name].shape != b[name].shape
     ]
     if rows:
         more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -81,7 +82,9 @@ def _read_arch(folder: Path) -> Mapping[str, Any] | None:
         config = {key: value for key, value in raw.items() if not key.startswith("_")}
         return {"class": raw["_class_name"], "config": config}
     except (ValueError, KeyError, AttributeError) as error:
-        raise BankError(f"`{path}` is not a model configuration: {error!r}. It needs JSON with `_class_name`.") from error
+        raise BankError(
+            f"`{path}` is not a model configuration: {error!r}. It needs JSON with `_class_name`."
+        ) from error
 
 
 def _component(folder: Path, wanted: str | None) -> Path | None:
@@ -95,7 +98,7 @@ def _component(folder: Path, wanted: str | None) -> Path | None:
     if len(raw) > 1:
         names = ", ".join(sub.name for sub in raw)
         raise BankError(f"`{folder}` holds several components: {names}. Choose one with `bank.component`.")
-    return (raw or inside or [None])[0]
+    return next(iter(raw or inside), None)
 
 
 def find_checkpoints(path: Path, component: str | None = None) -> list[CheckpointFile]:
@@ -123,7 +126,7 @@ def find_checkpoints(path: Path, component: str | None = None) -> list[Checkpoin
             "Give the folder that holds them with `bank.path`, or make one with `lcsc train`."
         )
     found.sort(key=lambda item: item.step)
-    for first, second in zip(found, found[1:], strict=False):
+    for first, second in itertools.pairwise(found):
         if first.step == second.step:
             raise BankError(
                 f"step {first.step} stands twice: `{first.path}` and `{second.path}`. A bank holds one checkpoint "

@@ -1,0 +1,1 @@
+"""`lcsc VERB key=value ...`, one file a verb."""

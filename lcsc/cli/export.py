@@ -35,7 +35,10 @@ def export_run(path: Path, to: Path, format: str = "diffusers", max_shard_size: 
         raise RunError(f"`{path}` is not finished. Continue it with: {run.info['command'] or 'lcsc search ...'}")
     problem = build_problem(run.info["config"])
     if problem.bank.digest != run.info["fingerprints"]["bank"]:
-        raise RunError(f"the checkpoints in `{problem.bank.path}` are not the ones `{path}` was searched on. Restore them, or search again.")
+        raise RunError(
+            f"the checkpoints in `{problem.bank.path}` are not the ones `{path}` was searched on. "
+            "Restore them, or search again."
+        )
     records, _ = read_records(path / "journal.jsonl")
     best = next(record for record in records if record["kind"] == "report" and record["who"] == "best")
     space = problem.operator.space(problem.bank)

@@ -13,8 +13,10 @@ from lcsc.config.schema import SEARCH_SECTIONS
 from lcsc.report.html import write_report
 from lcsc.report.run import Run
 from lcsc.report.tables import report_text, result_line
+from lcsc.search.loop import Problem
 from lcsc.search.run import run_search
-from lcsc.search.setup import build_problem
+from lcsc.search.setup import build_parts, open_bank
+from lcsc.training.folder import needs_training
 
 
 def main(words: Sequence[str]) -> None:
@@ -25,11 +27,12 @@ def main(words: Sequence[str]) -> None:
 
 def search(config: dict[str, Any], command: str) -> Path:
     """Run one search to its end, draw its report and print the result; returns the run directory."""
-    if config["train_if_missing"] and not Path(config["bank"]["path"]).exists():
-        train(config)
     sections = {key: config[key] for key in SEARCH_SECTIONS}
+    parts = build_parts(sections)  # every setting is checked before anything is made
+    if config["train_if_missing"] and needs_training(Path(config["bank"]["path"])):
+        train(config)
     path = run_search(
-        build_problem(sections),
+        Problem(bank=open_bank(sections), **parts),
         config=sections,
         name=config["name"],
         runs_dir=Path(config["runs_dir"]),
@@ -38,7 +41,7 @@ def search(config: dict[str, Any], command: str) -> Path:
         quiet=config["quiet"],
     )
     report = path / "report" / "report.html"
-    if not report.exists():
+    if not report.exists() or report.stat().st_mtime < (path / "summary.json").stat().st_mtime:
         write_report(path)
     run = Run.open(path)
     print(report_text(run))

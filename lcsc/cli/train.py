@@ -19,7 +19,9 @@ def main(words: Sequence[str]) -> None:
 def train(config: Mapping[str, Any]) -> Path:
     """Train the experiment's network and return the folder of its checkpoints."""
     if config["network"] is None:
-        raise ConfigError("`network` is not set, so there is nothing to train. Choose an experiment with `experiment=...`.")
+        raise ConfigError(
+            "`network` is not set, so there is nothing to train. Choose an experiment with `experiment=...`."
+        )
     return registry.build("trainer", config["trainer"]).train(
         arch=config["network"],
         model=registry.build("model", config["model"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -35,7 +37,9 @@ def experiments() -> list[str]:
     from importlib.resources import files
 
     folder = files("lcsc.conf") if installed() else _CHECKOUT
-    return sorted(f.name.removesuffix(".yaml") for f in folder.joinpath("experiment").iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.joinpath("experiment").iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
     with where:
         try:
             return to_plain(compose("config", overrides=list(overrides)))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise explain(error) from error
 
 
@@ -79,12 +83,26 @@ def run_job(verb: str, overrides: Sequence[str], job: Callable[[dict[str, Any]],
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing; the command line prints
     sys.argv = [f"lcsc {verb}", *overrides]
     source = "pkg://lcsc.conf" if installed() else str(_CHECKOUT)
+    errors: list[LcscError] = []
+    count = itertools.count(1)
+
+    def guarded(cfg: Any) -> None:
+        """One job; its mistake is kept, so that the other jobs of a sweep still run."""
+        next(count)
+        try:
+            job(to_plain(cfg))
+        except LcscError as error:
+            errors.append(error)
+
     try:
-        hydra.main(version_base="1.3", config_path=source, config_name="config")(lambda cfg: job(to_plain(cfg)))()
-    except LcscError:
-        raise
-    except (HydraException, OmegaConfBaseException) as error:
+        hydra.main(version_base="1.3", config_path=source, config_name="config")(guarded)()
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise explain(error) from error
+    num_jobs = next(count) - 1
+    if errors and num_jobs > 1:
+        raise ConfigError(f"{len(errors)} of {num_jobs} jobs failed; the first: {errors[0]}") from errors[0]
+    if errors:
+        raise errors[0]
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -92,7 +110,9 @@ def check_overrides(overrides: Sequence[str]) -> None:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError(f"override not understood: {_first_line(error)}. Write key=value; quote values with special characters.") from error
+        raise ConfigError(
+            f"override not understood: {_first_line(error)}. Write key=value; quote values with special characters."
+        ) from error
     for override in parsed:
         values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
         for value in values:

@@ -51,7 +51,9 @@ def new_directory(path: Path) -> Iterator[Path]:
         OutputExistsError: `path` exists already.
     """
     if path.exists() or path.is_symlink():
-        raise OutputExistsError(f"output `{path}` exists already. Nothing is overwritten; choose another path or remove it.")
+        raise OutputExistsError(
+            f"output `{path}` exists already. Nothing is overwritten; choose another path or remove it."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temp.mkdir()

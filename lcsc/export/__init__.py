@@ -1,0 +1,1 @@
+"""Candidates as files that other libraries load."""

@@ -48,7 +48,10 @@ def model_card(info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mappi
         "| model | " + metric + " | ± SE | setting |",
         "|---|---|---|---|",
         f"| **lcsc** | **{best['value']:.4g}** | {best['se']:.2g} | {best['label']} |",
-        *(f"| {who} | {row['value']:.4g} | {row['se']:.2g} | {row['label']} |" for who, row in report["baselines"].items()),
+        *(
+            f"| {who} | {row['value']:.4g} | {row['se']:.2g} | {row['label']} |"
+            for who, row in report["baselines"].items()
+        ),
         "",
         "Scored on report seeds and reference images that the search never used; the baselines were tuned on the same",
         "search seeds as the winner. The standard error covers the sampling of the generated images.",

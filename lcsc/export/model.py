@@ -72,7 +72,9 @@ def export_model(
         loaded = _load_back(folder, format)
         wrong = [name for name in weights if not torch.equal(loaded[name], weights[name])]
         if wrong or set(loaded) != set(weights):
-            raise EvaluationError(f"`{to}` does not load back as it was written: {wrong[:10]}. Check the disk; nothing was kept.")
+            raise EvaluationError(
+                f"`{to}` does not load back as it was written: {wrong[:10]}. Check the disk; nothing was kept."
+            )
         value = objective(
             _candidate_of(candidate, loaded), seed=seed, purpose=Purpose.REPORT, num_images=expected["num_images"]
         ).value

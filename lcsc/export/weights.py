@@ -37,17 +37,21 @@ def write_weights(
         recipe: plain JSON values.
         folder: an existing, empty folder.
         format: `diffusers` (loads with `from_pretrained`) or `safetensors` (the same under the plain name).
-        max_shard_size: size above which several files and an index are written, such as "5GB".
+        max_shard_size: size above which several files and an index are written, such as "5GB"; a bare number is bytes.
 
     Raises:
-        ConfigError: no such format.
+        ConfigError: no such format, or a size that is none.
     """
     if format not in STEMS:
         raise ConfigError(f"no format named `{format}`.{did_you_mean(format, STEMS)}")
+    pattern = STEMS[format] + "{suffix}.safetensors"
+    size = int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size
+    try:
+        plan = split_torch_state_dict_into_shards(dict(weights), filename_pattern=pattern, max_shard_size=size)
+    except ValueError as error:
+        raise ConfigError(f"`max_shard_size` is `{max_shard_size}`; write a size such as 500MB or 5GB.") from error
     config = {"_class_name": arch["class"], **arch["config"]}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    pattern = STEMS[format] + "{suffix}.safetensors"
-    plan = split_torch_state_dict_into_shards(dict(weights), filename_pattern=pattern, max_shard_size=max_shard_size)
     header = {"format": "pt", RECIPE_KEY: canonical_json(recipe)}
     for file, names in plan.filename_to_tensors.items():
         save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata=header)

@@ -29,7 +29,9 @@ def combine(coef_BK: Tensor, W_KP: Tensor, *, out_BP: Tensor | None = None) -> T
     """
     coef_BK = coef_BK.to(device=W_KP.device, dtype=torch.float32)
     if coef_BK.ndim not in (1, 2) or W_KP.ndim != 2 or coef_BK.shape[-1] != W_KP.shape[0]:
-        raise ValueError(f"coefficients of shape {tuple(coef_BK.shape)} do not fit a bank of shape {tuple(W_KP.shape)}.")
+        raise ValueError(
+            f"coefficients of shape {tuple(coef_BK.shape)} do not fit a bank of shape {tuple(W_KP.shape)}."
+        )
     shape = (*coef_BK.shape[:-1], W_KP.shape[1])
     if out_BP is None:
         out_BP = torch.empty(shape, dtype=torch.float32, device=W_KP.device)

@@ -38,7 +38,14 @@ class Objective(Protocol):
         """Name of the number, such as `fid_digits`."""
         ...
 
-    def __call__(self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int, full: bool = False) -> Score:
+    @property
+    def min_images(self) -> int:
+        """Fewest images a score can be made of."""
+        ...
+
+    def __call__(
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int, full: bool = False
+    ) -> Score:
         """Score `candidate` on the images of `(seed, purpose)`; `full` adds the standard error and the other metrics.
 
         Raises:

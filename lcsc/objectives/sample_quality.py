@@ -61,20 +61,24 @@ class SampleQuality:
             raise ConfigError(f"`objective.batch_size` is {self.batch_size}; it must be at least 1.")
         for other in self.other_metrics:
             if other.load_detector().digest != self.metric.load_detector().digest:
-                raise ConfigError(f"`{other.name}` uses another detector than `{self.metric.name}`; choose one with the same.")
+                raise ConfigError(
+                    f"`{other.name}` uses another detector than `{self.metric.name}`; choose one with the same."
+                )
 
     @property
     def name(self) -> str:
         """The metric's name."""
         return self.metric.name
 
-    def __call__(self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int, full: bool = False) -> Score:
+    @property
+    def min_images(self) -> int:
+        """The metric's minimum."""
+        return self.metric.min_samples
+
+    def __call__(
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int, full: bool = False
+    ) -> Score:
         """See `Objective.__call__`."""
-        if num_images < self.metric.min_samples:
-            raise EvaluationError(
-                f"{num_images} images are too few for `{self.metric.name}`; it needs at least {self.metric.min_samples}. "
-                "Raise `search.num_images`."
-            )
         live = self._live(candidate)
         candidate.write(live.theta_P)
         if not torch.isfinite(live.theta_P).all():
@@ -127,7 +131,9 @@ class SampleQuality:
             noise = noise_NCHW[rows.start : rows.stop].to(self.torch_device)
             images = self.sampler(denoise, noise, None, rng=ImageNoise(SeedRange(seed, purpose), rows))
             if not torch.isfinite(images).all():
-                raise EvaluationError(f"{int((~torch.isfinite(images)).sum())} sampled pixels are NaN or Inf; the candidate diverged.")
+                raise EvaluationError(
+                    f"{int((~torch.isfinite(images)).sum())} sampled pixels are NaN or Inf; the candidate diverged."
+                )
             images = images.clamp(-1, 1)
             if rows.start == 0 and len(rows) > 1 and torch.equal(images, images[:1].expand_as(images)):
                 raise EvaluationError("all sampled images are equal; the candidate collapsed.")
@@ -159,10 +165,13 @@ class SampleQuality:
 
     def _measure(self, metric: Metric, features_ND: Tensor, half: str, full: bool) -> tuple[float, float | None]:
         reference = self._reference(metric, half)
-        if not full:
-            return metric.compute(metric.update(metric.zeros(), features_ND), reference), None
-        blocks = [metric.update(metric.zeros(), block) for block in features_ND.tensor_split(NUM_BLOCKS)]
+        blocks = [
+            metric.update(metric.zeros(), block)
+            for block in features_ND.tensor_split(min(NUM_BLOCKS, len(features_ND)))
+        ]
         value = metric.compute(functools.reduce(metric.merge, blocks), reference)
+        if not full:
+            return value, None
         rng = SeedRange(0, Purpose.BOOTSTRAP).generator()
         return value, bootstrap_se(metric, blocks, reference, rng=rng)
 

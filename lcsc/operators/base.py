@@ -35,7 +35,8 @@ class Candidate:
         """A fresh copy of all tensors by name, float32 (constants in their own dtype)."""
         theta_P = torch.empty(self.layout.num_parameters)
         self.write(theta_P)
-        return {**self.layout.views(theta_P), **{k: v.clone() for k, v in self.constants.items()}}
+        # clones, because libraries that write files take views of one buffer for tied tensors
+        return {name: t.clone() for name, t in {**self.layout.views(theta_P), **self.constants}.items()}
 
 
 @dataclass(frozen=True)

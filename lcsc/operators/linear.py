@@ -121,7 +121,10 @@ class Linear:
         """The combined network; written straight into the buffer it is asked to fill."""
         coef_K = self.coefficients(bank, point)
         if bank.arch is None:
-            raise BankError(f"no config.json describes the network of `{bank.path}`. Put the model's config.json beside the weights.")
+            raise BankError(
+                f"no config.json describes the network of `{bank.path}`. "
+                "Put the model's config.json beside the weights."
+            )
 
         def write(theta_P: Tensor) -> None:
             combine(torch.from_numpy(coef_K), bank.matrix(), out_BP=theta_P)

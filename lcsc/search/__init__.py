@@ -1,0 +1,1 @@
+"""The loop, its journal and its run directory."""

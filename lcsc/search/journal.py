@@ -47,7 +47,11 @@ class Journal:
             raise RunError(f"another process is running `{folder}`. Wait for it, or stop it first.") from error
         if created:
             fsync_dir(folder)
-        self._records, good = read_records(path)
+        try:
+            self._records, good = read_records(path)
+        except RunError:
+            self._file.close()
+            raise
         if good < path.stat().st_size:
             note(f"dropped a torn last line of {path.stat().st_size - good} bytes from `{path}`")
             self._file.truncate(good)
@@ -57,7 +61,9 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._timing.close()
         self._file.close()  # releases the lock
 
@@ -66,7 +72,9 @@ class Journal:
         """Whether the next step is already recorded."""
         return self._cursor < len(self._records)
 
-    def step(self, kind: str, key: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]], images: int = 0) -> Record:
+    def step(
+        self, kind: str, key: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]], images: int = 0
+    ) -> Record:
         """The record of the next step.
 
         Args:

@@ -57,6 +57,14 @@ class Problem:
     budget: Budget
     seed: int
 
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_images_select", "num_images_report"):
+            num, least = getattr(self.budget, name), self.objective.min_images
+            if num < least:
+                raise ConfigError(
+                    f"`search.{name}` is {num}: too few images for `{self.objective.name}`; it needs at least {least}."
+                )
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -65,7 +73,6 @@ class Outcome:
     winner: Record
     reports: list[Record]
     floor: float | None
-    best_family: str
     images_sampled: int
     num_failed: int
 
@@ -87,13 +94,13 @@ class Search:
         floor = self.journal.step("floor", {}, lambda: {"value": self.problem.objective.floor()})["value"]
         baselines = self._baselines()
         tuned = _best_of_family(baselines)
-        best_family = min(tuned, key=lambda family: tuned[family]["value"]) if tuned else ""
-        trials = self._trials(baselines, tuned.get(best_family), floor)
+        start = min(tuned.values(), key=lambda record: record["value"], default=None)
+        trials = self._trials(baselines, start, floor)
         winner = self._select(trials)
         reports = [self._report("best", f"trial {winner['uid']}", winner)]
         reports += [self._report(family, record["label"], record) for family, record in tuned.items()]
         failed = sum(trial["status"] != "ok" for trial in trials)
-        return Outcome(winner, reports, floor, best_family, self.images, failed)
+        return Outcome(winner, reports, floor, self.images, failed)
 
     def _score(self, vector: list[float], purpose: Purpose, num_images: int, full: bool = False) -> dict[str, Any]:
         """Score the point at `vector`; a failure is a result."""
@@ -110,7 +117,9 @@ class Search:
         tail = {"se": score.se, "others": dict(score.others), "num_images": score.num_images} if full else {}
         return {**head, "value": score.value, "status": "ok", "reason": None, **tail}
 
-    def _step(self, kind: str, key: Mapping[str, Any], vector: list[float], purpose: Purpose, num: int, full: bool = False) -> Record:
+    def _step(
+        self, kind: str, key: Mapping[str, Any], vector: list[float], purpose: Purpose, num: int, full: bool = False
+    ) -> Record:
         self.images += num
         replayed = self.journal.replaying
         record = self.journal.step(kind, key, lambda: self._score(vector, purpose, num, full), num)
@@ -144,7 +153,10 @@ class Search:
             if told is not None:  # a failure is told as the worst finite value so far; NaN and Inf never
                 session.tell(uid, told)
             if all(t["value"] is None for t in trials[-MAX_FAILURES:]) and len(trials) >= MAX_FAILURES:
-                raise EvaluationError(f"the last {MAX_FAILURES} trials failed: {record['reason']} Mend the cause and run the same line again.")
+                raise EvaluationError(
+                    f"the last {MAX_FAILURES} trials failed: {record['reason']} "
+                    "Mend the cause and run the same line again."
+                )
         return trials
 
     def _trial(self, uid: int, vector: list[float], floor: float | None) -> Record:
@@ -171,7 +183,9 @@ class Search:
         """Score the best trials on the select seeds; the winner is the best there."""
         ranked = sorted((t for t in trials if t["value"] is not None), key=lambda t: (t["value"], t["uid"]))
         if not ranked:
-            raise EvaluationError(f"no trial of {len(trials)} could be scored: {trials[-1]['reason'] if trials else 'none ran'}.")
+            raise EvaluationError(
+                f"no trial of {len(trials)} could be scored: {trials[-1]['reason'] if trials else 'none ran'}."
+            )
         scored: list[tuple[float, int, Record]] = []
         for trial in ranked[: self.problem.budget.num_finalists]:
             num = self.problem.budget.num_images_select

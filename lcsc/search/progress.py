@@ -23,7 +23,9 @@ class Progress:
     def __init__(self, name: str, total: int, quiet: bool = False) -> None:
         self._name, self._total, self._quiet = name, total, quiet
         self._console = Console(stderr=False)
-        self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal and not quiet else None
+        self._live = (
+            Live(console=self._console, refresh_per_second=4) if self._console.is_terminal and not quiet else None
+        )
         self._done = self._replayed = self._images = 0
         self._best: float | None = None
         self._baseline = ""
@@ -35,7 +37,9 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.update(self._table())
             self._live.stop()
@@ -47,7 +51,9 @@ class Progress:
     def note(self, text: str) -> None:
         """Say one line."""
         if not self._quiet:
-            (self._live.console if self._live else self._console).print(text, highlight=False, markup=False, soft_wrap=True)
+            (self._live.console if self._live else self._console).print(
+                text, highlight=False, markup=False, soft_wrap=True
+            )
 
     def baseline(self, text: str) -> None:
         """Show the best baseline."""
@@ -63,7 +69,11 @@ class Progress:
         changed, self._phase = phase != self._phase, phase
         if self._live:
             self._live.update(self._table())
-        elif not self._quiet and not replayed and (changed or time.monotonic() - self._said > 10 or self._done == self._total):
+        elif (
+            not self._quiet
+            and not replayed
+            and (changed or time.monotonic() - self._said > 10 or self._done == self._total)
+        ):
             self._said = time.monotonic()
             self._console.print(self._line(), highlight=False, soft_wrap=True)
 

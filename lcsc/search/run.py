@@ -56,12 +56,18 @@ def run_search(
     space = problem.operator.space(bank)
     problem.searcher.start(space, problem.budget.num_trials, problem.seed)
     circumstances = problem.objective.circumstances()
+    prints = fingerprints(problem)
     info = {
         "name": name,
+        "lcsc_version": prints["versions"]["lcsc"],
         "command": command,
         "config": dict(config),
-        "fingerprints": fingerprints(problem),
-        "bank": {"steps": list(bank.steps), "num_checkpoints": bank.num_checkpoints, "num_parameters": bank.layout.num_parameters},
+        "fingerprints": prints,
+        "bank": {
+            "steps": list(bank.steps),
+            "num_checkpoints": bank.num_checkpoints,
+            "num_parameters": bank.layout.num_parameters,
+        },
         "nfe": circumstances.get("nfe"),
         "metric": problem.objective.name,
     }
@@ -88,7 +94,7 @@ def _save_samples(problem: Problem, search: Search, outcome: Outcome, folder: Pa
     if not isinstance(objective, SampleQuality):
         return
     records = {record["who"]: record for record in outcome.reports}
-    wanted = {"best": "best", "last": "last", "best_baseline": outcome.best_family}
+    wanted = {"best": "best", "last": "last", "best_baseline": _report_section(outcome).get("best_baseline")}
     images = {
         key: objective.images(
             problem.operator.apply(problem.bank, search.point(records[who])),
@@ -101,7 +107,7 @@ def _save_samples(problem: Problem, search: Search, outcome: Outcome, folder: Pa
     }
     images["real"] = objective.dataset.images()[:NUM_SAMPLES].numpy()
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **images)
+    np.savez_compressed(buffer, **images)  # type: ignore[arg-type]
     write_bytes(folder / "samples.npz", buffer.getvalue())
 
 
@@ -154,7 +160,9 @@ def _summary(problem: Problem, outcome: Outcome, run: RunDir) -> dict[str, Any]:
         "wall_seconds": round(_wall_seconds(run.path), 1),
         "floor": outcome.floor,
         "report": _report_section(outcome),
-        "coefficients": [] if coef is None else [{"step": s, "coef": c} for s, c in zip(problem.bank.steps, coef, strict=True)],
+        "coefficients": []
+        if coef is None
+        else [{"step": s, "coef": c} for s, c in zip(problem.bank.steps, coef, strict=True)],
         "export": "best",
     }
 
@@ -163,4 +171,3 @@ def _wall_seconds(folder: Path) -> float:
     """Seconds spent in steps, over all sittings."""
     lines = (folder / "timing.jsonl").read_text(encoding="utf-8").splitlines()
     return sum(json.loads(line)["seconds"] for line in lines if line.endswith("}"))
-

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lcsc.core.differences import differences
 from lcsc.core.digests import canonical_json
 from lcsc.core.errors import RunError
 from lcsc.core.files import write_json
@@ -35,11 +36,15 @@ class RunDir:
         try:
             info = json.loads((path / "run.json").read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise RunError(f"`{path}` is no run directory: it has no run.json. Give the folder that `lcsc search` printed.") from error
+            raise RunError(
+                f"`{path}` is no run directory: it has no run.json. Give the folder that `lcsc search` printed."
+            ) from error
         except (ValueError, OSError) as error:
             raise RunError(f"`{path / 'run.json'}` cannot be read: {error}.") from error
         if info.get("schema") != SCHEMA:
-            raise RunError(f"`{path}` has schema {info.get('schema')}; this lcsc reads {SCHEMA}. Use the lcsc that made it.")
+            raise RunError(
+                f"`{path}` has schema {info.get('schema')}; this lcsc reads {SCHEMA}. Use the lcsc that made it."
+            )
         return cls(path, info)
 
 
@@ -59,7 +64,8 @@ def open_run_dir(runs_dir: Path, explicit: Path | None, info: Mapping[str, Any])
     """
     if explicit is not None and explicit.exists():
         run = RunDir.load(explicit)
-        rows = differences(_identity(run.info), _identity(info))
+        rows = differences(run.info.get("config"), info["config"])
+        rows += differences(run.info.get("fingerprints"), info["fingerprints"], "fingerprints")
         if rows:
             raise RunError(
                 f"`{explicit}` was made with another configuration: {'; '.join(rows)}. "
@@ -91,14 +97,3 @@ def _create(runs_dir: Path, explicit: Path | None, info: Mapping[str, Any]) -> R
 
 def _identity(info: Mapping[str, Any]) -> dict[str, Any]:
     return {"config": info.get("config"), "fingerprints": info.get("fingerprints")}
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """`field: old -> new` for every leaf in which two plain values differ."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        rows = []
-        for key in sorted({*old, *new}):
-            place = key if where in ("", "config") else f"{where}.{key}"
-            rows += differences(old.get(key), new.get(key), place)
-        return rows
-    return [] if canonical_json(old) == canonical_json(new) else [f"`{where}`: {old} -> {new}"]

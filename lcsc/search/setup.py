@@ -9,6 +9,7 @@ from typing import Any
 
 from lcsc.bank import CheckpointBank, Selection
 from lcsc.core import registry
+from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.objectives.base import Objective
 from lcsc.search.loop import Budget, Problem
 
@@ -36,6 +37,22 @@ def build_objective(config: Mapping[str, Any]) -> Objective:
     )
 
 
+def build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything of a search but its bank: the arguments of `Problem`, checked.
+
+    Raises:
+        LcscError: a part or a setting is not as it should be.
+    """
+    SeedRange(config["seed"], Purpose.SEARCH)  # refuses a bad seed before anything is done with it
+    return {
+        "operator": registry.build("operator", config["operator"]),
+        "searcher": registry.build("searcher", config["searcher"]),
+        "budget": Budget(**config["search"]),
+        "objective": build_objective(config),
+        "seed": config["seed"],
+    }
+
+
 def build_problem(config: Mapping[str, Any]) -> Problem:
     """Everything a search needs.
 
@@ -46,15 +63,12 @@ def build_problem(config: Mapping[str, Any]) -> Problem:
     Raises:
         LcscError: a part, a setting or a checkpoint is not as it should be.
     """
-    operator = registry.build("operator", config["operator"])
-    searcher = registry.build("searcher", config["searcher"])
-    budget = Budget(**config["search"])
-    return Problem(open_bank(config), operator, searcher, build_objective(config), budget, config["seed"])
+    return Problem(bank=open_bank(config), **build_parts(config))
 
 
 def fingerprints(problem: Problem) -> dict[str, Any]:
     """What must agree for two searches to be the same: bank contents, evaluator and library versions."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in VERSIONS:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -6,6 +6,9 @@ a third of its optimizers): a search is resumed by replaying its own asks and te
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +20,14 @@ from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.core.space import SearchSpace
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence pycma's guess that asking for one point at a time, as nevergrad does, were an oversight."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*orphanated injected solution")
+        yield
+
+
 class _Session:
     def __init__(self, optimizer: Any, scale: np.ndarray) -> None:
         self._optimizer = optimizer
@@ -25,7 +36,8 @@ class _Session:
         self._count = 0
 
     def ask(self) -> tuple[int, np.ndarray]:
-        candidate = self._optimizer.ask()
+        with _quiet():
+            candidate = self._optimizer.ask()
         uid = self._count
         self._count += 1
         self._asked[uid] = candidate
@@ -34,7 +46,8 @@ class _Session:
     def tell(self, uid: int, value: float) -> None:
         if not np.isfinite(value):
             raise EvaluationError(f"a searcher was told {value} for trial {uid}; only finite values may reach it.")
-        self._optimizer.tell(self._asked.pop(uid), float(value))
+        with _quiet():
+            self._optimizer.tell(self._asked.pop(uid), float(value))
 
     def best(self) -> np.ndarray:
         return np.asarray(self._optimizer.provide_recommendation().value, dtype=np.float64) * self._scale
@@ -44,8 +57,18 @@ class _Session:
 @register("searcher", "diagonal_cma", source="sep-CMA-ES, PPSN 2008, by nevergrad", optimizer="DiagonalCMA")
 @register("searcher", "de", source="differential evolution, Storn & Price 1997, by nevergrad", optimizer="DE")
 @register("searcher", "two_points_de", source="DE with two-point crossover, by nevergrad", optimizer="TwoPointsDE")
-@register("searcher", "pso", source="particle swarm, Kennedy & Eberhart 1995, by nevergrad", optimizer="PSO")
-@register("searcher", "one_plus_one", source="(1+1) evolution strategy, Schumer & Steiglitz 1968, by nevergrad", optimizer="OnePlusOne")
+@register(
+    "searcher",
+    "pso",
+    source="particle swarm, Kennedy & Eberhart 1995, in real space, by nevergrad",
+    optimizer="RealSpacePSO",
+)
+@register(
+    "searcher",
+    "one_plus_one",
+    source="(1+1) evolution strategy, Schumer & Steiglitz 1968, by nevergrad",
+    optimizer="OnePlusOne",
+)
 @register("searcher", "tbpsa", source="TBPSA, PPSN 2016, by nevergrad", optimizer="TBPSA")
 @register("searcher", "random", source="Gaussian random search, by nevergrad", optimizer="RandomSearch")
 @dataclass(frozen=True)
@@ -80,12 +103,13 @@ class Nevergrad:
             )
         scale = space.scale
         lower, upper = space.lower / scale, space.upper / scale
-        middle = np.where(np.isfinite(lower + upper), (lower + upper) / 2, 0.0)
+        bounded = np.isfinite(lower) & np.isfinite(upper)
+        if (bounded.any() and not bounded.all()) or (np.isfinite(lower) ^ np.isfinite(upper)).any():
+            raise ConfigError("some boxes have bounds and some have none. Give all of them both bounds, or none.")
+        middle = (lower + upper) / 2 if bounded.all() else np.zeros(space.size)
         start = np.clip(middle if init is None else np.asarray(init, dtype=np.float64) / scale, lower, upper)
         array = ng.p.Array(init=start).set_mutation(sigma=self.sigma0)
-        if np.isfinite(lower).any() or np.isfinite(upper).any():
-            if not (np.isfinite(lower).all() and np.isfinite(upper).all()):
-                raise ConfigError("some boxes have bounds and some have none. Give all of them both bounds, or none.")
+        if bounded.all():
             array = array.set_bounds(lower, upper)
         state = SeedRange(seed, Purpose.SEARCHER).generator().integers(2**32)
         array.random_state.seed(int(state))

@@ -1,0 +1,41 @@
+# Two commands matter: `make demo` and `make test`. Both make .venv first.
+PYTHON ?= python3
+# Arguments for the torch install; where your index's default build needs a GPU, name the CPU build here.
+TORCH_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo clean-demo test lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/lcsc search -m experiment=digits,digits_consistency train_if_missing=true
+
+clean-demo:
+	rm -rf banks/digits banks/digits_consistency runs/digits-* runs/digits_consistency-*
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH_ARGS) $$(grep '^torch==' constraints.txt)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Distances between image sets, and the detectors whose features they compare."""

@@ -1,0 +1,175 @@
+"""Kernel distance between feature sets (KID when the features are Inception's)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lcsc.core.registry import register
+from lcsc.metrics.base import (
+    Detector,
+    as_plain_counts,
+    checked_features,
+    make_detector,
+    metric_name,
+    require_finite_score,
+    require_same_width,
+    require_samples,
+)
+
+SOURCE = "arXiv:1801.01401, Sec. 4; the whole U-statistic instead of random subsets"
+
+#: Rows of the kernel matrix held at a time: bounds the memory at 1024 x N x 8 bytes.
+CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class KernelState:
+    """The features themselves, float64, in the chunks they came in, each of shape (n, D)."""
+
+    chunks: tuple[Tensor, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return sum(chunk.shape[0] for chunk in self.chunks)
+
+    @property
+    def width(self) -> int | None:
+        """D; None before the first image."""
+        return self.chunks[0].shape[1] if self.chunks else None
+
+    def features(self) -> Tensor:
+        """All features, shape (N, D)."""
+        return torch.cat(self.chunks)
+
+
+@dataclass(frozen=True, eq=False)
+class KernelReference:
+    """The reference features, shape (N, D), and the mean of k over their ordered pairs of different images."""
+
+    features_ND: Tensor
+    mean_kernel: Tensor
+
+
+@register("metric", "kid", source=SOURCE, detector="inception")
+@register("metric", "kid_digits", source=SOURCE, detector="digits")
+@register("metric", "kid_pixels", source=SOURCE, detector="pixels")
+@dataclass(frozen=True)
+class KernelDistance:
+    """Unbiased squared MMD with the kernel (x.y/D + 1)^3 on a detector's features; lower is better.
+
+    Every pair of images counts once (the full U-statistic), so the score is a function of its images: no
+    subsets are drawn. Being unbiased it may be slightly negative, and it is left so. With as many images as
+    reference images it equals torchmetrics' KernelInceptionDistance(subsets=1, subset_size=N).
+
+    Args:
+        detector: registered name of the detector.
+        weights_path: weights file of the detector, for detectors that read one (`inception`).
+        weights_digest: first hex digits of that file's SHA-256; None takes the detector's default.
+    """
+
+    detector: str
+    weights_path: str | None = None
+    weights_digest: str | None = None
+
+    higher_is_better: ClassVar[bool] = False
+    min_samples: ClassVar[int] = 2
+
+    @property
+    def name(self) -> str:
+        """`kid` for Inception features, `kid_<detector>` for any other."""
+        return metric_name("kid", self.detector)
+
+    @functools.cached_property
+    def _detector(self) -> Detector:
+        return make_detector(self.detector, self.weights_path, self.weights_digest)
+
+    def load_detector(self) -> Detector:
+        """The detector, made once and kept."""
+        return self._detector
+
+    def zeros(self) -> KernelState:
+        """The state of no images."""
+        return KernelState(())
+
+    def update(self, state: KernelState, features_ND: Tensor) -> KernelState:
+        """The state with N more images.
+
+        Raises:
+            EvaluationError: features that are not (N, D) with the D seen before, or NaN or Inf among them.
+        """
+        return KernelState((*state.chunks, checked_features(features_ND, state.width)))
+
+    def merge(self, a: KernelState, b: KernelState) -> KernelState:
+        """The state of both sets together: the lists join."""
+        require_same_width(a.width, b.width)
+        return KernelState(a.chunks + b.chunks)
+
+    def reference(self, state: KernelState) -> KernelReference:
+        """Reference features and the part of the score that depends on them alone.
+
+        Raises:
+            EvaluationError: fewer than 2 images.
+        """
+        require_samples(self.name, state.count, self.min_samples)
+        features_ND = state.features()
+        return KernelReference(features_ND, _mean_of_pairs(features_ND))
+
+    def compute(self, state: KernelState, reference: KernelReference) -> float:
+        """MMD_u^2 of arXiv:1801.01401, Eq. 4: mean k(x,x') + mean k(y,y') - 2 mean k(x,y), x != x', y != y'.
+
+        Raises:
+            EvaluationError: fewer than 2 images, another D than the reference, or a result that overflows.
+        """
+        require_samples(self.name, state.count, self.min_samples)
+        require_same_width(state.width, reference.features_ND.shape[1])
+        x_ND = state.features()
+        num_cross = x_ND.shape[0] * reference.features_ND.shape[0]
+        cross = _kernel_sum(x_ND, reference.features_ND) / num_cross
+        return require_finite_score(self.name, float(_mean_of_pairs(x_ND) + reference.mean_kernel - 2 * cross))
+
+    def compute_resampled(
+        self, states: Sequence[KernelState], reference: KernelReference, counts_RB: Any
+    ) -> list[float]:
+        """`compute` of each resample, where resample r holds block b `counts_RB[r, b]` times.
+
+        Kernel sums between blocks are taken once, so R resamples cost about as much as one score.
+        """
+        counts = as_plain_counts(counts_RB, len(states))
+        blocks = [state.features() for state in states]
+        sums_BB = torch.stack([torch.stack([_kernel_sum(a, b) for b in blocks]) for a in blocks])
+        self_B = torch.stack([_diagonal_sum(block) for block in blocks])
+        cross_B = torch.stack([_kernel_sum(block, reference.features_ND) for block in blocks])
+        size_B = torch.tensor([float(len(block)) for block in blocks], dtype=torch.float64, device=sums_BB.device)
+        counts = counts.to(sums_BB.device)
+        num_R = counts @ size_B
+        # A copy of an image is another image to the U-statistic: only each image's own diagonal term is left out.
+        pairs_R = ((counts @ sums_BB * counts).sum(1) - counts @ self_B) / (num_R * (num_R - 1))
+        cross_R = counts @ cross_B / (num_R * len(reference.features_ND))
+        return (pairs_R + reference.mean_kernel - 2 * cross_R).tolist()
+
+
+def _kernel_sum(x_ND: Tensor, y_MD: Tensor) -> Tensor:
+    """Sum of (x.y/D + 1)^3 over all pairs, float64 scalar."""
+    total = x_ND.new_zeros(())
+    for chunk in x_ND.split(CHUNK_ROWS):
+        inner = (chunk @ y_MD.T).div_(x_ND.shape[1]).add_(1)
+        total = total + (inner * inner * inner).sum()
+    return total
+
+
+def _diagonal_sum(x_ND: Tensor) -> Tensor:
+    """Sum of k(x, x), float64 scalar."""
+    return (x_ND.square().sum(1) / x_ND.shape[1] + 1).pow(3).sum()
+
+
+def _mean_of_pairs(x_ND: Tensor) -> Tensor:
+    """Mean of k over ordered pairs of different rows, float64 scalar."""
+    num = x_ND.shape[0]
+    return (_kernel_sum(x_ND, x_ND) - _diagonal_sum(x_ND)) / (num * (num - 1))

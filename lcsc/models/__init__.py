@@ -1,0 +1,1 @@
+"""Networks, and how a network becomes a denoiser."""

@@ -1,0 +1,168 @@
+"""The report of a run: one self-contained page, with every picture and the numbers behind it beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcsc.core.errors import RunError
+from lcsc.core.files import write_bytes
+from lcsc.report.compare import compare_runs, comparison_text
+from lcsc.report.page import render
+from lcsc.report.run import Run
+from lcsc.report.tables import html_table, score_rows, status_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pandas import DataFrame
+
+__all__ = ["compare_runs", "comparison_text", "write_report"]
+
+#: Grids that samples.npz may hold.
+GRIDS = ("real", "last", "best_baseline", "best")
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Draw a run, finished or not, into `<run_dir>/report/`; an older report is replaced file by file.
+
+    Writes report.html, and beside it convergence, coefficients and scores as PNG and CSV and samples.png; what the run
+    does not have (yet) is left out. The same run gives the same bytes.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        RunError: no run directory, or a damaged one; nothing is written then.
+    """
+    run = Run.open(run_dir)
+    files = _tables(run)
+    pictures = _pictures(run, files)
+    page = _page(run, pictures)
+    folder = run.path / "report"
+    folder.mkdir(exist_ok=True)
+    for name, data in {**files, **{f"{name}.png": data for name, data in pictures.items()}}.items():
+        write_bytes(folder / name, data)
+    write_bytes(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _tables(run: Run) -> dict[str, bytes]:
+    """The numbers behind the pictures: file name -> CSV."""
+    import pandas as pd
+
+    trials, baselines = run.trials(), run.baselines()
+    rows = [trials.assign(kind="trial", label=""), baselines.assign(kind=baselines["family"])]
+    columns = ["kind", "uid", "label", "value", "best_so_far", "status"]
+    convergence = pd.concat([part.reindex(columns=columns).astype(object) for part in rows])
+    frames = {"convergence.csv": convergence, "coefficients.csv": run.coefficients(), "scores.csv": run.report_table()}
+    return {name: _csv(frame) for name, frame in frames.items() if not frame.empty}
+
+
+def _csv(frame: DataFrame) -> bytes:
+    return frame.to_csv(index=False, lineterminator="\n").encode()
+
+
+def _pictures(run: Run, tables: Mapping[str, bytes]) -> dict[str, bytes]:
+    """PNG files by name."""
+    from lcsc.report import grids, plots, style
+
+    draw = {"convergence": plots.convergence, "coefficients": plots.coefficients, "scores": plots.scores}
+    wanted = [name for name in draw if name == "convergence" or f"{name}.csv" in tables]
+    pictures = {name: style.png(draw[name](run)) for name in wanted}
+    images = read_samples(run)
+    if images:
+        pictures["samples"] = style.png(grids.samples(run, images))
+    return pictures
+
+
+def read_samples(run: Run) -> dict[str, np.ndarray]:
+    """The arrays of samples.npz, (N, C, H, W) in [-1, 1]; empty when there is no such file.
+
+    Raises:
+        RunError: the file is damaged or holds something else.
+    """
+    import numpy as np
+
+    file = run.path / "samples.npz"
+    if not file.is_file():
+        return {}
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
+            images = {key: archive[key] for key in GRIDS if key in archive}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f"`{file}` cannot be read: {error}. Remove it to have the report without samples.") from error
+    for key, array in images.items():
+        if array.ndim != 4 or 0 in array.shape or not np.issubdtype(array.dtype, np.floating):
+            raise RunError(
+                f"`{key}` in `{file}` has shape {array.shape} and type {array.dtype}; images are floats of shape "
+                "(N, C, H, W). Remove the file to have the report without samples."
+            )
+    return images
+
+
+def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
+    head, rows = score_rows(run)
+    embedded = dict.fromkeys(("scores", "convergence", "coefficients", "samples"), "")
+    embedded |= {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()}
+    config = io.StringIO()
+    json.dump(run.info["config"], config, indent=2, ensure_ascii=False, sort_keys=True)
+    return render(
+        "report",
+        title=f"lcsc · {run.name}",
+        under=f"{run.path.name} · {run.info.get('created_utc', '')} · {'finished' if run.finished else 'unfinished'}",
+        result=status_line(run),
+        finished=run.finished,
+        scores=html_table(head, rows, strong=0) if rows else "",
+        pictures=embedded,
+        facts=_facts(run),
+        config=config.getvalue(),
+    )
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """What the scores depend on, in words; what the run does not say is left out."""
+    info, config = run.info, run.info["config"]
+    prints = info.get("fingerprints") or {}
+    evaluator = prints.get("evaluator") or {"detector_digest": prints.get("detector")}
+    search, bank, summary = config.get("search") or {}, info["bank"], run.summary or {}
+    trials = run.trials()
+    steps = run.steps
+    images = [
+        f"{search[key]:,} {text}"
+        for key, text in (
+            ("num_images", "a trial (search seeds)"),
+            ("num_images_select", "a finalist (select seeds)"),
+            ("num_images_report", "a final score (report seeds)"),
+        )
+        if isinstance(search.get(key), int)
+    ]
+    failed = int((trials["status"] != "ok").sum())
+    seconds = summary.get("wall_seconds", trials["seconds"].sum())
+    sampled = summary.get("images_sampled", trials["images"].sum())
+    facts: list[tuple[str, Any]] = [
+        ("metric", info["metric"]),
+        ("detector", evaluator.get("detector")),
+        ("detector digest", evaluator.get("detector_digest")),
+        ("images", " · ".join(images)),
+        ("seed", config.get("seed")),
+        ("NFE (network calls an image)", info.get("nfe")),
+        ("sampler", evaluator.get("sampler")),
+        ("model", evaluator.get("model")),
+        ("data set", evaluator.get("dataset")),
+        ("searcher", (config.get("searcher") or {}).get("name")),
+        ("operator", (config.get("operator") or {}).get("name")),
+        ("trials", f"{len(trials)}{f', of them {failed} failed' if failed else ''}"),
+        ("images sampled", f"{sampled:,.0f}"),
+        ("time", f"{seconds:,.0f} s in scoring"),
+        ("checkpoints", f"{len(steps)}, steps {steps[0]} to {steps[-1]}" if steps else None),
+        ("parameters", f"{bank['num_parameters']:,}" if isinstance(bank.get("num_parameters"), int) else None),
+        ("bank digest", prints.get("bank")),
+        ("versions", ", ".join(f"{name} {version}" for name, version in (prints.get("versions") or {}).items())),
+        ("command", info.get("command")),
+    ]
+    return [(name, str(value)) for name, value in facts if value not in (None, "")]

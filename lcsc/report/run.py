@@ -1,0 +1,314 @@
+"""A read-only view of a run directory; works while the search is still writing it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcsc.core.errors import RunError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+SCHEMA = 1
+
+Record = dict[str, Any]
+
+#: What a journal line must have, by kind; lines of other kinds are carried along unread.
+FIELDS = {
+    "floor": ("value",),
+    "baseline": ("family", "label", "value", "status"),
+    "trial": ("uid", "value", "status"),
+    "select": ("uid", "value"),
+    "report": ("who", "label", "value"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One search, as its directory tells it. Lower scores are better.
+
+    Every property and method reads the files anew, so a view of a running search is never stale.
+
+    Args:
+        path: the run directory.
+        info: its run.json: name, config, fingerprints, bank, nfe, metric.
+    """
+
+    path: Path
+    info: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Run:
+        """Open a run directory, finished or not.
+
+        Raises:
+            RunError: `path` is no run directory, or its run.json cannot be read.
+        """
+        path = Path(path)
+        file = path / "run.json"
+        if not file.is_file():
+            raise RunError(
+                f"`{path}` is no run directory: it has no run.json. Give the folder that `lcsc search` printed."
+            )
+        info = _read_object(file)
+        if info.get("schema") != SCHEMA:
+            raise RunError(
+                f"`{path}` has schema {info.get('schema')!r}; this lcsc reads {SCHEMA}. Use the lcsc that made it."
+            )
+        wanted = {"name": str, "metric": str, "config": dict, "bank": dict}
+        wrong = [key for key, kind in wanted.items() if not isinstance(info.get(key), kind)]
+        if wrong or not isinstance(info["bank"].get("steps"), list):
+            names = ", ".join(f"`{key}`" for key in wrong or ["bank.steps"])
+            raise RunError(
+                f"`{file}` lacks {names}, or its type is wrong. Restore the file from a copy, or start a new run."
+            )
+        return cls(path, info)
+
+    @property
+    def name(self) -> str:
+        """Experiment name."""
+        return str(self.info["name"])
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Training step of each of the K checkpoints."""
+        return tuple(self.info["bank"]["steps"])
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """summary.json; None until the search is finished."""
+        file = self.path / "summary.json"
+        if not file.is_file():
+            return None
+        summary = _read_object(file)
+        try:
+            float(summary["report"]["best"]["value"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"`{file}` lacks `report.best.value`. Restore the file from a copy.") from error
+        return summary
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search wrote its summary."""
+        return (self.path / "summary.json").is_file()
+
+    @property
+    def floor(self) -> float | None:
+        """Score of real images against real images; None where the metric has none or it is not yet known."""
+        return next((record["value"] for record in self._records("floor")), None)
+
+    @property
+    def best(self) -> Record | None:
+        """The winner's report record; of an unfinished run the best trial on the search seeds, None before one."""
+        if self.finished:
+            winner = [record for record in self._records("report") if record["who"] == "best"]
+            return winner[0] if winner else None
+        return _lowest(self._records("trial"))
+
+    def trials(self) -> DataFrame:
+        """Trials in order: uid, value (NaN when failed), best_so_far, status, seconds, images (NaN when not timed).
+
+        Raises:
+            RunError: the journal is damaged.
+        """
+        import pandas as pd
+
+        timing = _timing(self.path / "timing.jsonl")
+        rows = [
+            (r["uid"], r["value"], r["status"], *(timing.get(r["seq"], {}).get(key) for key in ("seconds", "images")))
+            for r in self._records("trial")
+        ]
+        frame = pd.DataFrame(rows, columns=["uid", "value", "status", "seconds", "images"])
+        frame = frame.astype({"value": "float64", "seconds": "float64", "images": "float64"})
+        frame.insert(2, "best_so_far", frame["value"].cummin().ffill())
+        return frame
+
+    def baselines(self) -> DataFrame:
+        """Everything the search is measured against, on the search seeds: family, label, value, status, tuned.
+
+        `tuned` marks the best of each family, the one that is scored again on the report seeds.
+        """
+        import pandas as pd
+
+        records = self._records("baseline")
+        tuned = {family: record["seq"] for family, record in _tuned(records).items()}
+        rows = [(r["family"], r["label"], r["value"], r["status"], tuned.get(r["family"]) == r["seq"]) for r in records]
+        frame = pd.DataFrame(rows, columns=["family", "label", "value", "status", "tuned"])
+        return frame.astype({"value": "float64", "tuned": "bool"})
+
+    def report_table(self) -> DataFrame:
+        """Final scores on the report seeds, the winner first, then the baselines from best to worst.
+
+        Columns: who, label, value, se, ratio (to the best baseline; NaN until the run is finished), num_images, then
+        `<metric>` and `<metric>_se` of each further metric.
+        """
+        import pandas as pd
+
+        records = self._records("report")
+        records.sort(key=lambda r: (r["who"] != "best", float("inf") if r["value"] is None else r["value"]))
+        rival = (
+            next((r["value"] for r in records if r["who"] == self._best_baseline_family()), None)
+            if self.finished
+            else None
+        )
+        others = sorted({name for record in records for name in record.get("others") or {}})
+        rows = []
+        for record in records:
+            row = {key: record.get(key) for key in ("who", "label", "value", "se")}
+            row["ratio"] = record["value"] / rival if rival and record["value"] is not None else None
+            row["num_images"] = record.get("num_images")
+            for name in others:
+                other = (record.get("others") or {}).get(name, {})
+                row |= {name: other.get("value"), f"{name}_se": other.get("se")}
+            rows.append(row)
+        extra = [column for name in others for column in (name, f"{name}_se")]
+        columns = ["who", "label", "value", "se", "ratio", "num_images", *extra]
+        return pd.DataFrame(rows, columns=columns).astype(
+            {**dict.fromkeys(columns[2:], "float64"), "num_images": "Int64"}
+        )
+
+    def coefficients(self) -> DataFrame:
+        """The best candidate's coefficients and the best baseline's: step, coef, baseline_coef, shape (K, 3).
+
+        Empty while there is no trial, and for operators whose candidates are no combination of checkpoints. The best
+        baseline is the best on the report seeds; of an unfinished run, on the search seeds. NaN where there is none.
+
+        Raises:
+            RunError: a record does not have one coefficient for each checkpoint.
+        """
+        import pandas as pd
+
+        columns = ["step", "coef", "baseline_coef"]
+        best, rival = self.best, self._best_baseline()
+        if best is None or best.get("coef") is None:
+            return pd.DataFrame(columns=columns)
+        coefs = [best["coef"], rival.get("coef") if rival else None]
+        for coef in coefs:
+            if coef is not None and len(coef) != len(self.steps):
+                raise RunError(
+                    f"a record of `{self.path}` has {len(coef)} coefficients for {len(self.steps)} checkpoints."
+                )
+        coef_K, rival_K = ([float("nan")] * len(self.steps) if coef is None else coef for coef in coefs)
+        return pd.DataFrame({"step": self.steps, "coef": coef_K, "baseline_coef": rival_K}, columns=columns)
+
+    def plot_convergence(self) -> Figure:
+        """Scores against trials, with the baselines and the final scores."""
+        from lcsc.report import plots
+
+        return plots.convergence(self)
+
+    def plot_coefficients(self) -> Figure:
+        """Coefficients against training step, with the best baseline's."""
+        from lcsc.report import plots
+
+        return plots.coefficients(self)
+
+    def _records(self, kind: str) -> list[Record]:
+        return [record for record in read_journal(self.path / "journal.jsonl") if record["kind"] == kind]
+
+    def _best_baseline_family(self) -> str | None:
+        """The family that counts as the best baseline: by the summary, else by search seeds."""
+        summary = self.summary
+        if summary is not None:
+            return (summary.get("report") or {}).get("best_baseline")
+        tuned = _lowest(list(_tuned(self._records("baseline")).values()))
+        return tuned["family"] if tuned else None
+
+    def _best_baseline(self) -> Record | None:
+        """Its record: the report's in a finished run, else the tuned one on the search seeds."""
+        family = self._best_baseline_family()
+        if self.finished:
+            return next((r for r in self._records("report") if r["who"] == family), None)
+        return _tuned(self._records("baseline")).get(family or "")
+
+
+def open_run(path: Path | str) -> Run:
+    """A read-only view of a run directory, also while the search writes it.
+
+    Raises:
+        RunError: `path` is no run directory, or its run.json cannot be read.
+    """
+    return Run.open(path)
+
+
+def read_journal(path: Path) -> list[Record]:
+    """All complete records of a journal; an unfinished last line (no newline yet) is left out, no file means none.
+
+    Raises:
+        RunError: a complete line is no record; names its number, counted from 1.
+    """
+    if not path.is_file():
+        return []
+    *lines, _torn = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_record(json.loads(line.decode("utf-8"), parse_constant=_refuse)))
+        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
+            raise RunError(
+                f"`{path}` is damaged at line {number}: {error}. Restore the file from a copy, or start a new run."
+            ) from error
+    return records
+
+
+def _record(value: Any) -> Record:
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or not isinstance(value.get("seq"), int):
+        raise ValueError("not a record with `seq` and `kind`")
+    missing = [name for name in FIELDS.get(value["kind"], ()) if name not in value]
+    if missing:
+        raise ValueError(f"a {value['kind']} record without {', '.join(f'`{name}`' for name in missing)}")
+    if not isinstance(value.get("value"), int | float | None):
+        raise ValueError(f"`value` is {str(value['value'])[:40]!r}, not a number")
+    if "coef" in value and not _is_numbers(value["coef"]):
+        raise ValueError("`coef` is not a list of numbers")
+    return value
+
+
+def _is_numbers(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(item, int | float) for item in value))
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"{name} is not a score")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise RunError(
+            f"`{file}` cannot be read: {error}. Restore the file from a copy, or start a new run."
+        ) from error
+    if not isinstance(value, dict):
+        raise RunError(
+            f"`{file}` holds a {type(value).__name__}; a JSON object is wanted. Restore the file from a copy."
+        )
+    return value
+
+
+def _timing(file: Path) -> dict[int, dict[str, Any]]:
+    """Timing by journal sequence number. It only decorates: lines that cannot be read are left out."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in file.read_bytes().split(b"\n") if file.is_file() else ():
+        try:
+            row = json.loads(line)
+            rows[row["seq"]] = row
+        except (ValueError, TypeError, KeyError):
+            continue
+    return rows
+
+
+def _lowest(records: list[Record]) -> Record | None:
+    return min((r for r in records if r["value"] is not None), key=lambda r: r["value"], default=None)
+
+
+def _tuned(records: list[Record]) -> dict[str, Record]:
+    """The best record of each family, in the order in which the families were first scored."""
+    families = dict.fromkeys(record["family"] for record in records)
+    best = {family: _lowest([r for r in records if r["family"] == family]) for family in families}
+    return {family: record for family, record in best.items() if record is not None}

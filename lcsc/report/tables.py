@@ -1,0 +1,139 @@
+"""Numbers with their uncertainty, as plain text and as HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from lcsc.report.run import Run
+
+#: What a table prints where there is no number.
+NOTHING = "–"
+
+
+def decimals_of(value: float, se: float | None) -> int:
+    """Decimals worth printing: two digits of the standard error, or four of the value where there is none."""
+    scale, digits = (se, 2) if se else (value, 4)
+    if not scale or not math.isfinite(scale):
+        return 1
+    return min(max(digits - 1 - math.floor(math.log10(abs(scale))), 0), 8)
+
+
+def number(value: float | None, se: float | None = None, *, plus_minus: bool = True) -> str:
+    """`81.8 ± 1.9`, rounded to two digits of the standard error; `–` for None and NaN."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    se = None if se is None or math.isnan(se) else se
+    decimals = decimals_of(value, se)
+    return f"{value:.{decimals}f}" + (f" ± {se:.{decimals}f}" if se and plus_minus else "")
+
+
+def result_line(summary: Mapping[str, Any]) -> str:
+    """The outcome of a finished run in one line.
+
+    `lcsc 81.8 ± 1.9 · best baseline 205.3 ± 2.0 (EMA half-life 320 steps) · ratio 0.40 · floor 9.8 (real vs real)`;
+    parts that the run does not have are left out.
+    """
+    report = summary["report"]
+    best = report["best"]
+    parts = [f"lcsc {number(best['value'], best.get('se'))}"]
+    rival = report.get("baselines", {}).get(report.get("best_baseline"))
+    if rival:
+        label = display_label(report["best_baseline"], rival["label"])
+        parts += [f"best baseline {number(rival['value'], rival.get('se'))} ({label})", f"ratio {report['ratio']:.2f}"]
+    if summary.get("floor") is not None:
+        decimals = decimals_of(best["value"], best.get("se"))
+        parts.append(f"floor {summary['floor']:.{decimals}f} (real vs real)")
+    return printable(" · ".join(parts))
+
+
+def progress_line(run: Run) -> str:
+    """The state of an unfinished run in one line; its scores are search-seed scores and say so."""
+    trials, baselines = run.trials(), run.baselines()
+    total = (run.info["config"].get("search") or {}).get("num_trials")
+    parts = [f"unfinished: {len(trials)}{f' of {total}' if total else ''} trials"]
+    if trials["value"].notna().any():
+        parts.append(f"best so far {number(trials['value'].min())}")
+    if baselines["value"].notna().any():
+        rival = baselines.loc[baselines["value"].idxmin()]
+        parts.append(f"best baseline {number(rival['value'])} ({display_label(rival['family'], rival['label'])})")
+    if len(parts) > 1:
+        parts.append("search seeds, not final")
+    return printable(" · ".join(parts))
+
+
+def status_line(run: Run) -> str:
+    """`result_line` of a finished run, `progress_line` of another."""
+    summary = run.summary
+    return progress_line(run) if summary is None else result_line(summary)
+
+
+def display_label(who: str, label: str) -> str:
+    """What a reader is shown for the winner or a baseline: `LCSC (trial 17)`, `last checkpoint (step 1000)`."""
+    heads = {"best": "LCSC", "last": "last checkpoint", "best_single": "best single"}
+    return f"{heads[who]} ({label})" if who in heads else str(label)
+
+
+def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of final scores, as text; no rows until the report seeds were used."""
+    frame = run.report_table()
+    others = [name for name in frame.columns[6:] if not name.endswith("_se")]
+    head = ["", str(run.info["metric"]), "ratio", *others, "images"]
+    rows = []
+    for row in frame.to_dict("records"):
+        extra = [number(row[name], row[f"{name}_se"]) for name in others]
+        ratio = NOTHING if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}"
+        images = f"{row['num_images']:,}" if isinstance(row["num_images"], int) else NOTHING  # else pandas' NA
+        rows.append([display_label(row["who"], row["label"]), number(row["value"], row["se"]), ratio, *extra, images])
+    return head, rows
+
+
+def report_text(run: Run) -> str:
+    """The table of final scores for a terminal; of an unfinished run, its progress in one line."""
+    head, rows = score_rows(run)
+    return text_table(head, rows) if rows else progress_line(run)
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
+    """Aligned columns, the first `num_left` to the left and the rest to the right; control characters are replaced."""
+    cells = [[printable(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:<{w}}" if i < num_left else f"{cell:>{w}}"
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("─" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def html_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1, strong: int | None = None
+) -> Markup:
+    """The same as an HTML table, every cell escaped; row `strong` is set bold."""
+    from markupsafe import Markup
+
+    def line(cells: Sequence[str], tag: str) -> Markup:
+        left = Markup("<{0} class=left>{1}</{0}>")
+        right = Markup("<{0}>{1}</{0}>")
+        return Markup("").join(
+            (left if i < num_left else right).format(Markup(tag), cell) for i, cell in enumerate(cells)
+        )
+
+    body = Markup("\n").join(
+        Markup("<tr{}>{}</tr>").format(Markup(" class=strong") if i == strong else "", line(row, "td"))
+        for i, row in enumerate(rows)
+    )
+    shell = Markup("<div class=scroll><table><thead><tr>{}</tr></thead>\n<tbody>{}</tbody></table></div>")
+    return shell.format(line(head, "th"), body)
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: a name in a run directory must not steer a terminal."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(text))

@@ -1,0 +1,48 @@
+"""First-order sampler on the EDM schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lcsc.core.registry import register
+from lcsc.core.seeds import ImageNoise
+from lcsc.samplers.base import Denoise
+from lcsc.samplers.schedule import check_karras, karras_sigmas
+
+
+@register("sampler", "euler", source="arXiv:2206.00364, Algorithm 1 without the correction")
+@dataclass(frozen=True)
+class Euler:
+    """Euler steps of the probability-flow ODE, order 1; one network call a step.
+
+    Args:
+        num_steps: steps, the last of which ends at sigma 0.
+        sigma_min, sigma_max, rho: EDM schedule (Eq. 5).
+    """
+
+    num_steps: int = 5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        check_karras("euler", self.num_steps, self.sigma_min, self.sigma_max, self.rho)
+
+    def nfe(self) -> int:
+        """Number of network calls per image."""
+        return self.num_steps
+
+    def __call__(
+        self, denoise: Denoise, noise_NCHW: Tensor, labels_N: Tensor | None = None, *, rng: ImageNoise | None = None
+    ) -> Tensor:
+        """Images of shape and dtype of `noise_NCHW`; `rng` is not used."""
+        sigmas = karras_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho)
+        x_NCHW = noise_NCHW * sigmas[0]
+        for sigma, sigma_next in pairwise(sigmas):
+            # x + (sigma_next - sigma) (x - D) / sigma, written so that sigma_next = 0 gives D to the bit
+            x_NCHW = torch.lerp(denoise(x_NCHW, sigma, labels_N), x_NCHW, sigma_next / sigma)
+        return x_NCHW

@@ -1,0 +1,28 @@
+"""Noise schedules shared by samplers."""
+
+from __future__ import annotations
+
+from lcsc.core.errors import ConfigError
+
+
+def check_karras(name: str, num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> None:
+    """Raise `ConfigError` unless the sampler `name` has a usable EDM schedule."""
+    if num_steps < 1:
+        raise ConfigError(f"sampler `{name}` has `num_steps` {num_steps}; it needs at least 1. 5 is usual here.")
+    if not 0 < sigma_min < sigma_max:
+        raise ConfigError(
+            f"sampler `{name}` has `sigma_min` {sigma_min} and `sigma_max` {sigma_max}; they must satisfy "
+            "0 < sigma_min < sigma_max. 0.002 and 80 are usual."
+        )
+    if not rho > 0:
+        raise ConfigError(f"sampler `{name}` has `rho` {rho}; it must be above 0. 7 is usual.")
+
+
+def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
+    """`num_steps` noise levels falling from `sigma_max` to `sigma_min`, then 0 (arXiv:2206.00364, Eq. 5).
+
+    The ends are exact. One step goes from `sigma_max` straight to 0.
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    inner = [(high + i / (num_steps - 1) * (low - high)) ** rho for i in range(1, num_steps - 1)]
+    return [sigma_max, *inner, *([sigma_min] if num_steps > 1 else []), 0.0]

@@ -1,0 +1,175 @@
+"""The folder a trainer fills: whose it is, which checkpoints are there, what is still missing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from lcsc.core.differences import differences
+from lcsc.core.digests import value_digest
+from lcsc.core.errors import OutputExistsError, RunError
+from lcsc.core.files import new_directory, write_json
+from lcsc.core.registry import discover
+from lcsc.datasets.base import Dataset
+from lcsc.models.network import save_network
+
+SCHEMA = 1
+
+
+def plain(value: Any) -> Any:
+    """`value` with mappings as dicts and sequences as lists, as JSON would give it back."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [plain(item) for item in value]
+    return value
+
+
+def describe(kind: str, obj: Any) -> dict[str, Any]:
+    """A part's registered name and its fields; an object nobody registered goes by its class name."""
+    names = [name for name, part in discover(kind).items() if part.cls is type(obj)]
+    fields = dataclasses.asdict(obj) if dataclasses.is_dataclass(obj) and not isinstance(obj, type) else {}
+    return {"name": names[0] if names else type(obj).__name__, **plain(fields)}
+
+
+def images_digest(images_NCHW: Tensor) -> str:
+    """Hex SHA-256 of the shape and the float32 values."""
+    array = np.ascontiguousarray(images_NCHW.detach().cpu().numpy(), dtype="<f4")
+    return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
+
+
+def make_config(
+    trainer: Any, *, arch: Mapping[str, Any], model: Any, dataset: Dataset, images_NCHW: Tensor, seed: int
+) -> dict[str, Any]:
+    """Everything the bank's numbers depend on, as plain values."""
+    return {
+        "trainer": describe("trainer", trainer),
+        "arch": plain(arch),
+        "model": describe("model", model),
+        "dataset": {"name": dataset.name, "num_images": len(images_NCHW), "digest": images_digest(images_NCHW)},
+        "seed": int(seed),
+    }
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimizer steps."""
+    return f"checkpoint-{step:06d}"
+
+
+def needs_training(path: Path) -> bool:
+    """Whether a bank is absent, or its training was interrupted."""
+    return not path.exists() or (path / ".lock").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class BankFolder:
+    """A bank in the making.
+
+    Args:
+        path: the folder.
+        config: plain configuration; what `train.json` holds.
+        steps: the steps that are saved, ascending.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    steps: tuple[int, ...]
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the configuration."""
+        return value_digest(self.config)
+
+    @property
+    def state_path(self) -> Path:
+        """Where the state to continue from lies while the bank is unfinished."""
+        return self.path / ".training" / "state.safetensors"
+
+    @property
+    def log_path(self) -> Path:
+        """The loss curve, one JSON object a line."""
+        return self.path / "train_log.jsonl"
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is there; its folder appears complete or not at all."""
+        return (self.path / checkpoint_name(step)).is_dir()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every checkpoint is there."""
+        return (self.path / "train.json").is_file() and all(self.has(step) for step in self.steps)
+
+    def check(self) -> None:
+        """Refuse a folder that is not ours; reads only.
+
+        Raises:
+            OutputExistsError: something lies at `path` that no trainer wrote.
+            RunError: the bank there was made with another configuration (field by field difference).
+        """
+        if not self.path.exists():
+            return
+        file = self.path / "train.json"
+        if not file.is_file():
+            if not self.path.is_dir() or any(not item.name.startswith(".") for item in self.path.iterdir()):
+                raise OutputExistsError(
+                    f"output `{self.path}` exists already and holds no train.json, so no trainer made it. "
+                    "Nothing is overwritten; choose another path or remove it."
+                )
+            return
+        try:
+            old = json.loads(file.read_text())["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"`{file}` is not a trainer's configuration: {error!r}. Remove `{self.path}`.") from error
+        lines = differences(old, self.config)
+        if lines:
+            raise RunError(
+                f"the bank `{self.path}` was made with another configuration: {'; '.join(lines)}. "
+                "A bank belongs to one configuration; choose another output path or remove the folder."
+            )
+
+    def create(self) -> None:
+        """Write `train.json` where there is none and drop what a killed run left half-written."""
+        for pattern in (".checkpoint-*.tmp", ".train*.tmp", ".training/.state*.tmp"):
+            for leftover in self.path.glob(pattern):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self.state_path.parent.mkdir(exist_ok=True)
+        if not (self.path / "train.json").exists():
+            write_json(self.path / "train.json", {"schema": SCHEMA, "config": self.config})
+
+    def write_checkpoint(self, net: nn.Module, step: int) -> None:
+        """Save the network under the name of `step`, atomically; nothing happens when it is there."""
+        if not self.has(step):
+            with new_directory(self.path / checkpoint_name(step)) as folder:
+                save_network(net, folder / "unet")
+
+    def close(self) -> None:
+        """Drop the state and the lock file of a finished bank."""
+        shutil.rmtree(self.state_path.parent, ignore_errors=True)
+        (self.path / ".lock").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; the system lets go of it even when the process is killed.
+
+        Raises:
+            RunError: another process trains into the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process is training into `{self.path}`. Wait for it or choose another output path."
+                ) from error
+            yield

@@ -1,0 +1,117 @@
+"""Every mistake: one sentence, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from helpers_cli import TOY
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DIGITS = ["experiment=digits", "search.num_trials=2", "quiet=true"]
+
+
+def written(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def refuse(lcsc, here, words, text):
+    """Run `words`; it must exit 2 with `text` in one line and leave the folder as it was."""
+    before = written(here)
+    code, out, err = lcsc(*words)
+    assert code == 2, (code, out, err)
+    assert err.startswith("lcsc: ")
+    assert err.count("\n") == 1, err
+    assert text in err
+    assert "Traceback" not in err
+    assert written(here) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["serach"], "no verb named `serach`. Did you mean `search`?"),
+        (["search", *TOY, "searcher=cmma"], "no searcher named `cmma`. Did you mean `cma`?"),
+        (["search", "-m", *TOY, "searcher=cma,cmma"], "no searcher named `cmma`. Did you mean `cma`?"),
+        (["search", "experiment=digit"], "no experiment named `digit`. Did you mean `digits`?"),
+        (
+            ["search", *TOY, "search.num_trails=3"],
+            "no setting named `search.num_trails`. Did you mean `search.num_trials`?",
+        ),
+        (["search", *TOY, "searcher.sigma=3"], "no setting named `searcher.sigma`. Did you mean `searcher.sigma0`?"),
+        (["search", *TOY, "search.num_trials=many"], "`search.num_trials`"),
+        (["search", *TOY, "search.num_trials=0"], "`search.num_trials` is 0; it must be at least 1"),
+        (["search", *TOY, "seed=-1"], "`seed` is -1; it must lie in"),
+        (["search", "seed=1"], "is not set"),
+        (
+            ["search", *DIGITS],
+            "no checkpoint found under `banks/digits`. Tried checkpoint-<step>/<component>/*.safetensors",
+        ),
+        (["list", "samplars"], "no kind of part named `samplars`. Did you mean `samplers`?"),
+        (["export", "run=nowhere", "to=out"], "`nowhere` is no run directory"),
+        (["export", "run=nowhere"], "`to` is not set"),
+        (["report", "run=a", "runs=b"], "either `run=DIR`"),
+        (["report", "runs=nothing/*"], "no run directory matches `nothing/*`"),
+        (["report", "rum=x"], "no setting named `rum`. Did you mean `run`?"),
+        (["export", "run"], "`run` is not understood. Write key=value."),
+    ],
+)
+def test_mistakes_on_the_line(here, lcsc, words, text):
+    refuse(lcsc, here, words, text)
+
+
+def edit(folder, change):
+    path = folder / "unet" / WEIGHTS
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def truncate(folder):
+    path = folder / "unet" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (truncate, "is not a whole safetensors file"),
+        (lambda f: edit(f, lambda t: t.pop("conv_in.bias")), "`conv_in.bias` is only in step 50"),
+        (lambda f: edit(f, lambda t: t.update({"conv_in.bias": torch.zeros(5)})), "`conv_in.bias` is (8,) vs (5,)"),
+        (lambda f: edit(f, lambda t: t["conv_in.bias"].fill_(float("nan"))), "holds 8 NaN or Inf in `conv_in.bias`"),
+    ],
+)
+def test_damaged_banks(here, lcsc, tiny_bank, damage, text):
+    damage(tiny_bank / "checkpoint-200")
+    refuse(lcsc, here, ["search", *DIGITS, f"bank.path={tiny_bank}"], text)
+
+
+def test_too_few_images(here, lcsc, tiny_bank):
+    refuse(
+        lcsc,
+        here,
+        ["search", *DIGITS, f"bank.path={tiny_bank}", "search.num_images=1"],
+        "`search.num_images` is 1: too few images for `fid_digits`; it needs at least 2",
+    )
+
+
+def test_another_configuration_and_a_taken_output(here, lcsc):
+    assert lcsc("search", *TOY, "run_dir=mine", "search.num_trials=3")[0] == 0
+    refuse(lcsc, here, ["search", *TOY, "run_dir=mine", "search.num_trials=4"], "`search.num_trials`: 3 -> 4")
+    (here / "out").mkdir()
+    refuse(lcsc, here, ["export", "run=mine", "to=out"], "output `out` exists already")
+    refuse(lcsc, here, ["export", "run=mine", "to=new", "format=onnx"], "no format named `onnx`")
+    refuse(
+        lcsc, here, ["export", "run=mine", "to=new", "max_shard_size=5XB"], "`max_shard_size` is `5XB`; write a size"
+    )
+    shutil.rmtree(here / "banks")
+    refuse(lcsc, here, ["export", "run=mine", "to=new"], "no checkpoint found under `banks/toy_gaussian`")
+
+
+def test_help_and_version_cost_nothing(lcsc):
+    code, out, _ = lcsc("--help")
+    assert code == 0
+    assert "usage: lcsc VERB" in out
+    assert lcsc("--version")[1].strip()

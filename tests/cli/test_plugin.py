@@ -1,0 +1,77 @@
+"""An operator in one file outside the package is found, listed and searchable."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers_cli import TOY, start
+
+OPERATOR = '''
+"""One coefficient only: how far to go from the last checkpoint but one to the last, and beyond."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lcsc import combine, register
+from lcsc.core.space import Box, SearchSpace
+from lcsc.operators.base import Baseline, Candidate
+import torch
+
+
+@register("operator", "extrapolate", source="ExPO, arXiv:2404.16792")
+@dataclass(frozen=True)
+class Extrapolate:
+    """A straight line through the last two checkpoints."""
+
+    reach: float = 2.0
+
+    def space(self, bank):
+        return SearchSpace((Box("t", 1, -self.reach, self.reach),))
+
+    def apply(self, bank, point):
+        t = float(point["t"][0])
+        coef_K = torch.zeros(bank.num_checkpoints, dtype=torch.float64)
+        coef_K[-2:] = torch.tensor([-t, 1 + t])
+        recipe = {"operator": "extrapolate", "steps": list(bank.steps), "coef": coef_K.tolist()}
+        return Candidate(bank.arch, bank.layout, lambda out: combine(coef_K, bank.matrix(), out_BP=out), recipe)
+
+    def baselines(self, bank):
+        return [Baseline("last", "last", {"t": np.zeros(1)})]
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """A folder as an installer would leave it: one module and its metadata."""
+    site = tmp_path / "site"
+    info = site / "lcsc_extrapolate-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "extrapolate.py").write_text(OPERATOR)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lcsc-extrapolate\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lcsc.operators]\nextrapolate = extrapolate\n")
+    return site
+
+
+@pytest.mark.slow
+def test_a_foreign_operator_is_searched(plugin, tmp_path):
+    env = {"PYTHONPATH": str(plugin)}
+    process = start("list", "operators", cwd=tmp_path, env={**env, "COLUMNS": "200"})
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert "extrapolate" in out
+    assert "ExPO" in out
+    words = ["search", *TOY, "operator=extrapolate", "operator.reach=3", "searcher=one_plus_one"]
+    process = start(*words, cwd=tmp_path, env=env)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    (path,) = (p.parent for p in tmp_path.glob("runs/*/summary.json"))
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["operator"] == "extrapolate"
+    assert summary["num_coefficients"] == 1
+    coef = [row["coef"] for row in summary["coefficients"]]
+    assert coef[:-2] == [0] * 10
+    assert sum(coef) == pytest.approx(1)
+    assert -3 <= -coef[-2] <= 3
+    assert list(summary["report"]["baselines"]) == ["last"]

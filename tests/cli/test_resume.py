@@ -1,0 +1,76 @@
+"""A real process killed with SIGKILL: the same line finishes with the journal of an unbroken run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from helpers_cli import TOY, start
+
+# one thread, so that both processes add in the same order
+ENV = {"OMP_NUM_THREADS": "1"}
+WORDS = ["search", *TOY, "searcher=diagonal_cma", "search.num_trials=120"]
+
+
+def finish(cwd):
+    process = start(*WORDS, cwd=cwd, env=ENV)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    return out
+
+
+def kill_after(cwd, num_lines):
+    """Start the search and kill it once its journal has `num_lines` lines."""
+    process = start(*WORDS, cwd=cwd, env=ENV)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        journals = list(cwd.glob("runs/*/journal.jsonl"))
+        if journals and journals[0].read_bytes().count(b"\n") >= num_lines:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, out
+
+
+def only_run(cwd):
+    (path,) = (p.parent for p in cwd.glob("runs/*/run.json"))
+    return path
+
+
+@pytest.mark.slow
+def test_killed_twice_gives_the_journal_of_an_unbroken_run(tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    finish(tmp_path / "whole")
+    kill_after(tmp_path / "broken", 20)  # among the baselines
+    kill_after(tmp_path / "broken", 110)  # among the trials
+    path = only_run(tmp_path / "broken")
+    assert not (path / "summary.json").exists()
+    assert "continuing" in finish(tmp_path / "broken")
+    whole = only_run(tmp_path / "whole")
+    assert (path / "journal.jsonl").read_bytes() == (whole / "journal.jsonl").read_bytes()
+    for key in ("report", "coefficients", "num_trials", "images_sampled"):
+        left, right = (json.loads((p / "summary.json").read_text())[key] for p in (path, whole))
+        assert left == right, key
+    name = "best/diffusion_pytorch_model.safetensors"
+    strip = len(path.name.encode())  # the recipe names the run, so compare the tensors' bytes behind the header
+    assert strip == len(whole.name.encode())
+    assert (path / name).read_bytes()[-32:] == (whole / name).read_bytes()[-32:]
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_continue(tmp_path):
+    process = start(*WORDS, cwd=tmp_path, env=ENV)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(tmp_path.glob("runs/*/journal.jsonl")):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "interrupted; the same line continues" in out
+    assert "Traceback" not in out

@@ -1,0 +1,119 @@
+"""The whole chain on the problem with a known answer: search, report, export, verify, sweep, compare."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers_cli import TOY
+
+from lcsc.bank import CheckpointBank
+from lcsc.export.weights import read_recipe
+from lcsc.models.network import load_network
+from lcsc.search.journal import read_records
+
+
+@pytest.fixture
+def run(here, lcsc):
+    """A finished toy run."""
+    code, out, err = lcsc("search", *TOY)
+    assert code == 0, err
+    (path,) = (p.parent for p in here.glob("runs/*/run.json"))
+    return path, out
+
+
+def test_finds_the_known_optimum(run, here):
+    path, out = run
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["report"]["ratio"] < 0.5
+    assert summary["num_checkpoints"] == 12
+    assert summary["num_coefficients"] == 11
+    assert summary["num_trials"] == 30
+    assert summary["metric"] == "fid_pixels"
+    assert summary["nfe"] == 15
+    assert sum(row["coef"] for row in summary["coefficients"]) == pytest.approx(1, abs=1e-9)
+    assert set(summary["report"]["baselines"]) == {"last", "best_single", "ema", "power_ema", "uniform", "wsm"}
+    worst = max(row["value"] for row in summary["report"]["baselines"].values())
+    assert summary["report"]["best"]["value"] < worst
+    value = f"{summary['report']['best']['value']:.3g}"[:5]
+    assert "ratio" in out
+    assert value in out
+    # the exported network is the combination of the checkpoints, in plain arithmetic
+    bank = CheckpointBank.open(here / "banks" / "toy_gaussian")
+    coef_K = np.array([row["coef"] for row in summary["coefficients"]])
+    wanted_P = coef_K @ bank.matrix().double().numpy()
+    got_P = bank.layout.flatten(load_network(path / "best").state_dict()).numpy()
+    np.testing.assert_allclose(got_P, wanted_P, atol=1e-5)
+
+
+def test_run_directory_is_as_described(run):
+    path, _ = run
+    names = {p.name for p in path.iterdir()}
+    assert {"run.json", "journal.jsonl", "timing.jsonl", "samples.npz", "summary.json", "best", "report"} <= names
+    assert (path / "report" / "report.html").stat().st_size > 10_000
+    records, _ = read_records(path / "journal.jsonl")
+    kinds = [record["kind"] for record in records]
+    assert kinds[0] == "floor"
+    assert kinds.count("trial") == 30
+    assert kinds.count("select") == 3
+    assert kinds.count("report") == 7
+    images = np.load(path / "samples.npz")
+    assert images["best"].shape == images["last"].shape == (64, 1, 2, 2)
+
+
+def test_the_same_line_again_changes_nothing(run, lcsc):
+    path, _ = run
+    before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
+    code, out, _ = lcsc("search", *TOY)
+    assert code == 0
+    assert "finished already" in out
+    assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("format", ["diffusers", "safetensors"])
+def test_export_scores_what_the_run_scored(run, here, lcsc, format):
+    path, _ = run
+    code, out, err = lcsc("export", f"run={path}", "to=out", f"format={format}", "max_shard_size=20")
+    assert code == 0, err
+    best = json.loads((path / "summary.json").read_text())["report"]["best"]
+    assert f"scores {best['value']:.6g}" in out
+    recipe = read_recipe(here / "out")
+    assert recipe["coef"] == [row["coef"] for row in json.loads((path / "summary.json").read_text())["coefficients"]]
+    assert [len(parent["files"]) for parent in recipe["parents"]] == [1] * 12
+    card = (here / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    assert "exactly the run's" in card
+    assert "lcsc search experiment=toy_gaussian" in card
+    if format == "diffusers":
+        assert len(list((here / "out").glob("*.safetensors"))) == 2  # sharded: two tensors of 16 bytes
+        for name, tensor in load_network(here / "out").state_dict().items():
+            assert torch.equal(tensor, load_network(path / "best").state_dict()[name])
+
+
+def test_report_verb_draws_again(run, lcsc):
+    path, _ = run
+    page = path / "report" / "report.html"
+    page.unlink()
+    code, out, _ = lcsc("report", f"run={path}")
+    assert code == 0
+    assert page.exists()
+    assert "ratio" in out
+
+
+@pytest.mark.slow
+def test_sweep_and_comparison(here, lcsc):
+    code, out, err = lcsc("search", "-m", *TOY, "search.num_trials=8", "searcher=cma,random", "seed=0,1", "quiet=true")
+    assert code == 0, err
+    runs = sorted(here.glob("runs/*/summary.json"))
+    assert len(runs) == 4
+    found = {
+        (info["config"]["searcher"]["name"], info["config"]["seed"])
+        for info in (json.loads((r.parent / "run.json").read_text()) for r in runs)
+    }
+    assert found == {("cma", 0), ("cma", 1), ("random", 0), ("random", 1)}
+    code, out, err = lcsc("report", "runs=runs/*")
+    assert code == 0, err
+    assert out.count("random") >= 2
+    assert (here / "comparison" / "comparison.html").exists()

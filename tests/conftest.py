@@ -1,0 +1,44 @@
+"""Shared by all tests: one thread each (the suites run on small machines) and tiny banks made by the real writers."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from lcsc.models.network import build_network, save_network
+
+TINY = {
+    "class": "UNet2DModel",
+    "config": {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": [8],
+        "norm_num_groups": 4,
+        "down_block_types": ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
+        "add_attention": False,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_arch():
+    """The smallest UNet2DModel the tests use."""
+    return TINY
+
+
+@pytest.fixture
+def tiny_bank(tmp_path):
+    """A folder of five checkpoints of a tiny UNet2DModel, as diffusers saves them."""
+    folder = tmp_path / "bank"
+    torch.manual_seed(0)
+    for step in (50, 100, 200, 400, 1000):
+        save_network(build_network(TINY), folder / f"checkpoint-{step}" / "unet")
+    return folder

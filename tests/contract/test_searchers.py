@@ -1,0 +1,84 @@
+"""Every searcher we vouch for: same seed same proposals, replay to the bit, bounds, start point, progress."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lcsc.core.errors import ConfigError, EvaluationError
+from lcsc.core.registry import build, discover
+from lcsc.core.space import Box, SearchSpace
+
+NAMES = sorted(discover("searcher"))
+FREE = SearchSpace((Box("z", 8, scale=0.5),))
+BOXED = SearchSpace((Box("z", 3, -1.0, 2.0),))
+TARGET = np.linspace(-0.4, 0.6, 8)
+
+
+def loss(vector):
+    return float(((vector - TARGET) ** 2).sum()) + 0.5
+
+
+def run(searcher, space, num, seed=0, init=None, value=loss):
+    session = searcher.start(space, 60, seed, init)
+    proposals = []
+    for _ in range(num):
+        uid, vector = session.ask()
+        assert uid == len(proposals)
+        proposals.append(vector)
+        session.tell(uid, value(vector))
+    return np.array(proposals), session
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_proposals_and_replay_to_the_bit(name):
+    first, _ = run(build("searcher", name), FREE, 40)
+    again, session = run(build("searcher", name), FREE, 25)  # an interrupted run, replayed ...
+    assert first[:25].tobytes() == again.tobytes()
+    for wanted in first[25:]:  # ... and continued
+        uid, vector = session.ask()
+        assert vector.tobytes() == wanted.tobytes()
+        session.tell(uid, loss(vector))
+    other, _ = run(build("searcher", name), FREE, 40, seed=1)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bounds_hold(name):
+    proposals, session = run(build("searcher", name), BOXED, 60, value=lambda v: float(v.sum()))
+    assert proposals.min() >= -1
+    assert proposals.max() <= 2
+    assert session.best().shape == (3,)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_start_point_is_used(name):
+    far = np.full(8, 100.0)
+    proposals, _ = run(build("searcher", name), FREE, 5, init=far)
+    assert np.median(np.abs(proposals - far)) < 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_finds_lower_values(name):
+    proposals, _ = run(build("searcher", name), FREE, 60)
+    values = [loss(vector) for vector in proposals]
+    assert min(values[20:]) < np.median(values[:10])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_value_that_is_not_finite_reaches_an_optimizer(value):
+    session = build("searcher", "cma").start(FREE, 10, 0)
+    uid, _ = session.ask()
+    with pytest.raises(EvaluationError, match="only finite values may reach it"):
+        session.tell(uid, value)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ConfigError, match="nevergrad has no optimizer `CMAA`. Did you mean `CMA`"):
+        build("searcher", "cma", optimizer="CMAA").start(FREE, 10, 0)
+    with pytest.raises(ConfigError, match="declares nothing to search"):
+        build("searcher", "cma").start(SearchSpace(), 10, 0)
+    with pytest.raises(ConfigError, match="some boxes have bounds and some have none"):
+        build("searcher", "cma").start(SearchSpace((Box("a", 1, 0, 1), Box("b", 1))), 10, 0)
+    with pytest.raises(ConfigError, match="`searcher.sigma0` is 0; it must be above 0"):
+        build("searcher", "cma", sigma0=0)

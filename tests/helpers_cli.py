@@ -1,0 +1,29 @@
+"""What the command-line tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+#: A toy search small enough for tests.
+TOY = [
+    "experiment=toy_gaussian",
+    "search.num_trials=30",
+    "search.num_images=64",
+    "search.num_finalists=3",
+    "search.num_images_select=100",
+    "search.num_images_report=200",
+]
+
+
+def start(*words, cwd, env=None):
+    """Start `python -m lcsc WORDS` as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lcsc", *words],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

@@ -1,0 +1,257 @@
+"""Datasets: shapes, ranges and values against the files and libraries they come from."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from lcsc.core import registry
+from lcsc.core.errors import ConfigError, MissingExtraError
+from lcsc.core.seeds import Purpose, SeedRange
+from lcsc.datasets.gaussian import Gaussian
+from lcsc.datasets.image_folder import ImageFolder
+from lcsc.datasets.npz import Npz
+from lcsc.datasets.parquet import Parquet
+from lcsc.datasets.split import split_halves
+
+PIXELS_NHWC = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
+
+
+def save_npz(folder: Path, array: np.ndarray) -> str:
+    np.savez(folder / "set.npz", images=array)
+    return str(folder / "set.npz")
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_digits_are_scikit_learns() -> None:
+    dataset = registry.build("dataset", "digits")
+    images = dataset.images()
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert dataset.image_shape == (1, 8, 8)
+    assert (images.min(), images.max()) == (-1, 1)
+    assert dataset.name == "digits"
+    np.testing.assert_array_equal((images.numpy() + 1) * 8, load_digits().images[:, None])
+    assert dataset.images() is images
+
+
+def test_gaussian_images_have_the_stated_moments() -> None:
+    dataset = Gaussian(shape=[2, 3, 2], num_images=20_000)
+    images = dataset.images()
+    index = np.arange(12).reshape(2, 3, 2)
+    np.testing.assert_allclose(dataset.mean_CHW, 0.3 * np.cos(index), rtol=1e-6)
+    np.testing.assert_allclose(dataset.std_CHW, 0.1 + 0.04 * np.sin(index), rtol=1e-6)
+    assert images.shape == (20_000, 2, 3, 2)
+    assert images.dtype == torch.float32
+    assert images.abs().max() <= 1
+    z = (images - dataset.mean_CHW) / dataset.std_CHW  # five standard errors
+    np.testing.assert_allclose(z.mean(0), 0, atol=5 / 20_000**0.5)
+    np.testing.assert_allclose(z.var(0), 1, atol=5 * (2 / 20_000) ** 0.5)
+    correlation = np.corrcoef(z.reshape(20_000, -1).T) - np.eye(12)
+    np.testing.assert_allclose(correlation, 0, atol=5 / 20_000**0.5)
+
+
+def test_gaussian_images_are_fixed_by_seed_and_index() -> None:
+    images = Gaussian().images()
+    assert images.shape == (4096, 1, 2, 2)
+    assert torch.equal(Gaussian(num_images=10).images(), images[:10])
+    assert not torch.equal(Gaussian(seed=1).images(), images)
+    sampler_noise = torch.from_numpy(SeedRange(0, Purpose.SEARCH).normal(range(4096), (1, 2, 2)))
+    z = (images - Gaussian().mean_CHW) / Gaussian().std_CHW
+    assert abs((z * sampler_noise).mean()) < 5 / 16384**0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shape": [2, 2]}, r"has `shape` \[2, 2\]; give channels, height, width"),
+        ({"shape": [1, 0, 2]}, r"has `shape` \[1, 0, 2\]"),
+        ({"num_images": 0}, "has `num_images` 0; it needs at least 1"),
+    ],
+)
+def test_gaussian_fields_are_checked(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"dataset `gaussian` {message}"):
+        Gaussian(**fields)
+
+
+NCHW = PIXELS_NHWC.transpose(0, 3, 1, 2) / 127.5 - 1
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (PIXELS_NHWC, NCHW),
+        (PIXELS_NHWC.transpose(0, 3, 1, 2), NCHW),
+        (PIXELS_NHWC[..., 0], NCHW[:, :1]),
+        (PIXELS_NHWC[..., :1], NCHW[:, :1]),
+        (PIXELS_NHWC / 255, NCHW),
+        ((PIXELS_NHWC / 255).astype(np.float16), NCHW),
+        (NCHW, NCHW),
+        (NCHW.astype(np.float32), NCHW),
+    ],
+    ids=["nhwc", "nchw", "nhw", "nhw1", "float01", "half01", "float64", "float32"],
+)
+def test_npz_layouts_and_ranges(tmp_path: Path, array: np.ndarray, expected: np.ndarray) -> None:
+    dataset = Npz(path=save_npz(tmp_path, array))
+    images = dataset.images()
+    np.testing.assert_allclose(images, expected, atol=1e-3 if array.dtype == np.float16 else 1e-6)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous()
+    assert dataset.images() is images
+    assert dataset.image_shape == expected.shape[1:]
+    assert dataset.name == "set"
+
+
+def test_extreme_bytes_are_the_ends_of_the_range(tmp_path: Path) -> None:
+    images = Npz(path=save_npz(tmp_path, np.array([[[0, 255]]], dtype=np.uint8))).images()
+    assert images.flatten().tolist() == [-1.0, 1.0]
+
+
+def test_resize_averages_blocks_like_pillow(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    images = Npz(path=save_npz(tmp_path, pixels), resize=8).images()
+    assert images.shape == (3, 1, 8, 8)
+    assert images.min() >= -1
+    assert images.max() <= 1
+    for image, source in zip(images, pixels, strict=True):
+        small = Image.fromarray(source.astype(np.float32)).resize((8, 8), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(image[0], np.asarray(small) / 127.5 - 1, atol=1e-5)
+
+
+def test_resize_crops_the_centre(tmp_path: Path) -> None:
+    pixels = np.zeros((1, 4, 10), dtype=np.uint8)
+    pixels[:, :, 3:7] = 255
+    assert torch.equal(Npz(path=save_npz(tmp_path, pixels), resize=4).images(), torch.ones(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 4, 4), dtype=np.int64), "array `images` of `.*set.npz` holds int64; images are uint8 or floats"),
+        (np.full((2, 4, 4), 255.0), r"holds floats in \[255.0, 255.0\]; allowed are \[0, 1\] and \[-1, 1\]"),
+        (np.full((2, 4, 4), np.nan), r"holds floats in \[nan, nan\]"),
+        (np.zeros((4, 4)), r"has shape \(4, 4\); images are NHW, NHWC or NCHW with 1, 3 or 4 channels"),
+        (np.zeros((2, 7, 4, 7)), r"has shape \(2, 7, 4, 7\)"),
+        (np.array([{}]), "cannot read .* as an .npz archive: .*pickle"),
+    ],
+)
+def test_arrays_that_are_no_images(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Npz(path=save_npz(tmp_path, array)).images()
+
+
+def test_npz_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`.*set.npz` has no array `image`. Did you mean `images`?"):
+        Npz(path=save_npz(tmp_path, PIXELS_NHWC), key="image").images()
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(ConfigError, match=r"cannot read `.*text.npz` as an .npz archive"):
+        Npz(path=str(tmp_path / "text.npz")).images()
+    np.save(tmp_path / "one.npy", PIXELS_NHWC)
+    with pytest.raises(ConfigError, match=r"cannot read `.*one.npy` as an .npz archive"):
+        Npz(path=str(tmp_path / "one.npy")).images()
+
+
+def test_image_folder_reads_in_sorted_order(tmp_path: Path) -> None:
+    for name, pixels in zip(["b.png", "a.png", "c/a.PNG", "c.bmp"], PIXELS_NHWC[:4], strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not an image")
+    dataset = ImageFolder(path=str(tmp_path))
+    np.testing.assert_allclose(dataset.images(), NCHW[[1, 0, 3, 2]], atol=1e-6)  # a, b, c.bmp, c/a
+    assert dataset.image_shape == (3, 6, 6)
+    assert dataset.name == tmp_path.name
+
+
+def test_image_folder_grey_and_mixed(tmp_path: Path) -> None:
+    Image.fromarray(PIXELS_NHWC[0, :, :, 0]).save(tmp_path / "a.png")
+    grey = ImageFolder(path=str(tmp_path)).images()
+    np.testing.assert_allclose(grey, NCHW[:1, :1], atol=1e-6)
+    Image.fromarray(np.dstack([PIXELS_NHWC[1], np.full((6, 6), 9, np.uint8)])).save(tmp_path / "b.png")  # RGBA
+    mixed = ImageFolder(path=str(tmp_path)).images()
+    np.testing.assert_allclose(mixed, np.stack([NCHW[0, [0, 0, 0]], NCHW[1]]), atol=1e-6)
+
+
+def test_image_folder_sizes_must_agree_or_be_made_to(tmp_path: Path) -> None:
+    Image.fromarray(PIXELS_NHWC[0]).save(tmp_path / "a.png")
+    Image.fromarray(PIXELS_NHWC[1, :4]).save(tmp_path / "b.png")
+    with pytest.raises(ConfigError, match=r"different size: the first is \(6, 6\), `b.png` is \(4, 6\). Set `resize`"):
+        ImageFolder(path=str(tmp_path)).images()
+    assert ImageFolder(path=str(tmp_path), resize=3).image_shape == (3, 3, 3)
+
+
+def test_image_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset `image_folder` holds no image"):
+        ImageFolder(path=str(tmp_path)).images()
+    (tmp_path / "broken.png").write_bytes(png(PIXELS_NHWC[0])[:60])
+    with pytest.raises(ConfigError, match=r"dataset `image_folder` cannot read `broken.png` as an image"):
+        ImageFolder(path=str(tmp_path)).images()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("npz", "file"), ("parquet", "file"), ("image_folder", "folder")])
+def test_missing_paths_are_one_sentence(name: str, kind: str) -> None:
+    dataset = registry.build("dataset", name, path="/nowhere/at/all")
+    with pytest.raises(
+        ConfigError, match=f"dataset `{name}` found no {kind} `/nowhere/at/all`. Give the path of a {kind}"
+    ):
+        dataset.images()
+    with pytest.raises(ConfigError, match=f"dataset `{name}` has `resize` 0; give a side of at least 1 pixel, or null"):
+        registry.build("dataset", name, path="x", resize=0)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(MissingExtraError, match=r"dataset `parquet` needs `pyarrow`; install it with"):
+        Parquet(path=str(tmp_path / "a.parquet")).images()
+
+
+def test_parquet_reads_nested_bytes(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "train.parquet"
+    rows = [{"img": {"bytes": png(p), "path": None}, "label": i} for i, p in enumerate(PIXELS_NHWC)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    dataset = Parquet(path=str(path))
+    np.testing.assert_allclose(dataset.images(), NCHW, atol=1e-6)
+    assert dataset.image_shape == (3, 6, 6)
+    assert dataset.name == "train"
+    assert Parquet(path=str(path), resize=2).image_shape == (3, 2, 2)
+    with pytest.raises(ConfigError, match=r"has no column `image.bytes`. Did you mean `img.bytes`?"):
+        Parquet(path=str(path), column="image.bytes").images()
+    with pytest.raises(ConfigError, match=r"row 0 of column `label` .* is int, not bytes"):
+        Parquet(path=str(path), column="label").images()
+    path.write_bytes(b"no parquet at all")
+    with pytest.raises(ConfigError, match=r"cannot read `.*train.parquet` as parquet"):
+        Parquet(path=str(path)).images()
+
+
+@pytest.mark.parametrize("num_images", [2, 3, 1797])
+def test_halves_are_disjoint_sorted_and_cover_all(num_images: int) -> None:
+    search, report = split_halves(num_images, 7)
+    assert len(search) == num_images // 2
+    assert len(report) == num_images - num_images // 2
+    assert np.all(np.diff(search) > 0)
+    assert np.all(np.diff(report) > 0)
+    assert sorted([*search, *report]) == list(range(num_images))
+
+
+def test_halves_follow_the_seed_alone() -> None:
+    first, again, other = (split_halves(1000, seed)[0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    shared = len(np.intersect1d(first, other))
+    assert 200 < shared < 300  # 250 expected, standard deviation 8
+    with pytest.raises(ConfigError, match=r"cannot split 1 image\(s\) into two halves"):
+        split_halves(1, 0)

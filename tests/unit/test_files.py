@@ -1,0 +1,47 @@
+"""Files and folders are absent or complete."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lcsc.core.errors import OutputExistsError
+from lcsc.core.files import new_directory, write_bytes, write_json
+
+
+def test_failed_folder_leaves_nothing(tmp_path):
+    def fill():
+        with new_directory(tmp_path / "out") as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_folder_appears_whole(tmp_path):
+    with new_directory(tmp_path / "deep" / "out") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("x")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "sub" / "file").read_text() == "x"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputExistsError, match="exists already"), new_directory(tmp_path / "out"):
+        pass
+
+
+def test_replacing_a_file_is_atomic_and_refuses_nan(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"x": float("nan")})
+    assert json.loads(path.read_text()) == {"x": 1}
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

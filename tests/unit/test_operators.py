@@ -1,0 +1,153 @@
+"""Coefficients sum to one, baselines are the published profiles, and every baseline is a reachable point."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lcsc.bank import CheckpointBank
+from lcsc.core.errors import BankError, ConfigError
+from lcsc.core.registry import discover
+from lcsc.operators import profiles
+from lcsc.operators.linear import Linear, whitened_axes
+
+STEPS = (50, 100, 200, 400, 1000)
+
+
+@pytest.fixture
+def bank(tiny_bank):
+    return CheckpointBank.open(tiny_bank)
+
+
+def test_ema_equals_torchs_own_average(bank):
+    steps, decay = range(10, 60, 10), 0.7
+    W_KP = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    net = torch.nn.Linear(3, 1, bias=False).double()
+    net.weight.data[0] = W_KP[0]
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    for row in W_KP:
+        net.weight.data[0] = row
+        average.update_parameters(net)
+    halflife = 10 * np.log(0.5) / np.log(decay)
+    wanted = next(average.module.parameters())[0].detach().numpy()
+    np.testing.assert_allclose(profiles.ema(steps, halflife) @ W_KP.numpy(), wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])
+def test_power_ema_integrates_the_published_density(sigma_rel):
+    coef_K = profiles.power_ema(STEPS, sigma_rel)
+    # recover the exponent from the last interval and check the density's width, arXiv:2312.02696 App. C.1
+    exponent = np.log(1 - coef_K[-1]) / np.log(STEPS[-2] / STEPS[-1]) - 1
+
+    def density(t):
+        return (exponent + 1) * t**exponent
+
+    mean = quad(lambda t: t * density(t), 0, 1)[0]
+    variance = quad(lambda t: (t - mean) ** 2 * density(t), 0, 1)[0]
+    assert np.sqrt(variance) == pytest.approx(sigma_rel, rel=1e-6)
+    edges = [0, *np.array(STEPS) / STEPS[-1]]
+    wanted = [quad(density, a, b)[0] for a, b in itertools.pairwise(edges)]
+    np.testing.assert_allclose(coef_K, wanted, rtol=1e-8)
+
+
+def test_minus_sqrt_imitates_the_decay():
+    coef_K = profiles.minus_sqrt(6, 4)
+    # what is left of an update made before checkpoint j is the sum of the coefficients from j on
+    shares = coef_K[::-1].cumsum()[::-1][2:]
+    np.testing.assert_allclose(shares, 1 - np.sqrt(np.arange(4) / 4))
+    assert coef_K[:2].tolist() == [0, 0]
+
+
+def test_windows_and_wrong_widths():
+    assert profiles.uniform(4, 2).tolist() == [0, 0, 0.5, 0.5]
+    with pytest.raises(ConfigError, match="`sigma_rel` is 0.3; it must lie between 0 and 0.289"):
+        profiles.power_ema(STEPS, 0.3)
+    with pytest.raises(ConfigError, match="`halflife` is 0; it must be above 0"):
+        profiles.ema(STEPS, 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(z=st.lists(st.floats(-50, 50), min_size=4, max_size=4), whitening=st.sampled_from([0.0, 0.5, 1.0]))
+def test_coefficients_always_sum_to_one(shared_bank, z, whitening):
+    coef_K = Linear(whitening).coefficients(shared_bank, {"z": np.array(z)})
+    assert abs(coef_K.sum() - 1) < 1e-10
+    np.testing.assert_allclose(Linear(whitening).point(shared_bank, coef_K)["z"], z, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def shared_bank(tmp_path_factory, tiny_arch):
+    from lcsc.models.network import build_network, save_network
+
+    folder = tmp_path_factory.mktemp("bank")
+    torch.manual_seed(1)
+    for step in STEPS:
+        save_network(build_network(tiny_arch), folder / f"checkpoint-{step}" / "unet")
+    return CheckpointBank.open(folder)
+
+
+def test_every_baseline_is_a_reachable_point(bank):
+    linear = Linear()
+    baselines = linear.baselines(bank)
+    assert {b.family for b in baselines} == {"last", "best_single", "ema", "power_ema", "uniform", "wsm"}
+    by_label = {b.label: linear.coefficients(bank, b.point) for b in baselines}
+    assert by_label["step 200"].tolist() == [0, 0, 1, 0, 0]
+    np.testing.assert_allclose(by_label["mean of last 3"], [0, 0, 1 / 3, 1 / 3, 1 / 3], atol=1e-11)
+    last = next(b for b in baselines if b.family == "last")
+    row_P = torch.empty(bank.layout.num_parameters)
+    linear.apply(bank, last.point).write(row_P)
+    assert row_P.numpy().tobytes() == bank.matrix()[-1].numpy().tobytes()
+
+
+def test_full_whitening_makes_unit_steps_equally_long(bank):
+    W_KP = bank.matrix().double().numpy()
+    lengths = np.linalg.norm(whitened_axes(bank, 1.0).axes_KZ.T @ W_KP, axis=1)
+    np.testing.assert_allclose(lengths, lengths[0], rtol=1e-6)
+    half = np.linalg.norm(whitened_axes(bank, 0.5).axes_KZ.T @ W_KP, axis=1)
+    spread = whitened_axes(bank, 0.5).spread_Z
+    np.testing.assert_allclose(half / half[0], np.sqrt(spread / spread[0]), rtol=1e-6)
+    flat = whitened_axes(bank, 0.0).axes_KZ
+    np.testing.assert_allclose(flat.T @ flat, np.eye(4) / 5, atol=1e-12)
+
+
+def test_apply_is_pure_and_matches_its_recipe(bank):
+    linear = Linear()
+    candidate = linear.apply(bank, {"z": np.array([1.0, -2.0, 0.5, 3.0])})
+    before = bank.matrix().clone()
+    weights = candidate.weights()
+    wanted_P = (np.array(candidate.recipe["coef"]) @ bank.matrix().double().numpy()).astype(np.float32)
+    row_P = bank.layout.flatten(weights).numpy()
+    np.testing.assert_allclose(row_P, wanted_P, atol=2e-6)
+    assert all(torch.equal(a, b) for a, b in zip(weights.values(), candidate.weights().values(), strict=True))
+    assert torch.equal(bank.matrix(), before)
+
+
+def test_one_checkpoint_or_copies_are_refused(bank, tiny_bank):
+    import shutil
+
+    from lcsc.bank import Selection
+
+    with pytest.raises(BankError, match="holds 1 checkpoint; a combination needs at least 2"):
+        Linear().space(CheckpointBank.open(tiny_bank, select=Selection(last=1)))
+    for step in STEPS[:-1]:
+        shutil.rmtree(tiny_bank / f"checkpoint-{step}")
+        shutil.copytree(tiny_bank / "checkpoint-1000", tiny_bank / f"checkpoint-{step}")
+    with pytest.raises(BankError, match=r"all 5 checkpoints of .* are identical"):
+        Linear().apply(CheckpointBank.open(tiny_bank), {"z": np.zeros(4)})
+
+
+def test_foreign_coefficients_are_refused(bank):
+    with pytest.raises(ConfigError, match="2 coefficients that sum to 2 are no combination of 5 checkpoints"):
+        Linear().point(bank, np.ones(2))
+    with pytest.raises(ConfigError, match=r"`operator.whitening` is 2; it must lie in \[0, 1\]"):
+        Linear(whitening=2)
+
+
+def test_operators_are_listed():
+    assert "linear" in discover("operator")

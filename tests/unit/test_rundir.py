@@ -1,0 +1,59 @@
+"""A run directory is made once, found again, and never shared by two configurations."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from lcsc.core.differences import differences
+from lcsc.core.errors import RunError
+from lcsc.search.rundir import RunDir, open_run_dir
+
+INFO = {"name": "toy", "config": {"seed": 0, "search": {"num_trials": 5}}, "fingerprints": {"bank": "abc"}}
+
+
+def test_the_same_search_is_found_again_and_another_is_not(tmp_path):
+    run, state = open_run_dir(tmp_path, None, INFO)
+    assert state == "new"
+    assert run.path.name.startswith("toy-")
+    assert open_run_dir(tmp_path, None, INFO) == (run, "resumed")
+    (run.path / "summary.json").write_text("{}")
+    assert open_run_dir(tmp_path, None, INFO) == (run, "finished")
+    other, state = open_run_dir(tmp_path, None, {**INFO, "config": {"seed": 1, "search": {"num_trials": 5}}})
+    assert state == "new"
+    assert other.path != run.path
+
+
+def test_a_named_directory_of_another_configuration_is_refused_field_by_field(tmp_path):
+    open_run_dir(tmp_path, tmp_path / "mine", INFO)
+    other = {**INFO, "config": {"seed": 1, "search": {"num_trials": 9}}, "fingerprints": {"bank": "xyz"}}
+    with pytest.raises(RunError) as caught:
+        open_run_dir(tmp_path, tmp_path / "mine", other)
+    text = str(caught.value)
+    assert "`search.num_trials`: 5 -> 9" in text
+    assert "`seed`: 0 -> 1" in text
+    assert "`fingerprints.bank`: abc -> xyz" in text
+
+
+def test_starts_in_the_same_second_never_share_a_directory(tmp_path):
+    def start(index):
+        return open_run_dir(tmp_path, None, {**INFO, "config": {"seed": index}})[0].path
+
+    with ThreadPoolExecutor(16) as pool:
+        paths = list(pool.map(start, range(100)))
+    assert len(set(paths)) == 100
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match=r"is no run directory: it has no run\.json"):
+        RunDir.load(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 99}))
+    with pytest.raises(RunError, match="has schema 99; this lcsc reads 1"):
+        RunDir.load(tmp_path)
+
+
+def test_differences_name_every_leaf():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["`a.c`: 2 -> 3", "`d`: None -> 4"]
+    assert differences({"a": 1}, {"a": 1.0}) == ["`a`: 1 -> 1.0"]
