@@ -152,7 +152,7 @@ class CheckpointBank:
         bad = {name: int((~torch.isfinite(view)).sum()) for name, view in self.layout.views(row_P).items()}
         name, count = next((name, count) for name, count in bad.items() if count)
         raise NonFiniteError(
-            f"`{headers[name].file}` holds {count} NaN or Inf in `{name}`, {sum(bad.values())} in the whole checkpoint. "
+            f"`{headers[name].file}` holds {count} NaN or Inf in `{name}`, {sum(bad.values())} in all its tensors. "
             "A bank holds finite numbers only; leave the step out with `bank.start`, `bank.stop` or `bank.every`."
         )
 

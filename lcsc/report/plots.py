@@ -40,7 +40,7 @@ End = tuple[float, str, str, str, bool]
 
 @styled
 def coefficients(run: Run) -> Figure:
-    """Coefficient of each checkpoint against its training step, the best baseline's as a line."""
+    """Coefficient of each checkpoint against its training step; the best EMA's and the best baseline's as lines."""
     frame = run.coefficients()
     figure = new_figure(4.4, "Coefficient of each checkpoint")
     ax = figure.add_axes((0.08, 0.13, 0.89, 0.68))
@@ -56,13 +56,16 @@ def coefficients(run: Run) -> Figure:
     if not positive.all():
         ax.plot(step[~positive], coef[~positive], "o", markerfacecolor="white", markeredgecolor=BLUE,
                 markeredgewidth=1.5, markersize=5.5, label="negative")  # fmt: skip
-    if frame["baseline_coef"].notna().all():
-        ax.plot(step, frame["baseline_coef"], "-", color=ORANGE, linewidth=2.0, label=rival)
+    ema = run.tuned("ema")
+    if ema is not None:
+        ax.plot(step, frame["ema_coef"], "-", color=ORANGE, linewidth=2.0, label=short(ema["label"], 34))
+    if frame["baseline_coef"].notna().all() and not frame["baseline_coef"].equals(frame["ema_coef"]):
+        ax.plot(step, frame["baseline_coef"], "--", color=FAINT, linewidth=1.3, label=rival)
     ax.set_xlabel("training step of the checkpoint")
     ax.set_ylabel("coefficient")
     ax.margins(x=0.02, y=0.1)
     where = {"loc": "upper right", "bbox_to_anchor": (0.975, 0.905), "borderaxespad": 0.0}
-    figure.legend(**where, ncols=3, frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.4)
+    figure.legend(**where, ncols=4, frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.4)
     subtitle(figure, f"sum {coef.sum():.3f} · {(coef < 0).sum()} of {coef.size} negative · "
                       f"largest {np.abs(coef).max():.2f}")  # fmt: skip
     return figure

@@ -173,7 +173,9 @@ class Run:
         )
 
     def coefficients(self) -> DataFrame:
-        """The best candidate's coefficients and the best baseline's: step, coef, baseline_coef, shape (K, 3).
+        """The best candidate's coefficients, the best baseline's and the best EMA's, one row a checkpoint.
+
+        Columns step, coef, baseline_coef, ema_coef.
 
         Empty while there is no trial, and for operators whose candidates are no combination of checkpoints. The best
         baseline is the best on the report seeds; of an unfinished run, on the search seeds. NaN where there is none.
@@ -183,18 +185,22 @@ class Run:
         """
         import pandas as pd
 
-        columns = ["step", "coef", "baseline_coef"]
-        best, rival = self.best, self._best_baseline()
+        columns = ["step", "coef", "baseline_coef", "ema_coef"]
+        best, rival, ema = self.best, self._best_baseline(), self.tuned("ema")
         if best is None or best.get("coef") is None:
             return pd.DataFrame(columns=columns)
-        coefs = [best["coef"], rival.get("coef") if rival else None]
+        coefs = [best["coef"], rival.get("coef") if rival else None, ema.get("coef") if ema else None]
         for coef in coefs:
             if coef is not None and len(coef) != len(self.steps):
                 raise RunError(
                     f"a record of `{self.path}` has {len(coef)} coefficients for {len(self.steps)} checkpoints."
                 )
-        coef_K, rival_K = ([float("nan")] * len(self.steps) if coef is None else coef for coef in coefs)
-        return pd.DataFrame({"step": self.steps, "coef": coef_K, "baseline_coef": rival_K}, columns=columns)
+        rows = [[float("nan")] * len(self.steps) if coef is None else coef for coef in coefs]
+        return pd.DataFrame(dict(zip(columns, [self.steps, *rows], strict=True)))
+
+    def tuned(self, family: str) -> Record | None:
+        """The baseline of a family that was best on the search seeds, None when there is none yet."""
+        return _tuned(self._records("baseline")).get(family)
 
     def plot_convergence(self) -> Figure:
         """Scores against trials, with the baselines and the final scores."""
@@ -224,7 +230,7 @@ class Run:
         family = self._best_baseline_family()
         if self.finished:
             return next((r for r in self._records("report") if r["who"] == family), None)
-        return _tuned(self._records("baseline")).get(family or "")
+        return self.tuned(family or "")
 
 
 def open_run(path: Path | str) -> Run:

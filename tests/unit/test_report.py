@@ -106,7 +106,7 @@ def test_best_and_coefficients_of_a_finished_run_are_the_reported_ones(finished)
     assert run.floor == FLOOR
     assert run.steps == tuple(range(25, 1001, 25))
     frame = run.coefficients()
-    assert list(frame.columns) == ["step", "coef", "baseline_coef"]
+    assert list(frame.columns) == ["step", "coef", "baseline_coef", "ema_coef"]
     assert tuple(frame["step"]) == run.steps
     assert frame["coef"].tolist() == winner["coef"]
     assert frame["baseline_coef"].tolist() == ema["coef"]
@@ -304,14 +304,14 @@ def test_coefficient_plot_draws_both_curves_and_the_zero_line(finished):
     run = Run.open(finished)
     (ax,) = run.plot_coefficients().axes
     frame = run.coefficients()
-    zero, positive, negative, baseline = ax.lines
+    zero, positive, negative, ema = ax.lines
     assert list(zero.get_ydata()) == [0, 0]
     assert (len(positive.get_xdata()), len(negative.get_xdata())) == (
         (frame["coef"] >= 0).sum(),
         (frame["coef"] < 0).sum(),
     )
     assert len(negative.get_xdata()) > 0
-    np.testing.assert_array_equal(baseline.get_ydata(), frame["baseline_coef"])
+    np.testing.assert_array_equal(ema.get_ydata(), frame["ema_coef"])
 
 
 def test_convergence_plot_draws_trials_running_minimum_baselines_floor_and_finals(finished):
