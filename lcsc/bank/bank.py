@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,10 +58,15 @@ class CheckpointBank:
     by `matrix()`. Files are never modified.
     """
 
-    def __init__(self, path: Path, files: list[CheckpointFile], dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, select: Selection, component: str | None, dtype: str) -> None:
+        if dtype not in _DTYPES:
+            raise ConfigError(f"`bank.dtype` is `{dtype}`; it must be one of {', '.join(_DTYPES)}.")
         self.path = path
+        #: what was asked for, as plain values
+        self.config = {"path": str(path), "component": component, **dataclasses.asdict(select), "dtype": dtype}
+        self.dtype = _DTYPES[dtype]
+        files = select.pick(find_checkpoints(path, component))
         self.files = tuple(files)
-        self.dtype = dtype
         self._headers = [file.headers() for file in files]
         for file, headers in zip(files[1:], self._headers[1:], strict=True):
             _check_same(files[0], self._headers[0], file, headers)
@@ -92,10 +98,7 @@ class CheckpointBank:
         Raises:
             BankError: nothing found, damaged files, or checkpoints that do not fit together.
         """
-        if dtype not in _DTYPES:
-            raise ConfigError(f"`bank.dtype` is `{dtype}`; it must be one of {', '.join(_DTYPES)}.")
-        files = (select or Selection()).pick(find_checkpoints(Path(path), component))
-        return cls(Path(path), files, _DTYPES[dtype])
+        return cls(Path(path), select or Selection(), component, dtype)
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -33,7 +33,6 @@ def search(config: dict[str, Any], command: str) -> Path:
         train(config)
     path = run_search(
         Problem(bank=open_bank(sections), **parts),
-        config=sections,
         name=config["name"],
         runs_dir=Path(config["runs_dir"]),
         run_dir=None if config["run_dir"] is None else Path(config["run_dir"]),

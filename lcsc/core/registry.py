@@ -16,7 +16,7 @@ import dataclasses
 import importlib
 import pkgutil
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -146,3 +146,24 @@ def build(kind: str, name: str | Mapping[str, Any], **fields: Any) -> Any:
         if key not in known:
             raise ConfigError(f"{kind} `{name}` has no field `{key}`.{did_you_mean(key, known)}")
     return found.cls(**{**found.preset, **fields})
+
+
+def describe(kind: str, obj: Any) -> dict[str, Any]:
+    """The plain mapping that `build` makes `obj` of again: its name and fields.
+
+    An object of a class nobody registered goes by its class name; it can be compared, but not built.
+    """
+    for name, found in discover(kind).items():
+        if found.cls is type(obj) and all(getattr(obj, key) == value for key, value in found.preset.items()):
+            return {"name": name, **{field: plain(getattr(obj, field)) for field, _, _ in found.fields()}}
+    fields = dataclasses.asdict(obj) if dataclasses.is_dataclass(obj) and not isinstance(obj, type) else {}
+    return {"name": type(obj).__name__, **plain(fields)}
+
+
+def plain(value: Any) -> Any:
+    """`value` with mappings as dicts and sequences as lists, as JSON would give it back."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [plain(item) for item in value]
+    return value

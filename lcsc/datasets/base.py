@@ -23,3 +23,7 @@ class Dataset(Protocol):
     def images(self) -> Tensor:
         """All images, shape (N, C, H, W), float32 in [-1, 1]; made once, not to be written to."""
         ...
+
+    def labels(self) -> Tensor | None:
+        """Class of each image, shape (N,), int64; None when the data set has none."""
+        ...

@@ -28,10 +28,15 @@ class Digits:
 
     def images(self) -> Tensor:
         """All scans, shape (1797, 1, 8, 8), float32 in [-1, 1]: the 17 grey levels 0..16 over 8, minus 1."""
-        return self._images
+        return self._scans[0]
+
+    def labels(self) -> Tensor:
+        """The digit on each scan, shape (1797,), int64."""
+        return self._scans[1]
 
     @cached_property
-    def _images(self) -> Tensor:
+    def _scans(self) -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
 
-        return torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
+        data = load_digits()
+        return torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target).long()

@@ -64,6 +64,10 @@ class Gaussian:
         """The draws, shape (num_images, C, H, W), float32."""
         return self._images
 
+    def labels(self) -> None:
+        """None: the draws have no classes."""
+        return
+
     @property
     def _index_CHW(self) -> Tensor:
         return torch.arange(math.prod(self.shape), dtype=torch.float64).reshape(self.image_shape)

@@ -49,6 +49,10 @@ class ImageFolder:
         """
         return self._images
 
+    def labels(self) -> None:
+        """None: labels are not read, so the reference is cut at random."""
+        return
+
     @cached_property
     def _images(self) -> Tensor:
         folder = existing(self.path, "image_folder", folder=True)

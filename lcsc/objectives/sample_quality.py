@@ -59,8 +59,9 @@ class SampleQuality:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"`objective.batch_size` is {self.batch_size}; it must be at least 1.")
+        digest = self.metric.load_detector().digest  # a missing weights file shows up here, before anything is done
         for other in self.other_metrics:
-            if other.load_detector().digest != self.metric.load_detector().digest:
+            if other.load_detector().digest != digest:
                 raise ConfigError(
                     f"`{other.name}` uses another detector than `{self.metric.name}`; choose one with the same."
                 )
@@ -153,7 +154,9 @@ class SampleQuality:
 
     def _reference_images(self, half: str) -> Tensor:
         images_NCHW = self.dataset.images()
-        search, report = split_halves(len(images_NCHW), self.split_seed)
+        labels_N = self.dataset.labels()
+        labels = None if labels_N is None else labels_N.numpy()
+        search, report = split_halves(len(images_NCHW), self.split_seed, labels)
         return images_NCHW[torch.from_numpy(search if half == "search" else report)]
 
     def _reference(self, metric: Metric, half: str) -> Any:

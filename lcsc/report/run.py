@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcsc.core.errors import RunError
+from lcsc.search.journal import Record, read_records
+from lcsc.search.rundir import SCHEMA
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-SCHEMA = 1
-
-Record = dict[str, Any]
 
 #: What a journal line must have, by kind; lines of other kinds are carried along unread.
 FIELDS = {
@@ -246,41 +245,23 @@ def read_journal(path: Path) -> list[Record]:
     """All complete records of a journal; an unfinished last line (no newline yet) is left out, no file means none.
 
     Raises:
-        RunError: a complete line is no record; names its number, counted from 1.
+        RunError: a complete line is no record; names its number, counted from 0, and its place.
     """
-    if not path.is_file():
-        return []
-    *lines, _torn = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(_record(json.loads(line.decode("utf-8"), parse_constant=_refuse)))
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
-            raise RunError(
-                f"`{path}` is damaged at line {number}: {error}. Restore the file from a copy, or start a new run."
-            ) from error
-    return records
+    return read_records(path, _check)[0] if path.is_file() else []
 
 
-def _record(value: Any) -> Record:
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or not isinstance(value.get("seq"), int):
-        raise ValueError("not a record with `seq` and `kind`")
-    missing = [name for name in FIELDS.get(value["kind"], ()) if name not in value]
+def _check(record: Record) -> None:
+    missing = [name for name in FIELDS.get(record["kind"], ()) if name not in record]
     if missing:
-        raise ValueError(f"a {value['kind']} record without {', '.join(f'`{name}`' for name in missing)}")
-    if not isinstance(value.get("value"), int | float | None):
-        raise ValueError(f"`value` is {str(value['value'])[:40]!r}, not a number")
-    if "coef" in value and not _is_numbers(value["coef"]):
+        raise ValueError(f"a {record['kind']} record without {', '.join(f'`{name}`' for name in missing)}")
+    if not isinstance(record.get("value"), int | float | None):
+        raise ValueError(f"`value` is {str(record['value'])[:40]!r}, not a number")
+    if "coef" in record and not _is_numbers(record["coef"]):
         raise ValueError("`coef` is not a list of numbers")
-    return value
 
 
 def _is_numbers(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(item, int | float) for item in value))
-
-
-def _refuse(name: str) -> float:
-    raise ValueError(f"{name} is not a score")
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -114,8 +114,12 @@ class Journal:
         self._timing.flush()
 
 
-def read_records(path: Path) -> tuple[list[Record], int]:
+def read_records(path: Path, check: Callable[[Record], None] | None = None) -> tuple[list[Record], int]:
     """All whole records of a journal and the number of bytes they take; a torn last line is left out.
+
+    Args:
+        path: the journal.
+        check: raises ValueError for a record that its reader cannot use.
 
     Raises:
         RunError: a line before the last is damaged, or the sequence has a gap.
@@ -128,9 +132,13 @@ def read_records(path: Path) -> tuple[list[Record], int]:
         if end < 0:
             break
         try:
-            record = json.loads(data[good:end])
-            if not isinstance(record, dict) or record.get("seq") != len(records):
+            record = json.loads(data[good:end], parse_constant=_refuse)
+            if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+                raise ValueError("not a record")
+            if record.get("seq") != len(records):
                 raise ValueError("out of sequence")
+            if check is not None:
+                check(record)
         except ValueError as error:
             raise RunError(
                 f"`{path}` is damaged at record {len(records)} (byte {good}): {error}. "
@@ -139,3 +147,7 @@ def read_records(path: Path) -> tuple[list[Record], int]:
         records.append(record)
         good = end + 1
     return records, good
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"{name} is not a score")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from lcsc.search.journal import Journal, read_records
 from lcsc.search.loop import Outcome, Problem, Search
 from lcsc.search.progress import Progress, say
 from lcsc.search.rundir import RunDir, open_run_dir
-from lcsc.search.setup import fingerprints
+from lcsc.search.setup import describe_problem, fingerprints
 
 #: Images a row of the report's sample grids is cut from.
 NUM_SAMPLES = 64
@@ -27,18 +26,16 @@ NUM_SAMPLES = 64
 def run_search(
     problem: Problem,
     *,
-    config: Mapping[str, Any],
     name: str,
     runs_dir: Path = Path("runs"),
     run_dir: Path | None = None,
     command: str = "",
     quiet: bool = False,
 ) -> Path:
-    """Search, or continue the search this configuration began earlier, and leave a finished run directory.
+    """Search, or continue the same search begun earlier, and leave a finished run directory.
 
     Args:
         problem: what to search.
-        config: the plain configuration that made `problem`; a run is found again by it.
         name: experiment name, first part of the directory's name.
         runs_dir: where run directories live.
         run_dir: the run directory itself; None finds the unfinished one or makes a new one.
@@ -61,7 +58,7 @@ def run_search(
         "name": name,
         "lcsc_version": prints["versions"]["lcsc"],
         "command": command,
-        "config": dict(config),
+        "config": describe_problem(problem),
         "fingerprints": prints,
         "bank": {
             "steps": list(bank.steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,22 @@ def build_problem(config: Mapping[str, Any]) -> Problem:
         LcscError: a part, a setting or a checkpoint is not as it should be.
     """
     return Problem(bank=open_bank(config), **build_parts(config))
+
+
+def describe_problem(problem: Problem) -> dict[str, Any]:
+    """The plain configuration that `build_problem` makes `problem` of again; a run is found by it."""
+    objective = problem.objective
+    kinds = [kind for kind in ("model", "sampler", "metric", "dataset") if hasattr(objective, kind)]
+    return {
+        "seed": problem.seed,
+        "bank": problem.bank.config,
+        **{kind: registry.describe(kind, getattr(objective, kind)) for kind in kinds},
+        "other_metrics": [registry.describe("metric", other) for other in getattr(objective, "other_metrics", ())],
+        "operator": registry.describe("operator", problem.operator),
+        "searcher": registry.describe("searcher", problem.searcher),
+        "objective": registry.describe("objective", objective),
+        "search": dataclasses.asdict(problem.budget),
+    }
 
 
 def fingerprints(problem: Problem) -> dict[str, Any]:

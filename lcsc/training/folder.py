@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,11 @@ from lcsc.core.differences import differences
 from lcsc.core.digests import value_digest
 from lcsc.core.errors import OutputExistsError, RunError
 from lcsc.core.files import new_directory, write_json
-from lcsc.core.registry import discover
+from lcsc.core.registry import describe, plain
 from lcsc.datasets.base import Dataset
 from lcsc.models.network import save_network
 
 SCHEMA = 1
-
-
-def plain(value: Any) -> Any:
-    """`value` with mappings as dicts and sequences as lists, as JSON would give it back."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [plain(item) for item in value]
-    return value
-
-
-def describe(kind: str, obj: Any) -> dict[str, Any]:
-    """A part's registered name and its fields; an object nobody registered goes by its class name."""
-    names = [name for name, part in discover(kind).items() if part.cls is type(obj)]
-    fields = dataclasses.asdict(obj) if dataclasses.is_dataclass(obj) and not isinstance(obj, type) else {}
-    return {"name": names[0] if names else type(obj).__name__, **plain(fields)}
 
 
 def images_digest(images_NCHW: Tensor) -> str:

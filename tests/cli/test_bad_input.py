@@ -49,6 +49,7 @@ def refuse(lcsc, here, words, text):
             ["search", *DIGITS],
             "no checkpoint found under `banks/digits`. Tried checkpoint-<step>/<component>/*.safetensors",
         ),
+        (["search", *TOY, "metric=fid"], "weights-inception-2015-12-05-6726825d.pth"),
         (["list", "samplars"], "no kind of part named `samplars`. Did you mean `samplers`?"),
         (["export", "run=nowhere", "to=out"], "`nowhere` is no run directory"),
         (["export", "run=nowhere"], "`to` is not set"),

@@ -255,3 +255,21 @@ def test_halves_follow_the_seed_alone() -> None:
     assert 200 < shared < 300  # 250 expected, standard deviation 8
     with pytest.raises(ConfigError, match=r"cannot split 1 image\(s\) into two halves"):
         split_halves(1, 0)
+
+
+def test_stratified_halves_hold_every_class_equally():
+    labels = build("dataset", "digits").labels().numpy()
+    search, report = split_halves(1797, 0, labels)
+    assert sorted([*search, *report]) == list(range(1797))
+    assert len(report) - len(search) == 1
+    difference = np.bincount(labels[report]) - np.bincount(labels[search])
+    assert set(difference) <= {-1, 0, 1}
+    other, _ = split_halves(1797, 1, labels)
+    assert not np.array_equal(search, other)
+    assert np.array_equal(search, split_halves(1797, 0, labels)[0])
+
+
+def test_digit_labels_are_sklearns():
+    from sklearn.datasets import load_digits
+
+    assert np.array_equal(build("dataset", "digits").labels().numpy(), load_digits().target)

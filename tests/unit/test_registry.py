@@ -41,6 +41,16 @@ def test_every_part_has_source_summary_and_buildable_types(kind):
         assert found.summary.endswith((".", "?")), f"{kind} {found.name}: {found.summary!r}"
 
 
+def test_description_builds_the_same_part_again():
+    for kind, name, fields in (
+        ("searcher", "de", {"sigma0": 0.3}),
+        ("sampler", "consistency", {"sigmas": [80.0, 1.0]}),
+    ):
+        made = build(kind, name, **fields)
+        assert registry.describe(kind, made) == {"name": name, **registry.describe(kind, made), **fields}
+        assert build(kind, registry.describe(kind, made)) == made
+
+
 def test_registration_refuses_empty_source_and_taken_names():
     with pytest.raises(ConfigError, match="has no source"):
         register("sampler", "nobody", source="")

@@ -181,7 +181,7 @@ def test_broken_line_elsewhere_is_refused_by_number(tmp_path, line, reason):
     lines = journal.read_bytes().split(b"\n")
     lines[4] = line
     journal.write_bytes(b"\n".join(lines))
-    with pytest.raises(RunError, match=r"journal\.jsonl` is damaged at line 5: ") as caught:
+    with pytest.raises(RunError, match=r"journal\.jsonl` is damaged at record 4 ") as caught:
         Run.open(path).trials()
     assert reason in str(caught.value)
     with pytest.raises(RunError):

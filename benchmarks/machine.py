@@ -1,0 +1,37 @@
+"""What a results file says about where its numbers come from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("lcsc", "torch", "numpy", "scipy", "diffusers", "nevergrad", "scikit-learn")
+
+
+def circumstances() -> dict[str, Any]:
+    """Machine, versions and commit."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run(["git", "status", "--porcelain", "lcsc", "conf"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "machine": f"{os.cpu_count()} cores, {cpu or platform.processor()}, {platform.system()}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": commit + ("+changes" if dirty.stdout.strip() else ""),
+        "gpu": "none; not measured yet",
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
