@@ -7,8 +7,6 @@ images of theta are as close to real ones as possible, by the Fréchet distance 
 K = checkpoints, P = parameters of the network, N = images, D = features.
 """
 
-import itertools
-
 import numpy as np
 
 
@@ -55,7 +53,7 @@ def euler(denoise, noise, num_steps):
     """Images from noise in `num_steps` network evaluations: the probability-flow ODE, one Euler step a level."""
     sigma = schedule(num_steps)
     x = noise * sigma[0]
-    for now, then in itertools.pairwise(sigma):
+    for now, then in np.stack([sigma[:-1], sigma[1:]], axis=1):
         x = x + (then - now) * (x - denoise(x, now)) / now
     return x
 

@@ -70,22 +70,26 @@ def export_model(
     with new_directory(to) as folder:
         write_weights(weights, candidate.arch, recipe, folder, format=format, max_shard_size=max_shard_size)
         loaded = _load_back(folder, format)
-        wrong = [name for name in weights if not torch.equal(loaded[name], weights[name])]
-        if wrong or set(loaded) != set(weights):
+        wrong = sorted(set(loaded) ^ set(weights)) or [n for n in weights if not torch.equal(loaded[n], weights[n])]
+        if wrong:
             raise EvaluationError(
                 f"`{to}` does not load back as it was written: {wrong[:10]}. Check the disk; nothing was kept."
             )
-        value = objective(
-            _candidate_of(candidate, loaded), seed=seed, purpose=Purpose.REPORT, num_images=expected["num_images"]
-        ).value
-        if abs(value - expected["value"]) > TOLERANCE * abs(expected["value"]):
-            raise EvaluationError(
-                f"the exported model scores {value}, the run reported {expected['value']}. "
-                "The bank, a library or the machine changed since the search; nothing was kept."
-            )
+        value = _score_again(_candidate_of(candidate, loaded), objective, seed, expected)
         same = "exactly the run's" if value == expected["value"] else f"{value - expected['value']:+.2g} from the run's"
         sentence = f"Loaded back from these files it scores {value:.6g}, {same}."
         (folder / "README.md").write_text(model_card(info, recipe, report, sentence), encoding="utf-8")
+    return value
+
+
+def _score_again(candidate: Candidate, objective: Objective, seed: int, expected: Mapping[str, Any]) -> float:
+    """The score of what was loaded back; raises EvaluationError when it is not the run's."""
+    value = objective(candidate, seed=seed, purpose=Purpose.REPORT, num_images=expected["num_images"]).value
+    if abs(value - expected["value"]) > TOLERANCE * abs(expected["value"]):
+        raise EvaluationError(
+            f"the exported model scores {value}, the run reported {expected['value']}. "
+            "The bank, a library or the machine changed since the search; nothing was kept."
+        )
     return value
 
 

@@ -132,7 +132,7 @@ def read_records(path: Path, check: Callable[[Record], None] | None = None) -> t
         if end < 0:
             break
         try:
-            record = json.loads(data[good:end], parse_constant=_refuse)
+            record = json.loads(data[good:end].decode(), parse_constant=_refuse)
             if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
                 raise ValueError("not a record")
             if record.get("seq") != len(records):

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from lcsc.core import registry
 from lcsc.core.errors import ConfigError, MissingExtraError
 from lcsc.core.seeds import Purpose, SeedRange
+from lcsc.datasets.digits import Digits
 from lcsc.datasets.gaussian import Gaussian
 from lcsc.datasets.image_folder import ImageFolder
 from lcsc.datasets.npz import Npz
@@ -36,7 +37,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def test_digits_are_scikit_learns() -> None:
-    dataset = registry.build("dataset", "digits")
+    dataset = registry.Digits()
     images = dataset.images()
     assert images.shape == (1797, 1, 8, 8)
     assert images.dtype == torch.float32
@@ -258,7 +259,7 @@ def test_halves_follow_the_seed_alone() -> None:
 
 
 def test_stratified_halves_hold_every_class_equally():
-    labels = build("dataset", "digits").labels().numpy()
+    labels = Digits().labels().numpy()
     search, report = split_halves(1797, 0, labels)
     assert sorted([*search, *report]) == list(range(1797))
     assert len(report) - len(search) == 1
@@ -270,6 +271,4 @@ def test_stratified_halves_hold_every_class_equally():
 
 
 def test_digit_labels_are_sklearns():
-    from sklearn.datasets import load_digits
-
-    assert np.array_equal(build("dataset", "digits").labels().numpy(), load_digits().target)
+    assert np.array_equal(Digits().labels().numpy(), load_digits().target)
