@@ -37,7 +37,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def test_digits_are_scikit_learns() -> None:
-    dataset = registry.Digits()
+    dataset = Digits()
     images = dataset.images()
     assert images.shape == (1797, 1, 8, 8)
     assert images.dtype == torch.float32
