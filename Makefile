@@ -9,10 +9,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: demo clean-demo test lint format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/lcsc search -m experiment=digits,digits_consistency train_if_missing=true
+	$(BIN)/lcsc search -m experiment=digits,digits_consistency train_if_missing=true \
+	    runs_dir=demo/runs 'bank.path=demo/banks/$${name}'
 
 clean-demo:
-	rm -rf banks/digits banks/digits_consistency runs/digits-* runs/digits_consistency-*
+	rm -rf demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -205,5 +205,5 @@ def _samples(rng: np.random.Generator) -> dict[str, np.ndarray]:
     real = (load_digits().images[:64, None] / 8 - 1).astype(np.float32)
     blur = (real + np.roll(real, 1, -1) + np.roll(real, 1, -2)) / 3
     noise = rng.normal(size=real.shape).astype(np.float32)
-    mixes = {"real": real, "last": blur + 0.9 * noise, "best_baseline": blur + 0.45 * noise, "best": real + 0.2 * noise}
+    mixes = {"real": real, "last": blur + 0.9 * noise, "ema": blur + 0.45 * noise, "best": real + 0.2 * noise}
     return {key: np.clip(images, -1, 1).astype(np.float32) for key, images in mixes.items()}

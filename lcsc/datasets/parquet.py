@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
 from lcsc.core.errors import ConfigError, MissingExtraError, did_you_mean
 from lcsc.core.registry import register
-from lcsc.datasets.images import check_resize, decode, existing
+from lcsc.datasets.files import FileDataset
+from lcsc.datasets.images import decode, existing
 
 
 @register("dataset", "parquet", source="Apache Parquet, Hugging Face image layout")
 @dataclass(frozen=True)
-class Parquet:
+class Parquet(FileDataset):
     """One column of encoded images (PNG, JPEG, ...), one image a row. Needs pyarrow.
 
     Args:
@@ -24,39 +24,17 @@ class Parquet:
         resize: side of the square images to make (centre crop, antialiased), or None if all have one size.
     """
 
-    path: str
     column: str = "img.bytes"
-    resize: int | None = None
 
-    def __post_init__(self) -> None:
-        check_resize(self.resize, "parquet")
+    kind: ClassVar[str] = "parquet"
 
-    @property
-    def name(self) -> str:
-        """Short name for tables and titles: the file's."""
-        return Path(self.path).stem
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W); reads the file."""
-        channels, height, width = self._images.shape[1:]
-        return (channels, height, width)
-
-    def images(self) -> Tensor:
+    def read(self) -> Tensor:
         """All images, shape (N, C, H, W), float32 in [-1, 1].
 
         Raises:
             MissingExtraError: pyarrow is not installed.
             ConfigError: no such file or column, not parquet, an unreadable image, sizes that differ without `resize`.
         """
-        return self._images
-
-    def labels(self) -> None:
-        """None: labels are not read, so the reference is cut at random."""
-        return
-
-    @cached_property
-    def _images(self) -> Tensor:
         path = existing(self.path, "parquet")
         try:
             import pyarrow as pa

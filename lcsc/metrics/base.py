@@ -5,7 +5,9 @@ Shape letters: N images, D features, R bootstrap resamples, B blocks of images.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar, runtime_checkable
+import dataclasses
+import functools
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -150,9 +152,37 @@ def require_finite_score(metric: str, value: float) -> float:
     return value
 
 
-def metric_name(family: str, detector: str) -> str:
-    """`fid` for Inception features only, `fid_<detector>` otherwise: other features give other numbers."""
-    return family if detector == "inception" else f"{family}_{detector}"
+@dataclasses.dataclass(frozen=True)
+class FeatureMetric:
+    """What metrics on a detector's features share; a subclass adds the five steps of `Metric`.
+
+    Args:
+        detector: registered name of the detector.
+        weights_path: weights file of the detector, for detectors that read one (`inception`).
+        weights_digest: first hex digits of that file's SHA-256; None takes the detector's default.
+    """
+
+    detector: str
+    weights_path: str | None = None
+    weights_digest: str | None = None
+
+    #: name of the score on Inception features; other features give other numbers and another name
+    family: ClassVar[str]
+    higher_is_better: ClassVar[bool] = False
+    min_samples: ClassVar[int] = 2
+
+    @property
+    def name(self) -> str:
+        """`fid` for Inception features only, `fid_<detector>` for any other."""
+        return self.family if self.detector == "inception" else f"{self.family}_{self.detector}"
+
+    @functools.cached_property
+    def _detector(self) -> Detector:
+        return make_detector(self.detector, self.weights_path, self.weights_digest)
+
+    def load_detector(self) -> Detector:
+        """The detector, made once and kept."""
+        return self._detector
 
 
 def state_width(tensor_D: Tensor) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,10 +11,8 @@ from torch import Tensor
 from lcsc.core.errors import EvaluationError
 from lcsc.core.registry import register
 from lcsc.metrics.base import (
-    Detector,
+    FeatureMetric,
     checked_features,
-    make_detector,
-    metric_name,
     require_finite_score,
     require_same_width,
     require_samples,
@@ -68,35 +65,10 @@ class FrechetReference:
 @register("metric", "fid_digits", source=SOURCE, detector="digits")
 @register("metric", "fid_pixels", source=SOURCE, detector="pixels")
 @dataclass(frozen=True)
-class FrechetDistance:
-    """Fréchet distance between two Gaussians fitted to a detector's features; lower is better.
+class FrechetDistance(FeatureMetric):
+    """Fréchet distance between two Gaussians fitted to a detector's features; lower is better."""
 
-    Args:
-        detector: registered name of the detector.
-        weights_path: weights file of the detector, for detectors that read one (`inception`).
-        weights_digest: first hex digits of that file's SHA-256; None takes the detector's default.
-    """
-
-    detector: str
-    weights_path: str | None = None
-    weights_digest: str | None = None
-
-    higher_is_better: ClassVar[bool] = False
-    #: The unbiased covariance needs two images. See `rank_deficient` for what a few images still cost.
-    min_samples: ClassVar[int] = 2
-
-    @property
-    def name(self) -> str:
-        """`fid` for Inception features, `fid_<detector>` for any other."""
-        return metric_name("fid", self.detector)
-
-    @functools.cached_property
-    def _detector(self) -> Detector:
-        return make_detector(self.detector, self.weights_path, self.weights_digest)
-
-    def load_detector(self) -> Detector:
-        """The detector, made once and kept."""
-        return self._detector
+    family: ClassVar[str] = "fid"
 
     def rank_deficient(self, num_images: int, num_features: int | None = None) -> bool:
         """Whether `num_images` give a singular covariance: num_images <= D.

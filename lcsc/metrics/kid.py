@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,11 +11,9 @@ from torch import Tensor
 
 from lcsc.core.registry import register
 from lcsc.metrics.base import (
-    Detector,
+    FeatureMetric,
     as_plain_counts,
     checked_features,
-    make_detector,
-    metric_name,
     require_finite_score,
     require_same_width,
     require_samples,
@@ -61,38 +58,15 @@ class KernelReference:
 @register("metric", "kid_digits", source=SOURCE, detector="digits")
 @register("metric", "kid_pixels", source=SOURCE, detector="pixels")
 @dataclass(frozen=True)
-class KernelDistance:
+class KernelDistance(FeatureMetric):
     """Unbiased squared MMD with the kernel (x.y/D + 1)^3 on a detector's features; lower is better.
 
     Every pair of images counts once (the full U-statistic), so the score is a function of its images: no
     subsets are drawn. Being unbiased it may be slightly negative, and it is left so. With as many images as
     reference images it equals torchmetrics' KernelInceptionDistance(subsets=1, subset_size=N).
-
-    Args:
-        detector: registered name of the detector.
-        weights_path: weights file of the detector, for detectors that read one (`inception`).
-        weights_digest: first hex digits of that file's SHA-256; None takes the detector's default.
     """
 
-    detector: str
-    weights_path: str | None = None
-    weights_digest: str | None = None
-
-    higher_is_better: ClassVar[bool] = False
-    min_samples: ClassVar[int] = 2
-
-    @property
-    def name(self) -> str:
-        """`kid` for Inception features, `kid_<detector>` for any other."""
-        return metric_name("kid", self.detector)
-
-    @functools.cached_property
-    def _detector(self) -> Detector:
-        return make_detector(self.detector, self.weights_path, self.weights_digest)
-
-    def load_detector(self) -> Detector:
-        """The detector, made once and kept."""
-        return self._detector
+    family: ClassVar[str] = "kid"
 
     def zeros(self) -> KernelState:
         """The state of no images."""

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 @styled
 def samples(run: Run, images: Mapping[str, np.ndarray]) -> Figure:
-    """Grids of 8 x 8 images side by side: real, last checkpoint, best baseline, LCSC; all but real from the same noise.
+    """Grids of 8 x 8 images side by side: real, last checkpoint, best EMA, the best baseline where it is another, LCSC.
+
+    All but the real ones are made from the same noise.
 
     Args:
         images: float arrays (N, C, H, W) in [-1, 1] by the names of samples.npz; one that is absent is left out.
     """
     titles = _sample_titles(run)
-    twice = (run.summary or {}).get("report", {}).get("best_baseline") == "last"  # one grid shows it
-    shown = [key for key in titles if key in images and not (twice and key == "last")]
+    shown = [key for key in titles if key in images]
     figure = new_figure(3.2, "Samples from the same noise")
     subtitle(figure, f"first 64 images of the report seeds, none chosen · {circumstances(run)}")
     wide = 0.97 / max(len(shown), 1)
@@ -62,16 +63,18 @@ def _sample_titles(run: Run) -> dict[str, tuple[str, str]]:
     metric = printable(str(run.info["metric"]))
     report = (run.summary or {}).get("report") or {}
     baselines = report.get("baselines") or {}
-    rival = report.get("best_baseline")
+    families = dict.fromkeys(("last", "ema", report.get("best_baseline")))
 
     def score(row: dict[str, Any] | None) -> str:
         return f"{metric} {number(row['value'], row.get('se'))}" if row else ""
 
-    label = display_label(rival, baselines[rival]["label"]) if rival in baselines else "best baseline"
+    def title(family: str) -> tuple[str, str]:
+        row = baselines.get(family)
+        return printable(display_label(family, row["label"] if row else "")), score(row)
+
     floor = "" if run.floor is None else f"{metric} {number(run.floor)} (floor)"
     return {
         "real": ("real", floor),
-        "last": ("last checkpoint", score(baselines.get("last"))),
-        "best_baseline": (printable(label), score(baselines.get(rival))),
+        **{family: title(family) for family in families if family},
         "best": ("LCSC", score(report.get("best"))),
     }

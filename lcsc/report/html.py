@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_runs", "comparison_text", "write_report"]
 
-#: Grids that samples.npz may hold.
-GRIDS = ("real", "last", "best_baseline", "best")
-
 
 def write_report(run_dir: Path | str) -> Path:
     """Draw a run, finished or not, into `<run_dir>/report/`; an older report is replaced file by file.
@@ -93,7 +90,7 @@ def read_samples(run: Run) -> dict[str, np.ndarray]:
         return {}
     try:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
-            images = {key: archive[key] for key in GRIDS if key in archive}
+            images = {key: archive[key] for key in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(f"`{file}` cannot be read: {error}. Remove it to have the report without samples.") from error
     for key, array in images.items():

@@ -68,7 +68,7 @@ def run_search(
         "nfe": circumstances.get("nfe"),
         "metric": problem.objective.name,
     }
-    run, state = open_run_dir(runs_dir, run_dir, info)
+    run, state = open_run_dir(runs_dir, run_dir, info, (lambda _: None) if quiet else say)
     if state == "finished":
         if not quiet:
             say(f"{run.path} is finished already; nothing to do")
@@ -86,21 +86,20 @@ def run_search(
 
 
 def _save_samples(problem: Problem, search: Search, outcome: Outcome, folder: Path) -> None:
-    """Images of the winner, the last checkpoint, the best baseline (same noise) and the data, for the report."""
+    """Images of the winner, the last checkpoint, best EMA and best baseline (same noise), and the data."""
     objective = problem.objective
     if not isinstance(objective, SampleQuality):
         return
     records = {record["who"]: record for record in outcome.reports}
-    wanted = {"best": "best", "last": "last", "best_baseline": _report_section(outcome).get("best_baseline")}
+    wanted = {"best", "last", "ema", _report_section(outcome).get("best_baseline")}
     images = {
-        key: objective.images(
+        who: objective.images(
             problem.operator.apply(problem.bank, search.point(records[who])),
             seed=problem.seed,
             purpose=Purpose.REPORT,
             num_images=NUM_SAMPLES,
         ).numpy()
-        for key, who in wanted.items()
-        if who in records
+        for who in sorted(wanted & set(records))
     }
     images["real"] = objective.dataset.images()[:NUM_SAMPLES].numpy()
     buffer = io.BytesIO()

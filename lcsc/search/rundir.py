@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lcsc.core.differences import differences
-from lcsc.core.digests import canonical_json
 from lcsc.core.errors import RunError
 from lcsc.core.files import write_json
 
@@ -48,13 +47,16 @@ class RunDir:
         return cls(path, info)
 
 
-def open_run_dir(runs_dir: Path, explicit: Path | None, info: Mapping[str, Any]) -> tuple[RunDir, str]:
+def open_run_dir(
+    runs_dir: Path, explicit: Path | None, info: Mapping[str, Any], note: Callable[[str], None]
+) -> tuple[RunDir, str]:
     """The run directory for a search: the one it began earlier, or a new one.
 
     Args:
         runs_dir: where new directories are made and old ones looked for.
         explicit: the directory the user named, None to find or make one.
         info: run.json of the search at hand; `config` and `fingerprints` decide what is the same search.
+        note: hears why a run of the same configuration was not continued.
 
     Returns:
         The directory and what happened: "new", "resumed" or "finished".
@@ -64,8 +66,7 @@ def open_run_dir(runs_dir: Path, explicit: Path | None, info: Mapping[str, Any])
     """
     if explicit is not None and explicit.exists():
         run = RunDir.load(explicit)
-        rows = differences(run.info.get("config"), info["config"])
-        rows += differences(run.info.get("fingerprints"), info["fingerprints"], "fingerprints")
+        rows = _differences(run.info, info)
         if rows:
             raise RunError(
                 f"`{explicit}` was made with another configuration: {'; '.join(rows)}. "
@@ -73,14 +74,16 @@ def open_run_dir(runs_dir: Path, explicit: Path | None, info: Mapping[str, Any])
             )
         return run, "finished" if run.finished else "resumed"
     if explicit is None:
-        wanted = canonical_json(_identity(info))
         for path in sorted(runs_dir.glob("*/run.json"), reverse=True):
             try:
                 run = RunDir.load(path.parent)
             except RunError:
                 continue  # somebody else's folder is not our business
-            if canonical_json(_identity(run.info)) == wanted:
+            rows = _differences(run.info, info)
+            if not rows:
                 return run, "finished" if run.finished else "resumed"
+            if all(row.startswith("`fingerprints.") for row in rows):
+                note(f"not continuing `{run.path}`, its circumstances differ: {'; '.join(rows)}")
     return _create(runs_dir, explicit, info), "new"
 
 
@@ -95,5 +98,7 @@ def _create(runs_dir: Path, explicit: Path | None, info: Mapping[str, Any]) -> R
     return RunDir(path, info)
 
 
-def _identity(info: Mapping[str, Any]) -> dict[str, Any]:
-    return {"config": info.get("config"), "fingerprints": info.get("fingerprints")}
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Every field in which two searches differ; empty when they are the same."""
+    rows = differences(old.get("config"), new["config"])
+    return rows + differences(old.get("fingerprints"), new["fingerprints"], "fingerprints")

@@ -10,6 +10,7 @@ import torch
 from helpers_cli import TOY
 
 from lcsc.bank import CheckpointBank
+from lcsc.core.registry import build
 from lcsc.export.weights import read_recipe
 from lcsc.models.network import load_network
 from lcsc.search.journal import read_records
@@ -48,6 +49,22 @@ def test_finds_the_known_optimum(run, here):
     np.testing.assert_allclose(got_P, wanted_P, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_longer_search_comes_close_to_the_truth_exactly(here, lcsc):
+    """The Fréchet distance of the exported Gaussian to the true one in closed form, without any sampling."""
+    code, _, err = lcsc("search", *TOY, "search.num_trials=250", "search.num_images=400", "run_dir=long", "quiet=true")
+    assert code == 0, err
+    truth = build("dataset", "gaussian")
+
+    def distance(net):
+        mean, std = (tensor.double() for tensor in (net.mean_CHW, net.std_CHW))
+        return float(((mean - truth.mean_CHW) ** 2).sum() + ((std.abs() - truth.std_CHW) ** 2).sum())
+
+    bank = CheckpointBank.open(here / "banks" / "toy_gaussian")
+    singles = [distance(load_network(file.path)) for file in bank.files]
+    assert distance(load_network(here / "long" / "best")) < 0.1 * min(singles)
+
+
 def test_run_directory_is_as_described(run):
     path, _ = run
     names = {p.name for p in path.iterdir()}
@@ -60,7 +77,7 @@ def test_run_directory_is_as_described(run):
     assert kinds.count("select") == 3
     assert kinds.count("report") == 7
     images = np.load(path / "samples.npz")
-    assert images["best"].shape == images["last"].shape == (64, 1, 2, 2)
+    assert images["best"].shape == images["last"].shape == images["ema"].shape == (64, 1, 2, 2)
 
 
 def test_the_same_line_again_changes_nothing(run, lcsc):

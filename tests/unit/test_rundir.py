@@ -15,22 +15,32 @@ INFO = {"name": "toy", "config": {"seed": 0, "search": {"num_trials": 5}}, "fing
 
 
 def test_the_same_search_is_found_again_and_another_is_not(tmp_path):
-    run, state = open_run_dir(tmp_path, None, INFO)
+    run, state = open_run_dir(tmp_path, None, INFO, print)
     assert state == "new"
     assert run.path.name.startswith("toy-")
-    assert open_run_dir(tmp_path, None, INFO) == (run, "resumed")
+    assert open_run_dir(tmp_path, None, INFO, print) == (run, "resumed")
     (run.path / "summary.json").write_text("{}")
-    assert open_run_dir(tmp_path, None, INFO) == (run, "finished")
-    other, state = open_run_dir(tmp_path, None, {**INFO, "config": {"seed": 1, "search": {"num_trials": 5}}})
+    assert open_run_dir(tmp_path, None, INFO, print) == (run, "finished")
+    other, state = open_run_dir(tmp_path, None, {**INFO, "config": {"seed": 1, "search": {"num_trials": 5}}}, print)
     assert state == "new"
     assert other.path != run.path
 
 
+def test_other_circumstances_start_a_new_run_and_say_why(tmp_path):
+    old, _ = open_run_dir(tmp_path, None, INFO, print)
+    notes = []
+    changed = {**INFO, "fingerprints": {"bank": "xyz"}}
+    run, state = open_run_dir(tmp_path, None, changed, notes.append)
+    assert state == "new"
+    assert run.path != old.path
+    assert notes == [f"not continuing `{old.path}`, its circumstances differ: `fingerprints.bank`: abc -> xyz"]
+
+
 def test_a_named_directory_of_another_configuration_is_refused_field_by_field(tmp_path):
-    open_run_dir(tmp_path, tmp_path / "mine", INFO)
+    open_run_dir(tmp_path, tmp_path / "mine", INFO, print)
     other = {**INFO, "config": {"seed": 1, "search": {"num_trials": 9}}, "fingerprints": {"bank": "xyz"}}
     with pytest.raises(RunError) as caught:
-        open_run_dir(tmp_path, tmp_path / "mine", other)
+        open_run_dir(tmp_path, tmp_path / "mine", other, print)
     text = str(caught.value)
     assert "`search.num_trials`: 5 -> 9" in text
     assert "`seed`: 0 -> 1" in text
@@ -39,7 +49,7 @@ def test_a_named_directory_of_another_configuration_is_refused_field_by_field(tm
 
 def test_starts_in_the_same_second_never_share_a_directory(tmp_path):
     def start(index):
-        return open_run_dir(tmp_path, None, {**INFO, "config": {"seed": index}})[0].path
+        return open_run_dir(tmp_path, None, {**INFO, "config": {"seed": index}}, print)[0].path
 
     with ThreadPoolExecutor(16) as pool:
         paths = list(pool.map(start, range(100)))
