@@ -34,8 +34,25 @@ GRID = (
 FINALS = ["search.num_finalists=5", "search.num_images_select=1000", "search.num_images_report=2000"]
 
 
+def write(rows: list[dict], num_trials: int, to: Path) -> None:
+    """The results file of the runs so far."""
+    ratios = {key: [row["ratio"] for row in rows if row["key"] == list(key)] for key in GRID}
+    table = [
+        {
+            **dict(zip(("whitening", "searcher", "sigma0"), key, strict=True)),
+            "ratio": spread(values),
+            "runs": len(values),
+        }
+        for key, values in ratios.items()
+        if values
+    ]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    result = {**circumstances(), "num_trials": num_trials, "table": table, "runs": rows}
+    to.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def main() -> None:
-    """Measure, then write the results file."""
+    """Measure; the results file grows with every run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bank", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -54,16 +71,7 @@ def main() -> None:
             ratio = json.loads((path / "summary.json").read_text())["report"]["ratio"]
             rows.append({"key": [whitening, searcher, sigma0], "seed": seed, "ratio": ratio})
             print(rows[-1], flush=True)
-    table = [
-        {
-            **dict(zip(("whitening", "searcher", "sigma0"), key, strict=True)),
-            "ratio": spread([row["ratio"] for row in rows if row["key"] == list(key)]),
-        }
-        for key in GRID
-    ]
-    args.to.parent.mkdir(parents=True, exist_ok=True)
-    result = {**circumstances(), "num_trials": args.trials, "table": table, "runs": rows}
-    args.to.write_text(json.dumps(result, indent=2) + "\n")
+            write(rows, args.trials, args.to)  # after every run, so that an interrupted benchmark keeps what it has
 
 
 if __name__ == "__main__":
