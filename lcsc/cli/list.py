@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lcsc.core import registry
@@ -19,11 +20,13 @@ def main(words: Sequence[str]) -> None:
         if kind not in registry.ROOMS:
             raise ConfigError(f"no kind of part named `{kind}`.{did_you_mean(kind, [*registry.ROOMS, *plural])}")
     console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console = Console(width=160)
     for kind in kinds:
         table = Table(title=f"{kind}s", title_justify="left", expand=False)
         for column in ("name", "what it is", "settings", "source"):
             table.add_column(column)
         for name, part in registry.discover(kind).items():
             settings = ", ".join(field for field, _, _ in part.fields())
-            table.add_row(name, part.summary, settings, part.source)
+            table.add_row(*map(escape, (name, part.summary, settings, part.source)))
         console.print(table)

@@ -134,3 +134,11 @@ def test_sweep_and_comparison(here, lcsc):
     assert code == 0, err
     assert out.count("random") >= 2
     assert (here / "comparison" / "comparison.html").exists()
+
+
+def test_list_shows_every_part_with_its_source(lcsc):
+    code, out, _ = lcsc("list", "metrics", "operator")
+    assert code == 0
+    for word in ("fid_digits", "kid", "1706.08500", "1801.01401", "linear", "2404.02241", "whitening"):
+        assert word in out
+    assert "euler" not in out
