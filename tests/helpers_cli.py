@@ -17,6 +17,18 @@ TOY = [
 ]
 
 
+#: The digits experiment with a network and a training small enough for tests.
+TINY_TRAINING = [
+    "network.config.block_out_channels=[8]",
+    "network.config.norm_num_groups=4",
+    "network.config.down_block_types=[DownBlock2D]",
+    "network.config.up_block_types=[UpBlock2D]",
+    "trainer.num_steps=20",
+    "trainer.batch_size=16",
+    "trainer.save_every=4",
+]
+
+
 def start(*words, cwd, env=None):
     """Start `python -m lcsc WORDS` as a process of its own."""
     return subprocess.Popen(

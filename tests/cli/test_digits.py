@@ -7,15 +7,10 @@ import json
 import pytest
 import torch
 from diffusers import UNet2DModel
+from helpers_cli import TINY_TRAINING
 
-TINY_NETWORK = ["network.config.block_out_channels=[8]", "network.config.norm_num_groups=4"] + [
-    f"network.config.{side}_block_types=[{name}Block2D]" for side, name in (("down", "Down"), ("up", "Up"))
-]
 TINY = [
-    *TINY_NETWORK,
-    "trainer.num_steps=20",
-    "trainer.batch_size=16",
-    "trainer.save_every=4",
+    *TINY_TRAINING,
     "search.num_trials=6",
     "search.num_images=40",
     "search.num_finalists=2",
