@@ -1,6 +1,7 @@
 """What a search would have reported after t trials: the README's picture.
 
     python benchmarks/against_trials.py --run demo/runs/digits-... --to docs/images/report_against_trials.png
+    python benchmarks/against_trials.py  # draws again from the results file
 
 Every incumbent (the best trial on the search seeds so far) is scored on the report seeds and the report half of the
 reference, which the search never used; so are the tuned baselines, by the run itself. The numbers go beside the
@@ -17,11 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import circumstances
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 import lcsc
 from lcsc.core.seeds import Purpose
 
-LABELS = {"last": "last checkpoint", "best_single": "best single", "power_ema": "power EMA", "wsm": "minus-sqrt window"}
+LABELS = {"last": "last checkpoint", "best_single": "best single checkpoint"}
 
 
 def incumbents(run: lcsc.open_run) -> list[dict]:
@@ -62,13 +64,16 @@ def draw(rows: list[dict], summary: dict, to: Path) -> None:
     for who, row in summary["report"]["baselines"].items():
         color = "#D55E00" if "ema" in who else "#777777"
         ax.axhline(row["value"], color=color, linewidth=1.2)
-        label = row["label"] if who in ("ema", "uniform") else f"{LABELS[who]} ({row['label']})"
+        label = f"{LABELS[who]} ({row['label']})" if who in LABELS else row["label"]
         names.append((row["value"], f"{label}  {row['value']:.0f} ± {row['se']:.0f}", color))
     ax.axhline(summary["floor"], color="black", linewidth=1.2, linestyle=":")
     names.append((summary["floor"], f"real against real  {summary['floor']:.1f}", "black"))
     ax.set_yscale("log")
+    ax.set_yticks([5, 10, 20, 50, 100, 200, 500], [5, 10, 20, 50, 100, 200, 500])
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylim(summary["floor"] / 1.3, 1.8 * max(row["value"] for row in summary["report"]["baselines"].values()))
     bottom, top = ax.get_ylim()
-    least = (top / bottom) ** (1 / 22)  # label spacing on the log axis
+    least = (top / bottom) ** (1 / 26)  # label spacing on the log axis
     place = 0.0
     for value, text, color in sorted(names):
         place = max(value, place * least)
@@ -87,16 +92,18 @@ def draw(rows: list[dict], summary: dict, to: Path) -> None:
 def main() -> None:
     """Score, draw and write both files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--run", type=Path)
     parser.add_argument("--to", type=Path, default=Path("docs/images/report_against_trials.png"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/against_trials.json"))
     args = parser.parse_args()
-    run = lcsc.open_run(args.run)
-    rows = incumbents(run)
-    draw(rows, run.summary, args.to)
-    result = {**circumstances(), "seed": run.info["config"]["seed"], "summary": run.summary, "incumbents": rows}
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(result, indent=2) + "\n")
+    if args.run is not None:
+        run = lcsc.open_run(args.run)
+        rows = incumbents(run)
+        result = {**circumstances(), "seed": run.info["config"]["seed"], "summary": run.summary, "incumbents": rows}
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(json.dumps(result, indent=2) + "\n")
+    result = json.loads(args.results.read_text())
+    draw(result["incumbents"], result["summary"], args.to)
 
 
 if __name__ == "__main__":
