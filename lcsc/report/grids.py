@@ -30,15 +30,15 @@ def samples(run: Run, images: Mapping[str, np.ndarray]) -> Figure:
     figure = new_figure(3.2, "Samples from the same noise")
     subtitle(figure, f"first 64 images of the report seeds, none chosen · {circumstances(run)}")
     wide = 0.97 / max(len(shown), 1)
+    size, length = (9.5, 28) if len(shown) < 5 else (7.5, 27)  # five headings are narrower
     for column, key in enumerate(shown):
         ax = figure.add_axes((0.02 + column * wide, 0.03, wide - 0.02, 0.655))
         grid_HWC = tile(images[key])
         ax.imshow(grid_HWC, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         ax.set_axis_off()
         head, score = titles[key]
-        ax.set_title(
-            short(head, 28), fontsize=9.5, loc="left", pad=17, weight="bold", color=BLUE if key == "best" else INK
-        )
+        color = BLUE if key == "best" else INK
+        ax.set_title(short(head, length), fontsize=size, loc="left", pad=17, weight="bold", color=color)
         ax.text(0, 1.02, score, transform=ax.transAxes, fontsize=9, color=FAINT, va="bottom")
     return figure
 

@@ -43,7 +43,7 @@ def coefficients(run: Run) -> Figure:
     """Coefficient of each checkpoint against its training step; the best EMA's and the best baseline's as lines."""
     frame = run.coefficients()
     figure = new_figure(4.4, "Coefficient of each checkpoint")
-    ax = figure.add_axes((0.08, 0.13, 0.89, 0.68))
+    ax = figure.add_axes((0.08, 0.13, 0.89, 0.62))
     ax.grid(axis="y")
     if frame.empty:
         return empty(figure, ax, "no coefficients to show yet")
@@ -64,7 +64,7 @@ def coefficients(run: Run) -> Figure:
     ax.set_xlabel("training step of the checkpoint")
     ax.set_ylabel("coefficient")
     ax.margins(x=0.02, y=0.1)
-    where = {"loc": "upper right", "bbox_to_anchor": (0.975, 0.905), "borderaxespad": 0.0}
+    where = {"loc": "upper right", "bbox_to_anchor": (0.975, 0.835), "borderaxespad": 0.0}
     figure.legend(**where, ncols=4, frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.4)
     subtitle(figure, f"sum {coef.sum():.3f} · {(coef < 0).sum()} of {coef.size} negative · "
                       f"largest {np.abs(coef).max():.2f}")  # fmt: skip
