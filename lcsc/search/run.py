@@ -91,7 +91,7 @@ def _save_samples(problem: Problem, search: Search, outcome: Outcome, folder: Pa
     if not isinstance(objective, SampleQuality):
         return
     records = {record["who"]: record for record in outcome.reports}
-    wanted = {"best", "last", "ema", _report_section(outcome).get("best_baseline")}
+    wanted = {"best", "last", "ema", str(_report_section(outcome).get("best_baseline"))}
     images = {
         who: objective.images(
             problem.operator.apply(problem.bank, search.point(records[who])),
