@@ -50,9 +50,7 @@ def run_search(
     """
     bank = problem.bank
     bank.matrix()  # damaged numbers show up here, before anything is written
-    space = problem.operator.space(bank)
-    problem.searcher.start(space, problem.budget.num_trials, problem.seed)
-    circumstances = problem.objective.circumstances()
+    problem.searcher.start(problem.operator.space(bank), problem.budget.num_trials, problem.seed)
     prints = fingerprints(problem)
     info = {
         "name": name,
@@ -65,7 +63,7 @@ def run_search(
             "num_checkpoints": bank.num_checkpoints,
             "num_parameters": bank.layout.num_parameters,
         },
-        "nfe": circumstances.get("nfe"),
+        "nfe": prints["evaluator"].get("nfe"),
         "metric": problem.objective.name,
     }
     run, state = open_run_dir(runs_dir, run_dir, info, (lambda _: None) if quiet else say)
