@@ -1,5 +1,6 @@
 """Tensors x coefficients."""
 
-from lcsc.kernels.combine import combine, project
+from lcsc.kernels._reference import round_coef
+from lcsc.kernels.combine import Groups, combine, project
 
-__all__ = ["combine", "project"]
+__all__ = ["Groups", "combine", "project", "round_coef"]

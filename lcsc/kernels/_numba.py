@@ -1,0 +1,431 @@
+"""The combiner on CPUs. Memory-bound: it reads each row once and keeps everything else in the caches.
+
+The arithmetic is that of `lcsc.kernels._reference`, bit for bit: coefficients of 29 significant bits, so that
+coefficient times weight is exact in float64 for float32, bfloat16 and float16 weights; float64 sums in row order; one
+rounding to float32. Exact products make fused and separate multiply-add the same, and columns do not meet, so the bits
+depend neither on the processor nor on blocks, threads, or who else is in the batch. (Products of float64 rows are
+rounded; their last bits may differ between processors with and without fused multiply-add.)
+
+Four rows are added at a time while the next four are fetched; without that, the hops between rows cost a quarter of
+the memory's speed. Tensors are passed as addresses: any row stride, alignment and read-only memory will do, and there
+is one compiled function for each dtype. numba knows only this file when it keeps compiled functions, hence `_LLVM`.
+
+Shapes: K rows, P columns, B candidates, G layer groups, S segments, R rows that have a coefficient, C columns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+from lcsc.kernels import _llvm as llvm
+from lcsc.kernels._arrays import CHUNK, addresses, default_threads, segments, spread, sums
+from lcsc.kernels._reference import round_coef, sum_coef
+
+__all__ = ["accumulate", "combine_rows", "default_threads", "finish", "project_rows", "round_coef"]
+
+#: first digits of the SHA-256 of `_llvm.py`
+_LLVM = "0000000000000000"
+
+#: stands for a dtype in the compiled functions' signatures; numpy's number of that many bytes
+TAGS = {"float32": np.float32(0), "bfloat16": np.int16(0), "float16": np.uint16(0), "float64": np.float64(0)}
+_NAMES = {types.float32: "float32", types.int16: "bfloat16", types.uint16: "float16", types.float64: "float64"}
+_F32 = np.float32(0)
+
+BLOCK = 2**16  #: columns whose products `project_rows` adds up before it adds the sums: part of its definition
+BYPASS_BYTES = 2**23  #: longer results bypass the caches, which spares reading the memory they replace
+
+
+@intrinsic
+def _size(typingctx: Any, tag: Any) -> Any:
+    """Bytes of one number."""
+    return types.int64(tag), lambda context, b, sig, args: llvm.I64(tag.bitwidth // 8)
+
+
+@intrinsic
+def _fetch(typingctx: Any, tag: Any, rows: Any, offset: Any) -> Any:
+    """Ask for the 32 columns at `offset` bytes of some rows."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        llvm.fetch(b, _parts(b, args[1], rows), args[2], 4 * tag.bitwidth)
+        return context.get_dummy_value()
+
+    return types.void(tag, rows, offset), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _step(typingctx: Any, tag: Any, acc: Any, pitch: Any, rows: Any, coefs: Any, width: Any) -> Any:
+    """acc_bi += sum_r coef_br row_ri for `width` columns i; candidates lie `pitch` bytes apart."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        accs = [b.add(args[1], b.mul(args[2], llvm.I64(m))) for m in range(len(coefs) // len(rows))]
+        pair = _parts(b, args[3], rows), _parts(b, args[4], coefs)
+        llvm.add(context, b, _NAMES[tag], tag.bitwidth // 8, accs, *pair, width.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(tag, acc, pitch, rows, coefs, width), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _dot(typingctx: Any, tag: Any, acc: Any, rows: Any, grad: Any, width: Any) -> Any:
+    """acc_ri += row_ri grad_i for `width` columns i; the rows' sums lie 32 numbers apart."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        accs = [b.add(args[1], llvm.I64(256 * r)) for r in range(len(rows))]
+        where = context, b, _NAMES[tag], tag.bitwidth // 8
+        llvm.dot(*where, accs, _parts(b, args[2], rows), args[3], width.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(tag, acc, rows, grad, width), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _narrow(typingctx: Any, acc: Any, out: Any, width: Any, bypass: Any) -> Any:
+    """out = float32(acc) for `width` columns; 0 when all are finite."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return llvm.narrow(b, args[0], args[1], width.literal_value, bool(bypass.literal_value))
+
+    return types.int64(acc, out, width, bypass), codegen
+
+
+@intrinsic
+def _fence(typingctx: Any) -> Any:
+    """Order stores that bypassed the caches before whatever follows."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        b.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _parts(b: Any, value: Any, kind: Any) -> list[Any]:
+    return [b.extract_value(value, j) for j in range(len(kind))]
+
+
+@njit(nogil=True)
+def _add_row(tag: Any, acc: int, row: int, coef: float, n: int) -> None:
+    even, size = n - n % 32, _size(tag)
+    for i in range(0, even, 32):
+        _step(tag, acc + 8 * i, 0, (row + size * i,), (coef,), 32)
+    for i in range(even, n):
+        _step(tag, acc + 8 * i, 0, (row + size * i,), (coef,), 1)
+
+
+@njit(nogil=True)
+def _four(coef_BR: Any, b: int, r: int) -> tuple[float, ...]:
+    return coef_BR[b, r], coef_BR[b, r + 1], coef_BR[b, r + 2], coef_BR[b, r + 3]
+
+
+@njit(nogil=True)
+def _shift(rows: Any, k: int) -> tuple[int, ...]:
+    return rows[0] + k, rows[1] + k, rows[2] + k, rows[3] + k
+
+
+@njit(nogil=True)
+def _ahead(rows_R: Any, R: int, r: int, skip: int) -> tuple[int, ...]:
+    """The four rows that come after rows r to r + 3; after the last, the first of the next columns."""
+    way = 0 if r + 8 <= R else skip
+    return rows_R[(r + 4) % R] + way, rows_R[(r + 5) % R] + way, rows_R[(r + 6) % R] + way, rows_R[(r + 7) % R] + way
+
+
+@njit(nogil=True)
+def _dense(coef_BR: Any, b: int, r: int) -> int:
+    """How many candidates from b on, at most four, have a coefficient for each of rows r to r + 3."""
+    for m in range(b, min(b + 4, len(coef_BR))):
+        for j in range(r, r + 4):
+            if coef_BR[m, j] == 0:
+                return m - b
+    return min(4, len(coef_BR) - b)
+
+
+@njit(nogil=True)
+def _add_rows(tag: Any, acc: int, pitch: int, coef_BR: Any, rows_R: Any, R: int, n: int, skip: int) -> None:
+    """acc_bc += sum_r coef_br row_rc for n columns, in row order; terms whose coefficient is zero are left out.
+
+    `skip` is the way in bytes from these columns to the next ones, which are fetched while the last rows are added.
+    """
+    size, B, even, fours = _size(tag), len(coef_BR), n - n % 32, R - R % 4
+    for r in range(0, fours, 4):
+        rows, ahead = (rows_R[r], rows_R[r + 1], rows_R[r + 2], rows_R[r + 3]), _ahead(rows_R, R, r, skip)
+        b = 0
+        while b < B:
+            here, dense = acc + pitch * b, _dense(coef_BR, b, r)
+            if dense == 4:
+                c8 = _four(coef_BR, b, r) + _four(coef_BR, b + 1, r)
+                c16 = c8 + _four(coef_BR, b + 2, r) + _four(coef_BR, b + 3, r)
+                for i in range(0, even, 32):
+                    _fetch(tag, ahead, size * i)
+                    for j in range(i, i + 32, 8):
+                        _step(tag, here + 8 * j, pitch, _shift(rows, size * j), c16, 8)
+                b, ahead = b + 4, rows
+            elif dense > 0:
+                c4 = _four(coef_BR, b, r)
+                for i in range(0, even, 32):
+                    _fetch(tag, ahead, size * i)
+                    _step(tag, here + 8 * i, pitch, _shift(rows, size * i), c4, 32)
+                b, ahead = b + 1, rows
+            else:
+                for j in range(4):
+                    if coef_BR[b, r + j] != 0:
+                        _add_row(tag, here, rows[j], coef_BR[b, r + j], even)
+                b += 1
+    for b in range(B):
+        for r in range(R):
+            if coef_BR[b, r] != 0:
+                done = even if r < fours else 0
+                _add_row(tag, acc + pitch * b + 8 * done, rows_R[r] + size * done, coef_BR[b, r], n - done)
+
+
+@njit(nogil=True)
+def _select(coef_BGK: Any, g: int, coef_BR: Any, used_R: Any) -> int:
+    """The rows that some candidate needs in group g, and their coefficients; returns how many."""
+    R = 0
+    for k in range(coef_BGK.shape[2]):
+        needed = False
+        for b in range(coef_BGK.shape[0]):
+            coef_BR[b, R] = coef_BGK[b, g, k]
+            needed |= coef_BGK[b, g, k] != 0
+        if needed:
+            used_R[R] = k
+            R += 1
+    return R
+
+
+@njit(nogil=True)
+def _round(acc: int, out: int, n: int, bypass: bool) -> bool:
+    """out = float32(acc) for n columns; whether all are finite."""
+    bad, i = 0, 0
+    if bypass and out % 64 == 0:
+        while i + 16 <= n:
+            bad |= _narrow(acc + 8 * i, out + 4 * i, 16, 1)
+            i += 16
+    while i + 16 <= n:
+        bad |= _narrow(acc + 8 * i, out + 4 * i, 16, 0)
+        i += 16
+    while i < n:
+        bad |= _narrow(acc + 8 * i, out + 4 * i, 1, 0)
+        i += 1
+    return bad == 0
+
+
+class _Compiled:
+    """A function compiled when first called, and kept on disk for the next process where that is possible."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._cached = True
+        self._fast: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            if self._fast is None:
+                self._fast = njit(nogil=True, cache=self._cached)(self._function)
+            return self._fast(*args)
+        except Exception:  # no folder to write to, a full disk, a damaged entry (pickle may raise anything)
+            if not self._cached:
+                raise
+        self._cached, self._fast = False, None
+        return self(*args)
+
+
+@_Compiled
+def _columns(tag: Any, coef_BGK: Any, rows_K: Any, base: Any, parts: Any, out_B: Any, span: Any, acc_BC: Any) -> bool:
+    """Columns [start, stop) of the candidates. Rows, anchor and results are addresses of column 0; acc_BC is scratch."""
+    (anchor, base_BG), (starts_S, groups_S), (start, stop, bypass), (B, _, K) = base, parts, span, coef_BGK.shape
+    coef_BR, used_R, rows_R = np.empty((B, K)), np.empty(K, np.int64), np.empty(K, np.int64)
+    size, chunk, finite, s, R, known = _size(tag), acc_BC.shape[1], True, 0, 0, -1
+    for c in range(start, stop, chunk):
+        end = min(c + chunk, stop)
+        acc_BC[:, : end - c] = -0.0
+        at = c
+        while at < end:
+            while starts_S[s + 1] <= at:
+                s += 1
+            g, until = groups_S[s], min(end, starts_S[s + 1])
+            if g != known:
+                known, R = g, _select(coef_BGK, g, coef_BR, used_R)
+            here, skip = acc_BC.ctypes.data + 8 * (at - c), size * (until - at) if until < stop else 0
+            for b in range(B):
+                if base_BG[b, g] != 0:
+                    _add_row(_F32, here + 8 * chunk * b, anchor + 4 * at, base_BG[b, g], until - at)
+            for r in range(R):
+                rows_R[r] = rows_K[used_R[r]] + size * at
+            _add_rows(tag, here, 8 * chunk, coef_BR, rows_R, R, until - at, skip)
+            at = until
+        for b in range(B):
+            finite &= _round(acc_BC.ctypes.data + 8 * chunk * b, out_B[b] + 4 * c, end - c, bypass)
+    _fence()
+    return finite
+
+
+@_Compiled
+def _add(tag: Any, coef_BGK: Any, rows_K: Any, acc: int, pitch: int, columns: int, chunk: int) -> None:
+    """acc_bc += coef_bk row_kc for all columns; acc is an address, candidates lie `pitch` bytes apart."""
+    B, _, K = coef_BGK.shape
+    coef_BR, used_R, rows_R, size = np.empty((B, K)), np.empty(K, np.int64), np.empty(K, np.int64), _size(tag)
+    R = _select(coef_BGK, 0, coef_BR, used_R)
+    for c in range(0, columns, chunk):
+        end = min(c + chunk, columns)
+        for r in range(R):
+            rows_R[r] = rows_K[used_R[r]] + size * c
+        _add_rows(tag, acc + 8 * c, pitch, coef_BR, rows_R, R, end - c, size * (end - c) if end < columns else 0)
+
+
+@_Compiled
+def _round_all(acc: int, pitch: int, out_B: Any, columns: int) -> bool:
+    finite = True
+    for b in range(len(out_B)):
+        finite &= _round(acc + pitch * b, out_B[b], columns, False)
+    return finite
+
+
+@_Compiled
+def _dots(tag: Any, rows_K: Any, grad: int, columns: int, first: int, lanes_KS: Any, sums_NK: Any) -> None:
+    """Sums of row_kc grad_c over blocks of BLOCK columns from block `first` on: 32 sums in turn, added in order."""
+    K, size, lanes, fours = len(rows_K), _size(tag), lanes_KS.ctypes.data, len(rows_K) // 4 * 4
+    for n in range(len(sums_NK)):
+        low = (first + n) * BLOCK
+        high = min(low + BLOCK, columns)
+        lanes_KS[:] = 0.0
+        for c in range(low, high, CHUNK):
+            end = min(c + CHUNK, high)
+            even = end - (end - c) % 32
+            for k in range(0, fours, 4):
+                rows = (rows_K[k], rows_K[k + 1], rows_K[k + 2], rows_K[k + 3])
+                ahead = _ahead(rows_K, K, k, size * CHUNK if end < columns else 0)
+                for i in range(c, even, 32):
+                    _fetch(tag, ahead, size * i)
+                    _dot(tag, lanes + 256 * k, _shift(rows, size * i), grad + 4 * i, 32)
+            for k in range(K):
+                for i in range(c if k >= fours else even, even, 32):
+                    _dot(tag, lanes + 256 * k, (rows_K[k] + size * i,), grad + 4 * i, 32)
+                for i in range(even, end):
+                    _dot(tag, lanes + 256 * k + 8 * (i - even), (rows_K[k] + size * i,), grad + 4 * i, 1)
+        for k in range(K):
+            total = 0.0
+            for i in range(32):
+                total += lanes_KS[k, i]
+            sums_NK[n, k] = total
+
+
+def _tag(dtype: str) -> Any:
+    if dtype not in TAGS:
+        raise ValueError(f"numbers of dtype `{dtype}` cannot be combined; known: {', '.join(TAGS)}.")
+    return TAGS[dtype]
+
+
+def accumulate(acc_BC: np.ndarray, coef_BR: np.ndarray, rows_RC: np.ndarray, dtype: str) -> None:
+    """`acc += coef @ rows` in row order, leaving out terms whose coefficient is zero. One thread, without the GIL.
+
+    A sum that is built up by several calls starts from -0.0 to have the bits of `combine_rows`.
+
+    Args:
+        acc_BC: float64, shape (B, C); rows contiguous.
+        coef_BR: coefficients, shape (B, R); rounded here as by `round_coef`.
+        rows_RC: numbers or their raw bits, shape (R, C); rows contiguous, any stride between them.
+        dtype: what the bits mean: float32, bfloat16, float16 or float64.
+
+    Raises:
+        ValueError: shapes, strides or the dtype do not fit.
+    """
+    tag, (B, C) = _tag(dtype), acc_BC.shape
+    if coef_BR.shape != (B, len(rows_RC)) or rows_RC.shape[1] != C:
+        raise ValueError(f"shapes do not fit: acc {acc_BC.shape}, coef {coef_BR.shape}, rows {rows_RC.shape}.")
+    rows_R, acc_B = addresses("rows_RC", rows_RC, tag.itemsize), addresses("acc_BC", acc_BC, 8)
+    if acc_BC.size:
+        chunk = sums(B, C).shape[1]
+        _add(tag, round_coef(coef_BR)[:, None], rows_R, int(acc_B[0]), acc_BC.strides[0], C, chunk)
+
+
+def finish(acc_BC: np.ndarray, out_BC: np.ndarray) -> bool:
+    """`out = float32(acc)`, shape (B, C), rows contiguous; True when all are finite. One thread, without the GIL."""
+    if acc_BC.shape != out_BC.shape:
+        raise ValueError(f"shapes do not fit: acc {acc_BC.shape}, out {out_BC.shape}.")
+    acc_B, out_B = addresses("acc_BC", acc_BC, 8), addresses("out_BC", out_BC, 4)
+    return not acc_BC.size or bool(_round_all(int(acc_B[0]), acc_BC.strides[0], out_B, acc_BC.shape[1]))
+
+
+def combine_rows(
+    coef_BK: np.ndarray,
+    W_KP: np.ndarray,
+    out_BP: np.ndarray,
+    *,
+    dtype: str,
+    anchor_P: np.ndarray | None = None,
+    anchor_coef_B: np.ndarray | None = None,
+    starts_S: np.ndarray | None = None,
+    groups_S: np.ndarray | None = None,
+    threads: int | None = None,
+) -> bool:
+    """`out = anchor_coef * anchor + coef @ W`, all candidates in one pass over W; True when all are finite.
+
+    Args:
+        coef_BK: coefficients, shape (B, K), or (B, G, K) with segments; rounded here as by `round_coef`.
+        W_KP: numbers or their raw bits, shape (K, P); rows contiguous, any stride between them.
+        out_BP: float32, shape (B, P); rows contiguous.
+        dtype: what the bits mean: float32, bfloat16, float16 or float64.
+        anchor_P: float32, shape (P,): what the rows are differences to. It is added first.
+        anchor_coef_B: its coefficients, shape (B,) or (B, G); None means the sums of the rows' coefficients.
+        starts_S: first columns of S segments and, last, P; shape (S + 1,).
+        groups_S: whose coefficients each segment takes, shape (S,).
+        threads: at most so many; None means `default_threads()`.
+
+    Raises:
+        ValueError: shapes, strides or the dtype do not fit.
+    """
+    tag, (B, P), coef_BGK = _tag(dtype), out_BP.shape, round_coef(coef_BK if coef_BK.ndim == 3 else coef_BK[:, None])
+    if coef_BGK.shape[::2] != (B, len(W_KP)) or W_KP.shape[1] != P:
+        raise ValueError(f"shapes do not fit: coef {coef_BK.shape}, W {W_KP.shape}, out {out_BP.shape}.")
+    parts, base_BG, anchor = segments(starts_S, groups_S, P, coef_BGK.shape[1]), np.zeros(coef_BGK.shape[:2]), 0
+    if anchor_P is not None:
+        if anchor_P.shape != (P,):
+            raise ValueError(f"the anchor has shape {anchor_P.shape}, not {(P,)}.")
+        anchor = int(addresses("anchor_P", anchor_P[None], 4)[0])
+        base_BG.T[...] = round_coef(sum_coef(coef_BGK) if anchor_coef_B is None else np.asarray(anchor_coef_B)).T
+    rows_K, out_B = addresses("W_KP", W_KP, tag.itemsize), addresses("out_BP", out_BP, 4)
+
+    def work(start: int, stop: int) -> bool:
+        span = 64 * start, min(P, 64 * stop), 4 * P * B > BYPASS_BYTES
+        return _columns(tag, coef_BGK, rows_K, (anchor, base_BG), parts, out_B, span, sums(B, P))
+
+    return not out_BP.size or all(spread(work, -(-P // 64), len(W_KP) * P * tag.itemsize, threads))
+
+
+def project_rows(
+    grad_P: np.ndarray,
+    W_KP: np.ndarray,
+    *,
+    dtype: str,
+    anchor_P: np.ndarray | None = None,
+    threads: int | None = None,
+) -> np.ndarray:
+    """`W @ grad` (with an anchor, `(W + anchor) @ grad`), float64, shape (K,); the same bits for any thread count.
+
+    Args:
+        grad_P: float32, shape (P,), contiguous.
+        W_KP: numbers or their raw bits, shape (K, P); rows contiguous, any stride between them.
+        dtype: what the bits mean: float32, bfloat16, float16 or float64.
+        anchor_P: float32, shape (P,): what the rows are differences to.
+        threads: at most so many; None means `default_threads()`.
+    """
+    tag, (K, P) = _tag(dtype), W_KP.shape
+    if grad_P.shape != (P,) or (anchor_P is not None and anchor_P.shape != (P,)):
+        raise ValueError(f"shapes do not fit: grad {grad_P.shape}, W {W_KP.shape}.")
+    grad, rows_K = int(addresses("grad_P", grad_P[None], 4)[0]), addresses("W_KP", W_KP, tag.itemsize)
+    sums_NK = np.zeros((-(-P // BLOCK), K))
+
+    def work(start: int, stop: int) -> None:
+        _dots(tag, rows_K, grad, P, start, np.empty((K, 32)), sums_NK[start:stop])
+
+    spread(work, len(sums_NK), K * P * tag.itemsize, threads)
+    total_K = functools.reduce(np.add, sums_NK, np.zeros(K))
+    if anchor_P is None:
+        return total_K
+    return total_K + project_rows(grad_P, anchor_P[None], dtype="float32", threads=threads)
