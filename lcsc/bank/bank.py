@@ -1,25 +1,35 @@
-"""A run's checkpoints as one matrix. K = checkpoints, P = flat parameters."""
+"""A run's checkpoints as one matrix. K = checkpoints, P = flat parameters, B = candidates, G = layer groups."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import numpy as np
 
-from lcsc.bank.layout import Layout, is_combined
-from lcsc.bank.scan import CheckpointFile, Header, find_checkpoints
-from lcsc.core.digests import file_sha256, value_digest
-from lcsc.core.errors import BankError, ConfigError, NonFiniteError
+from lcsc.bank.content import chunk_sums, content_digest
+from lcsc.bank.extents import Source, read_source
+from lcsc.bank.find import Checkpoint, choose, find_groups
+from lcsc.bank.memory import choose_storage
+from lcsc.bank.pack import open_pack
+from lcsc.bank.rows import Checksums, Row
+from lcsc.bank.shape import Shape, several_emas, shape_of
+from lcsc.bank.stream import Progress
+from lcsc.core.digests import value_digest
+from lcsc.core.errors import BankError, ConfigError
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lcsc.bank.storage import Storage
+    from lcsc.kernels import Groups
+
+DTYPES = ("float32", "bfloat16", "float16")
+_Stepped = TypeVar("_Stepped", Checkpoint, Row)
 
 
 @dataclass(frozen=True)
@@ -38,14 +48,14 @@ class Selection:
         if self.every < 1 or (self.last is not None and self.last < 1):
             raise ConfigError(f"`every` is {self.every} and `last` is {self.last}; both must be at least 1.")
 
-    def pick(self, files: list[CheckpointFile]) -> list[CheckpointFile]:
+    def pick(self, found: Sequence[_Stepped]) -> list[_Stepped]:
         """The selected checkpoints, in step order; raises BankError when none is left."""
         lower = -1 if self.start is None else self.start
-        kept = [f for f in files if f.step >= lower and (self.stop is None or f.step <= self.stop)]
+        kept = [f for f in found if f.step >= lower and (self.stop is None or f.step <= self.stop)]
         kept = kept[::-1][:: self.every][: self.last][::-1]
         if not kept:
             raise BankError(
-                f"no checkpoint left: {len(files)} steps from {files[0].step} to {files[-1].step}, "
+                f"no checkpoint left: {len(found)} steps from {found[0].step} to {found[-1].step}, "
                 f"and {self} keeps none. Widen `bank.start` and `bank.stop`."
             )
         return kept
@@ -54,29 +64,46 @@ class Selection:
 class CheckpointBank:
     """Checkpoints of one architecture, read as rows of one matrix.
 
-    Opening reads headers only and checks that every checkpoint has the same tensors; the numbers are read
-    by `matrix()`. Files are never modified.
+    Opening reads headers only and checks that every checkpoint has the same tensors; the numbers are read when they
+    are first used, into memory or, where they do not fit, block by block at each use. Files are never modified.
+    Make one with `CheckpointBank.open`.
     """
 
-    def __init__(self, path: Path, select: Selection, component: str | None, dtype: str) -> None:
-        if dtype not in _DTYPES:
-            raise ConfigError(f"`bank.dtype` is `{dtype}`; it must be one of {', '.join(_DTYPES)}.")
-        self.path = path
-        #: what was asked for, as plain values
-        self.config = {"path": str(path), "component": component, **dataclasses.asdict(select), "dtype": dtype}
-        self.dtype = _DTYPES[dtype]
-        files = select.pick(find_checkpoints(path, component))
-        self.files = tuple(files)
-        self._headers = [file.headers() for file in files]
-        for file, headers in zip(files[1:], self._headers[1:], strict=True):
-            _check_same(files[0], self._headers[0], file, headers)
-        _check_arch(self.files)
-        combined = {
-            name: header.shape
-            for name, header in self._headers[0].items()
-            if is_combined(name, _FLOATS.get(header.dtype, torch.int64))
+    def __init__(
+        self, path: Path, select: Selection, component: str | None, weights: str | None, dtype: str, storage: str
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"`bank.dtype` is `{dtype}`; it must be one of {', '.join(DTYPES)}.")
+        self.path, self.dtype = path, dtype
+        shape = self._shape = _shape(path, select, component, weights)
+        #: one row a checkpoint, and how their columns lie
+        self.rows, self.layout = shape.rows, shape.layout
+        #: `{"class": ..., "config": {...}}` of the network, None when the files do not say
+        self.arch: Mapping[str, Any] | None = shape.arch
+        #: raw, ema or lora, and the EMA's rate as the files write it
+        self.kind, self.rate = shape.kind, shape.rate
+        #: EMA rate of each row where the bank holds several rates (`weights=ema:*`), else empty
+        self.rates = shape.rates
+        #: what the reader has to say: which weights were taken, what was passed over
+        self.notes: tuple[str, ...] = shape.notes
+        itemsize = 4 if dtype == "float32" else 2
+        wanted = "auto" if storage == "exact" else storage
+        #: resident, delta or streamed
+        self.storage = choose_storage(wanted, len(self.rows), self.layout.num_parameters, itemsize)
+        if storage == "exact" and self.storage == "delta":
+            self.storage = "streamed"
+        exact = "delta" if self.storage == "delta" else "exact"
+        #: what was asked for, as plain values; opens the same bank again
+        self.config = {
+            "path": str(path),
+            "component": component,
+            "weights": weights,
+            **dataclasses.asdict(select),
+            "dtype": dtype,
+            "storage": exact if storage == "auto" else storage,
         }
-        self.layout = Layout.of(combined)
+        #: sums of the contents, collected whenever rows are read
+        self.checksums = Checksums(self.layout, len(self.rows))
 
     @classmethod
     def open(
@@ -85,122 +112,187 @@ class CheckpointBank:
         *,
         select: Selection | None = None,
         component: str | None = None,
+        weights: str | None = None,
         dtype: str = "float32",
+        storage: str = "auto",
     ) -> CheckpointBank:
         """Open the checkpoints under `path`.
 
         Args:
-            path: folder of `checkpoint-<step>/` folders (diffusers layout, sharded or not) or of `*<step>.safetensors`.
+            path: a folder in any layout that `lcsc bank scan` reads, one checkpoint, or a file that `lcsc bank pack`
+                wrote.
             select: which steps; None means all.
-            component: sub-folder of each checkpoint that holds the network, such as `unet`; None finds it.
-            dtype: how the rows are stored in memory: float32, bfloat16 or float16.
+            component: part of each checkpoint that holds the network, such as `unet`; None finds it.
+            weights: `raw`, `ema`, `ema:<rate>`, `ema:*` (all rates of one run, for post-hoc EMA) or `lora`; None takes
+                raw weights where both are there.
+            dtype: how resident rows are stored in memory: float32, bfloat16 or float16.
+            storage: `resident`, `delta` (bfloat16 differences to one checkpoint), `streamed`, `exact` (resident or
+                streamed, which give the same bits) or `auto` (the first of the three that fits in the free memory).
 
         Raises:
             BankError: nothing found, damaged files, or checkpoints that do not fit together.
         """
-        return cls(Path(path), select or Selection(), component, dtype)
+        return cls(Path(path), select or Selection(), component, weights, dtype, storage)
 
     @property
     def steps(self) -> tuple[int, ...]:
         """Training step of each row, increasing."""
-        return tuple(file.step for file in self.files)
-
-    @property
-    def arch(self) -> Mapping[str, Any] | None:
-        """`{"class": ..., "config": {...}}` of the network, None when the files do not say."""
-        return self.files[0].arch
+        return tuple(row.step for row in self.rows)
 
     @property
     def num_checkpoints(self) -> int:
         """K."""
-        return len(self.files)
+        return len(self.rows)
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Dtype of each combined tensor in the last checkpoint's files."""
+        return {entry.name: self.rows[-1].table[entry.name].dtype for entry in self.layout.entries}
+
+    # ------------------------------------------------------------------------------------------- numbers
 
     @functools.cached_property
-    def parents(self) -> tuple[Mapping[str, Any], ...]:
-        """Step, path below the bank's folder and SHA-256 of every file of every checkpoint."""
-        return tuple(
-            {
-                "step": file.step,
-                "files": {str(part.relative_to(self.path)): file_sha256(part) for part in file.files},
-            }
-            for file in self.files
-        )
+    def _store(self) -> Storage:
+        import torch
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 over steps, names and contents of all files."""
-        return value_digest([dict(parent) for parent in self.parents])
+        from lcsc.bank.pack import map_pack
+        from lcsc.bank.storage import Resident, Streamed, load
+
+        if self.storage == "streamed":
+            return Streamed(self.rows, self.layout, self.checksums)
+        dtype = getattr(torch, self.dtype)
+        if self.storage == "delta":
+            return load(self.rows, self.layout, self.checksums, torch.bfloat16, anchor=len(self.rows) // 2)
+        mapped = map_pack(self.path, self.rows, self.layout, self.dtype)
+        return load(self.rows, self.layout, self.checksums, dtype) if mapped is None else Resident(mapped)
 
     def matrix(self) -> Tensor:
-        """W_KP, resident, shape (K, P); float32 unless the bank was opened with another dtype.
+        """W_KP, shape (K, P), in the bank's dtype; for resident banks only.
+
+        Raises:
+            NonFiniteError: a checkpoint holds NaN or Inf (file, tensor and count are named).
+            BankError: the bank is stored otherwise; `blocks` works with every storage.
+        """
+        if self.storage != "resident":
+            raise BankError(
+                f"the bank `{self.path}` is stored as `{self.storage}`, which has no matrix. Use `blocks`, or open it "
+                "with storage=resident."
+            )
+        return self._store.W_KP  # type: ignore[attr-defined]
+
+    def load(self) -> None:
+        """Read and check all numbers now rather than at the first use.
 
         Raises:
             NonFiniteError: a checkpoint holds NaN or Inf (file, tensor and count are named).
         """
-        return self._matrix
+        _ = self._store
+        if self.storage == "streamed":
+            from lcsc.bank.rows import cut
+            from lcsc.bank.storage import each_row, tables_of
 
-    @functools.cached_property
-    def _matrix(self) -> Tensor:
-        W_KP = torch.empty(self.num_checkpoints, self.layout.num_parameters, dtype=self.dtype)
-        names = {entry.name for entry in self.layout.entries}
-        for row_P, file, headers in zip(W_KP, self.files, self._headers, strict=True):
-            views = self.layout.views(row_P)
-            for name, tensor in _tensors(file, headers, names):
-                views[name].copy_(tensor)
-            if not torch.isfinite(row_P).all():
-                self._raise_nonfinite(row_P, headers)
-        return W_KP
+            for _ in each_row(self.rows, cut(self.layout, tables_of(self.rows)), self.checksums):
+                pass
 
-    def _raise_nonfinite(self, row_P: Tensor, headers: Mapping[str, Header]) -> None:
-        bad = {name: int((~torch.isfinite(view)).sum()) for name, view in self.layout.views(row_P).items()}
-        name, count = next((name, count) for name, count in bad.items() if count)
-        raise NonFiniteError(
-            f"`{headers[name].file}` holds {count} NaN or Inf in `{name}`, {sum(bad.values())} in all its tensors. "
-            "A bank holds finite numbers only; leave the step out with `bank.start`, `bank.stop` or `bank.every`."
-        )
+    def combine(self, coef: Tensor, *, groups: Groups | None = None, out: Tensor | None = None) -> Tensor:
+        """Candidates, see `lcsc.kernels.combine`; a streamed bank reads its files once for all B of a call.
+
+        Args:
+            coef: shape (K,) or (B, K); with `groups` (G, K) or (B, G, K).
+            groups: which columns use which layer group's coefficients.
+            out: float32 buffer, shape (P,) or (B, P).
+        """
+        return self._store.combine(coef, groups, out)
+
+    def project(self, grad_P: Tensor, *, groups: Groups | None = None) -> Tensor:
+        """Gradient with respect to the coefficients, float32, shape (K,) or (G, K); see `lcsc.kernels.project`."""
+        return self._store.project(grad_P, groups)
+
+    def blocks(self, columns: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """All rows, a few columns at a time: `(columns, W_KC)` in order, float32; the array is used again."""
+        return self._store.blocks(columns)
+
+    def stream(self, coef_MK: np.ndarray, *, progress: Progress | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """M outputs in one pass: `(start, out_MC)`, float32, every column once; the array is used again.
+
+        A streamed bank reads only the checkpoints that have a coefficient, and needs no torch.
+
+        Args:
+            coef_MK: coefficients, float64, shape (M, K).
+            progress: called with bytes done and bytes in all.
+        """
+        from lcsc.kernels import round_coef
+
+        rounded = round_coef(np.ascontiguousarray(coef_MK, dtype=np.float64))
+        if self.storage == "streamed":
+            from lcsc.bank.stream import Pass, run_pass
+
+            return run_pass(Pass(self.rows, self.layout, rounded[:, None], checksums=self.checksums), progress=progress)
+        return self._store.stream(rounded, progress)
+
+    # --------------------------------------------------------------------------------- what is not combined
+
+    def constant_sources(self) -> dict[str, tuple[tuple[Path, ...], Source]]:
+        """Tensors that are not combined (integers, batch-norm statistics) as they lie in the last checkpoint."""
+        last = self.rows[-1]
+        return {name: (last.files, last.table[name]) for name in self._shape.constants}
 
     @functools.cached_property
     def constants(self) -> dict[str, Tensor]:
-        """Tensors that are not combined (integers, batch-norm statistics), copied from the last checkpoint."""
-        headers = self._headers[-1]
-        names = set(headers) - {entry.name for entry in self.layout.entries}
-        return dict(_tensors(self.files[-1], headers, names))
+        """Tensors that are not combined, read from the last checkpoint."""
+        from lcsc.bank.storage import as_tensor
+
+        base = self.rows[-1].base
+        return {
+            name: as_tensor(read_source(files, source, base), source.dtype)
+            for name, (files, source) in self.constant_sources().items()
+        }
+
+    # -------------------------------------------------------------------------------------------- origin
+
+    def parent(self, k: int) -> dict[str, Any]:
+        """Row k's origin: step, files below the bank's folder with their bytes, and the digest of its content.
+
+        The digest is at hand once the row was read for another purpose; otherwise the row is read now.
+        """
+        row = self.rows[k]
+        if (packed := self._shape.parents) is not None:
+            return dict(packed[k])
+        found = self.checksums.of(k) or {
+            entry.name: chunk_sums(read_source(row.files, row.table[entry.name], row.base))
+            for entry in self.layout.entries
+        }
+        tensors = {name: (row.table[name].dtype, row.table[name].shape, sums) for name, sums in found.items()}
+        for name in self._shape.constants:
+            source = row.table[name]
+            tensors[name] = (source.dtype, source.shape, chunk_sums(read_source(row.files, source, row.base)))
+        root = self.path if self.path.is_dir() else self.path.parent
+        return {
+            "step": row.step,
+            "files": {str(file.relative_to(root)): file.stat().st_size for file in row.files},
+            "content": content_digest(tensors),
+        }
+
+    @functools.cached_property
+    def parents(self) -> tuple[Mapping[str, Any], ...]:
+        """`parent` of every row."""
+        return tuple(self.parent(k) for k in range(len(self.rows)))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over steps and contents of all rows; where the files lie and in which format does not matter."""
+        return value_digest([[p["step"], p["content"], p.get("rounded")] for p in self.parents])
 
 
-def _tensors(file: CheckpointFile, headers: Mapping[str, Header], names: set[str]) -> list[tuple[str, Tensor]]:
-    found = []
-    for part in file.files:
-        try:
-            with safe_open(part, framework="pt") as handle:
-                found += [(name, handle.get_tensor(name)) for name in sorted(names) if headers[name].file == part]
-        except SafetensorError as error:
-            raise BankError(
-                f"`{part}` changed while it was read: {error}. Leave the bank alone during a search."
-            ) from error
-    return found
-
-
-def _check_same(first: CheckpointFile, a: Mapping[str, Header], other: CheckpointFile, b: Mapping[str, Header]) -> None:
-    """Raise BankError with the first ten differences between two checkpoints' names and shapes."""
-    rows = [f"`{name}` is only in step {first.step}" for name in sorted(set(a) - set(b))]
-    rows += [f"`{name}` is only in step {other.step}" for name in sorted(set(b) - set(a))]
-    rows += [
-        f"`{name}` is {a[name].shape} vs {b[name].shape}"
-        for name in sorted(set(a) & set(b))
-        if a[name].shape != b[name].shape
-    ]
-    if rows:
-        more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
-        raise BankError(
-            f"checkpoints `{first.path}` and `{other.path}` differ: {'; '.join(rows[:10])}{more}. "
-            "A bank holds one architecture; choose its steps with `bank.start` and `bank.stop`."
-        )
-
-
-def _check_arch(files: tuple[CheckpointFile, ...]) -> None:
-    for file in files[1:]:
-        if file.arch != files[0].arch:
-            raise BankError(
-                f"`{files[0].path / 'config.json'}` and `{file.path / 'config.json'}` describe different networks. "
-                "A bank holds one architecture; choose its steps with `bank.start` and `bank.stop`."
-            )
+def _shape(path: Path, select: Selection, component: str | None, weights: str | None) -> Shape:
+    if (packed := open_pack(path)) is not None:
+        kept = select.pick(packed.rows)
+        index = [packed.rows.index(row) for row in kept]
+        parents = None if packed.parents is None else tuple(packed.parents[k] for k in index)
+        return dataclasses.replace(packed, rows=tuple(kept), parents=parents)
+    groups = find_groups(path)
+    if weights == "ema:*":
+        emas = several_emas([group for group in groups if component in (None, group.component)])
+        return shape_of(emas[0], [row for group in emas for row in select.pick(group.checkpoints)])
+    group = choose(groups, component, weights)
+    return shape_of(group, select.pick(group.checkpoints))

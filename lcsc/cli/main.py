@@ -15,6 +15,9 @@ VERBS = {
     "search": "find coefficients, report and export: lcsc search experiment=digits",
     "report": "draw a run, or compare several: lcsc report run=DIR | 'runs=runs/*'",
     "export": "write a run's winner for use: lcsc export run=DIR to=out/ format=diffusers",
+    "combine": "a model without a search: lcsc combine bank=DIR schedule=ema halflife=1000,2000 to=out/",
+    "verify": "make an exported model again from its recipe and compare: lcsc verify out/ [bank=DIR]",
+    "bank": "look at checkpoints, pack or convert them: lcsc bank scan DIR",
     "list": "the parts lcsc knows, with their sources: lcsc list [searchers]",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lcsc.bank.bank import Selection
 from lcsc.core.errors import ConfigError, did_you_mean
 
 
@@ -32,3 +33,18 @@ def need(settings: Mapping[str, str | None], key: str) -> str:
     if value is None:
         raise ConfigError(f"`{key}` is not set. Give it as {key}=...")
     return value
+
+
+def read_selection(settings: Mapping[str, str | None]) -> Selection:
+    """`start`, `stop`, `every` and `last` as a selection.
+
+    Raises:
+        ConfigError: one of them is no whole number.
+    """
+    numbers: dict[str, int | None] = {}
+    for key in ("start", "stop", "every", "last"):
+        text = settings[key]
+        if text is not None and not text.isdecimal():
+            raise ConfigError(f"`{key}` is `{text}`; it must be a whole number.")
+        numbers[key] = None if text is None else int(text)
+    return Selection(numbers["start"], numbers["stop"], numbers["every"] or 1, numbers["last"])

@@ -22,7 +22,9 @@ class BankConfig:
     stop: Optional[int] = None  # noqa: UP045
     every: int = 1
     last: Optional[int] = None  # noqa: UP045
+    weights: Optional[str] = None  # noqa: UP045
     dtype: str = "float32"
+    storage: str = "auto"
 
 
 #: Budget as a config section: the same fields and defaults, mutable for OmegaConf.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lcsc.bank import CheckpointBank
+from lcsc.bank.lora import refuse_lora
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.core.registry import register
 from lcsc.core.space import Box, Point, SearchSpace
-from lcsc.kernels import combine
 from lcsc.operators import profiles
 from lcsc.operators.base import Baseline, Candidate
 
@@ -46,15 +46,13 @@ def whitened_axes(bank: CheckpointBank, whitening: float) -> Axes:
     space, 0 leaves the orthonormal coefficient axes, 0.5 is half-way on a log scale and searched best
     (docs/methods.md). The common factor keeps the steps' geometric mean independent of `whitening`.
     """
-    W_KP = bank.matrix()
-    K = W_KP.shape[0]
+    K = bank.num_checkpoints
     plane_ZK = np.linalg.svd(np.ones((1, K)))[2][1:]  # orthonormal basis of the coefficients that sum to zero
     gram_KK = np.zeros((K, K))
-    width = max(1, 2**22 // K)
-    for start in range(0, W_KP.shape[1], width):  # blocks, because float64 doubles the memory
-        block = W_KP[:, start : start + width].double()
-        block = block - block.mean(0)
-        gram_KK += (block @ block.T).numpy()
+    for _, W_KC in bank.blocks(max(1, 2**22 // K)):  # blocks, because float64 doubles the memory
+        block = W_KC.astype(np.float64)
+        block -= block.mean(0)
+        gram_KK += block @ block.T
     variance_Z, turn_ZZ = np.linalg.eigh(plane_ZK @ gram_KK @ plane_ZK.T)
     spread_Z = np.sqrt(np.clip(variance_Z[::-1], 0.0, None))
     turn_ZZ = turn_ZZ[:, ::-1]
@@ -88,6 +86,7 @@ class Linear:
 
     def space(self, bank: CheckpointBank) -> SearchSpace:
         """K - 1 unbounded coordinates of the sum-to-one plane."""
+        refuse_lora(bank.layout.shapes, bank.path)
         if bank.num_checkpoints < 2:
             raise BankError(
                 f"`{bank.path}` holds {bank.num_checkpoints} checkpoint; a combination needs at least 2. "
@@ -127,7 +126,7 @@ class Linear:
             )
 
         def write(theta_P: Tensor) -> None:
-            combine(torch.from_numpy(coef_K), bank.matrix(), out_BP=theta_P)
+            bank.combine(torch.from_numpy(coef_K), out=theta_P)
 
         recipe = {"operator": "linear", "steps": list(bank.steps), "coef": coef_K.tolist()}
         return Candidate(bank.arch, bank.layout, write, recipe, bank.constants)

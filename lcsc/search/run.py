@@ -49,7 +49,7 @@ def run_search(
         LcscError: a mistake in the configuration or the bank; nothing is written before all are checked.
     """
     bank = problem.bank
-    bank.matrix()  # damaged numbers show up here, before anything is written
+    bank.load()  # damaged numbers show up here, before anything is written
     problem.searcher.start(problem.operator.space(bank), problem.budget.num_trials, problem.seed)
     prints = fingerprints(problem)
     info = {

@@ -22,7 +22,8 @@ def open_bank(config: Mapping[str, Any]) -> CheckpointBank:
     """The bank of a configuration's `bank` section."""
     bank = config["bank"]
     select = Selection(bank["start"], bank["stop"], bank["every"], bank["last"])
-    return CheckpointBank.open(Path(bank["path"]), select=select, component=bank["component"], dtype=bank["dtype"])
+    how = {key: bank[key] for key in ("component", "weights", "dtype", "storage")}
+    return CheckpointBank.open(Path(bank["path"]), select=select, **how)
 
 
 def build_objective(config: Mapping[str, Any]) -> Objective:

@@ -68,7 +68,7 @@ def test_a_longer_search_comes_close_to_the_truth_exactly(here, lcsc):
         return float(((mean - truth.mean_CHW) ** 2 + ((one - mean).abs() - truth.std_CHW) ** 2).sum())
 
     bank = CheckpointBank.open(here / "banks" / "toy_gaussian")
-    singles = [distance(file.path) for file in bank.files]
+    singles = [distance(row.path.parent) for row in bank.rows]
     assert distance(here / "long" / "best") < 0.1 * min(singles)
 
 

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from lcsc.bank import CheckpointBank, Layout, Selection
-from lcsc.bank.scan import step_of
+from lcsc.bank.memory import SHARE, bank_bytes
 from lcsc.core.errors import BankError, ConfigError, NonFiniteError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -44,7 +44,7 @@ def test_sharded_checkpoints_give_the_same_rows(tiny_bank, tmp_path):
         net = UNet2DModel.from_pretrained(tiny_bank / f"checkpoint-{step}" / "unet")
         net.save_pretrained(tmp_path / "sharded" / f"checkpoint-{step}" / "unet", max_shard_size="20KB")
     sharded = CheckpointBank.open(tmp_path / "sharded")
-    assert len(sharded.files[0].files) > 1
+    assert len(sharded.rows[0].files) > 1
     assert torch.equal(sharded.matrix(), whole.matrix())
 
 
@@ -64,7 +64,10 @@ def test_raw_weights_are_taken_beside_their_ema(tiny_bank):
         shutil.copytree(folder / "unet", folder / "unet_ema")
         edit(folder, lambda tensors: tensors["conv_in.bias"].zero_())
     raw, ema = CheckpointBank.open(tiny_bank), CheckpointBank.open(tiny_bank, component="unet_ema")
-    assert raw.files[0].path.name == "unet"
+    assert (raw.rows[0].path.parent.name, raw.kind) == ("unet", "raw")
+    assert (ema.rows[0].path.parent.name, ema.kind) == ("unet_ema", "ema")
+    assert any("raw" in note for note in raw.notes)
+    assert torch.equal(CheckpointBank.open(tiny_bank, weights="ema").matrix(), ema.matrix())
     assert not torch.equal(raw.matrix(), ema.matrix())
 
 
@@ -103,7 +106,7 @@ def test_no_checkpoint_names_the_patterns(tmp_path):
 def test_other_shapes_name_both_files_and_the_tensor(tiny_bank):
     edit(tiny_bank / "checkpoint-200", lambda t: t.update({"conv_in.bias": torch.zeros(9)}))
     with pytest.raises(
-        BankError, match=r"checkpoint-50/unet` and .*checkpoint-200/unet` differ: `conv_in.bias` is \(8,\) vs \(9,\)"
+        BankError, match=r"checkpoint-50/unet/.*checkpoint-200/unet/.*` differ: `conv_in.bias` is \(8,\) vs \(9,\)"
     ):
         CheckpointBank.open(tiny_bank)
 
@@ -121,7 +124,9 @@ def test_a_dropped_key_is_named_and_ten_at_most(tiny_bank):
 def test_truncated_file_is_named(tiny_bank):
     path = tiny_bank / "checkpoint-100" / "unet" / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BankError, match=r"checkpoint-100/unet/.* bytes\) is not a whole safetensors file"):
+    with pytest.raises(
+        BankError, match=r"checkpoint-100/unet/.*` is truncated: its tensors need \d+ bytes of data and \d+ are there"
+    ):
         CheckpointBank.open(tiny_bank)
 
 
@@ -159,14 +164,66 @@ def test_integers_and_statistics_are_copied_from_the_last(tmp_path):
     assert bank.constants["bn.num_batches_tracked"].item() == 2
 
 
-def test_layout_round_trip_and_names():
+def test_layout_round_trip():
     layout = Layout.of({"b": (2, 2), "a": (3,)})
     tensors = {"a": torch.arange(3.0), "b": torch.arange(4.0).view(2, 2)}
     row_P = layout.flatten(tensors)
     assert row_P.tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert torch.equal(layout.views(row_P)["b"], tensors["b"])
-    assert (layout.name_at(2), layout.name_at(3)) == ("a", "b")
 
 
-def test_steps_are_the_last_digits_of_a_name():
-    assert [step_of(name) for name in ("checkpoint-000100", "ema_0.9999_840000", "last")] == [100, 840000, None]
+def test_tied_tensors_stay_tied(tmp_path):
+    for step in (1, 2):
+        torch.manual_seed(step)
+        net = torch.nn.Sequential(torch.nn.Embedding(4, 3), torch.nn.Linear(3, 4, bias=False))
+        net[1].weight = net[0].weight
+        torch.save(net.state_dict(), tmp_path / f"net-{step}.pt")
+    bank = CheckpointBank.open(tmp_path)
+    assert bank.layout.num_parameters == 12
+    assert bank.layout.ties == {"1.weight": "0.weight"}
+    views = bank.layout.views(bank.combine(torch.tensor([-1.0, 2.0])))
+    assert views["0.weight"].data_ptr() == views["1.weight"].data_ptr()
+    first, last = (torch.load(tmp_path / f"net-{step}.pt")["0.weight"] for step in (1, 2))
+    assert torch.allclose(views["1.weight"], 2 * last - first)
+
+
+def test_storage_auto_takes_what_fits(tiny_bank, monkeypatch):
+    free = {"bytes": 10**12}
+    monkeypatch.setattr("lcsc.bank.memory.available_bytes", lambda: free["bytes"])
+    assert CheckpointBank.open(tiny_bank).storage == "resident"
+    bank = CheckpointBank.open(tiny_bank)
+    need = {s: bank_bytes(5, bank.layout.num_parameters, s) for s in ("resident", "delta")}
+    free["bytes"] = int(need["resident"] / SHARE) - 1
+    smaller = CheckpointBank.open(tiny_bank)
+    assert (smaller.storage, smaller.config["storage"]) == ("delta", "delta")
+    assert CheckpointBank.open(tiny_bank, storage="exact").storage == "streamed"
+    free["bytes"] = int(need["delta"] / SHARE) - 1
+    smallest = CheckpointBank.open(tiny_bank)
+    assert (smallest.storage, smallest.config["storage"]) == ("streamed", "exact")
+    with pytest.raises(ConfigError, match="no bank storage named `ram`"):
+        CheckpointBank.open(tiny_bank, storage="ram")
+    with pytest.raises(BankError, match="stored as `streamed`, which has no matrix"):
+        smallest.matrix()
+
+
+def test_delta_bank_is_nearer_than_half_precision_weights(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(20000, generator=generator)
+    for step in range(1, 13):  # a run in which neighbours are near
+        weights = weights + 0.01 * torch.randn(20000, generator=generator)
+        save_file({"w": weights}, tmp_path / f"m{step}.safetensors")
+    exact = CheckpointBank.open(tmp_path, storage="resident")
+    coef = torch.randn(12, generator=generator).double()
+    coef += (1 - coef.sum()) / 12
+    wanted = exact.combine(coef)
+    step = (wanted - exact.matrix()[-1]).norm()
+    delta = CheckpointBank.open(tmp_path, storage="delta")
+    half = CheckpointBank.open(tmp_path, storage="resident", dtype="bfloat16")
+    errors = [float((bank.combine(coef) - wanted).norm() / step) for bank in (delta, half)]
+    assert errors[0] < 0.005 < 0.05 < errors[1]
+    assert torch.equal(delta.combine(torch.eye(12)[6].double()), exact.matrix()[6])  # the anchor is exact
+    grad = torch.randn(20000, generator=generator)
+    assert torch.allclose(delta.project(grad), exact.project(grad), rtol=1e-2, atol=0.5)
+    blocks = torch.cat([torch.from_numpy(W_KC.copy()) for _, W_KC in delta.blocks(4096)], 1)
+    rows, anchor = exact.matrix(), exact.matrix()[6]
+    assert ((blocks - rows).abs() <= (rows - anchor).abs() * 2**-8 + rows.abs() * 2**-22).all()

@@ -1,0 +1,146 @@
+"""Where a checkpoint's tensors lie: bytes in files. Every format is read through this one description.
+
+Nothing here imports torch: half-precision numbers that numpy lacks travel as their raw bits (`bfloat16` as uint16).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lcsc.core.errors import BankError
+
+#: bytes of one number, by dtype name
+ITEMSIZE = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float8_e8m0fnu": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2fnuz": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "uint8": 1,
+    "bool": 1,
+    "complex64": 8,
+    "complex128": 16,
+}
+#: dtypes that can be combined
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes of one file that hold a tensor or a rectangular part of it.
+
+    Args:
+        part: which of the checkpoint's files, an index into `Checkpoint.files`.
+        offset: first byte, counted from the start of the file.
+        shape: shape of the part.
+        stride: elements to the next index along each axis; None means C order without gaps.
+        at: where the part begins in the whole tensor; None means that it is the whole tensor.
+    """
+
+    part: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+    at: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One tensor: dtype name, shape and the pieces that make it up (one, unless it was saved in parts)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor without gaps."""
+        return self.numel * ITEMSIZE[self.dtype]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one piece in C order, so that any range of it is one range of the file."""
+        return len(self.pieces) == 1 and self.pieces[0].stride is None and self.pieces[0].at is None
+
+
+#: tensors of a checkpoint by the name they have in it
+Table = Mapping[str, Source]
+
+
+def raw_dtype(name: str) -> np.dtype:
+    """The numpy dtype that carries a tensor's bits: its own where numpy has it, else an unsigned integer."""
+    if name == "bfloat16":
+        return np.dtype("<u2")
+    if name.startswith("float8"):
+        return np.dtype("u1")
+    return np.dtype(name).newbyteorder("<")
+
+
+def pread_into(fd: int, buffer: np.ndarray, offset: int, path: Path) -> None:
+    """Fill a contiguous array from a file at an offset; raises BankError when the file ends before."""
+    view = memoryview(buffer).cast("B")
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if got == 0:
+            raise BankError(
+                f"`{path}` ended {len(view) - done} bytes early at byte {offset + done}: it changed after it was "
+                "scanned. Leave the bank alone while it is read, or copy the file again."
+            )
+        done += got
+
+
+def read_source(files: Sequence[Path], source: Source, base: int = 0) -> np.ndarray:
+    """The whole tensor as raw bits, shape `source.shape`, dtype `raw_dtype(source.dtype)`.
+
+    `base` is added to every offset.
+    """
+    out = np.empty(source.shape, raw_dtype(source.dtype))
+    for piece in source.pieces:
+        path = files[piece.part]
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            part = _read_piece(fd, path, piece, out.dtype, base)
+        finally:
+            os.close(fd)
+        if piece.at is None:
+            out[...] = part
+        else:
+            out[tuple(slice(a, a + n) for a, n in zip(piece.at, piece.shape, strict=True))] = part
+    return out
+
+
+def _read_piece(fd: int, path: Path, piece: Piece, dtype: np.dtype, base: int) -> np.ndarray:
+    if piece.stride is None:
+        part = np.empty(piece.shape, dtype)
+        pread_into(fd, part.reshape(-1), base + piece.offset, path)
+        return part
+    if 0 in piece.shape:
+        return np.empty(piece.shape, dtype)
+    span = 1 + sum((n - 1) * s for n, s in zip(piece.shape, piece.stride, strict=True))
+    flat = np.empty(span, dtype)
+    pread_into(fd, flat, base + piece.offset, path)
+    strides = tuple(s * dtype.itemsize for s in piece.stride)
+    return np.lib.stride_tricks.as_strided(flat, piece.shape, strides, writeable=False)

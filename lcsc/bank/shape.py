@@ -1,0 +1,106 @@
+"""What a bank looks like before a number is read: rows, columns, ties, and what is copied instead of combined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lcsc.bank.extents import Source, Table
+from lcsc.bank.find import Checkpoint, Group
+from lcsc.bank.keys import agree
+from lcsc.bank.layout import Layout, is_combined
+from lcsc.bank.rows import Row
+from lcsc.core.errors import BankError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows and columns of a bank.
+
+    Args:
+        rows: checkpoints in step order.
+        layout: combined tensors.
+        constants: names of the tensors that are copied from the last checkpoint.
+        arch: the network, None when the files do not say.
+        kind: raw, ema or lora.
+        rate: rate of the EMA as written, None for others.
+        notes: what the user should know about how the files were read.
+        rates: EMA rate of each row where rows have several, else empty.
+        parents: origin of each row where the file itself says so (packed banks), else None.
+    """
+
+    rows: tuple[Row, ...]
+    layout: Layout
+    constants: tuple[str, ...]
+    arch: Mapping[str, Any] | None
+    kind: str
+    rate: str | None
+    notes: tuple[str, ...]
+    rates: tuple[str, ...] = ()
+    parents: tuple[Mapping[str, Any], ...] | None = None
+
+
+def shape_of(group: Group, checkpoints: Sequence[Checkpoint]) -> Shape:
+    """The bank that some checkpoints of a group make.
+
+    Raises:
+        BankError: names, shapes or configurations differ; the first ten differences are named.
+    """
+    tables = agree(checkpoints)
+    rates = tuple(str(item.rate) for item in checkpoints)
+    rows = tuple(Row(c.step, c.path, c.files, t) for c, t in zip(checkpoints, tables, strict=True))
+    _check_arch(checkpoints)
+    different = list({id(table): table for table in tables}.values())
+    combined = {name: {is_combined(name, table[name].dtype) for table in different} for name in tables[0]}
+    if mixed := [name for name, kinds in combined.items() if len(kinds) > 1]:
+        raise BankError(f"`{mixed[0]}` holds floats in some checkpoints and integers in others. Save them alike.")
+    names = [name for name, kinds in combined.items() if True in kinds]
+    ties = _ties(different, names)
+    shapes = {name: tables[0][name].shape for name in names if name not in ties}
+    if not shapes:
+        raise BankError(f"`{checkpoints[0].path}` holds no float tensor that could be combined.")
+    return Shape(
+        rows=rows,
+        layout=Layout.of(shapes, ties),
+        constants=tuple(sorted(set(tables[0]) - set(names))),
+        arch=checkpoints[-1].arch,
+        kind=group.kind,
+        rate=group.rate,
+        notes=group.notes,
+        rates=rates if len(set(rates)) > 1 else (),
+    )
+
+
+def several_emas(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """The EMAs of one network, a group for each rate.
+
+    Raises:
+        BankError: fewer than two EMA rates, or EMAs of several networks.
+    """
+    emas = [group for group in groups if group.kind == "ema" and group.rate]
+    networks = {group.component for group in emas}
+    if len(networks) > 1:
+        said = ", ".join(f"`bank.component={name}`" for name in sorted(map(str, networks)))
+        raise BankError(f"the checkpoints hold EMAs of several networks. Choose one: {said}.")
+    if len(emas) < 2:
+        raise BankError(f"`bank.weights=ema:*` takes EMAs of several rates, and there are {len(emas)}. Leave it out.")
+    return tuple(emas)
+
+
+def _ties(tables: Sequence[Table], names: Sequence[str]) -> dict[str, str]:
+    """Name -> twin, for tensors that are the same bytes in every checkpoint; the first name in order is the twin."""
+    twins: list[dict[str, str]] = []
+    for table in tables:
+        first: dict[Source, str] = {}
+        twins.append({n: first.setdefault(table[n], n) for n in sorted(names) if table[n].numel})
+    return {n: t for n, t in twins[0].items() if n != t and all(other.get(n) == t for other in twins)}
+
+
+def _check_arch(files: Sequence[Checkpoint]) -> None:
+    for file in files[1:]:
+        if file.arch != files[0].arch:
+            raise BankError(
+                f"`{files[0].path / 'config.json'}` and `{file.path / 'config.json'}` describe different networks. "
+                "A bank holds one architecture; choose its steps with `bank.start` and `bank.stop`."
+            )
