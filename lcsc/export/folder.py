@@ -114,7 +114,7 @@ def _config_bytes(bank: CheckpointBank, config: Mapping[str, Any] | None, librar
 
 def used_rows(bank: CheckpointBank, coef_K: np.ndarray) -> list[int]:
     """Rows that an output is made of: those with a coefficient, and the last one if tensors or scales are its own."""
-    used = set(np.flatnonzero(coef_K.astype(np.float32)).tolist())
+    used = set(np.flatnonzero(coef_K).tolist())
     if bank.constant_sources() or bank.kind == "lora":
         used.add(bank.num_checkpoints - 1)
     return sorted(used)
@@ -160,9 +160,14 @@ def make_metadata(recipe: Mapping[str, Any], model: Model, ties: Mapping[str, st
 
     That is how `safetensors.torch.save_model` writes them.
     """
-    text, stored = canonical_json(recipe), {spec.name for spec in model.specs}
-    own = {"format": "pt", RECIPE_KEY: text, DIGEST_KEY: sha256(text.encode()).hexdigest()}
-    return {name: twin for name, twin in sorted(ties.items()) if name not in stored} | own
+    stored = {spec.name for spec in model.specs}
+    return {name: twin for name, twin in sorted(ties.items()) if name not in stored} | recipe_header(recipe)
+
+
+def recipe_header(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata that carries a recipe, with a digest that notices every edit of it."""
+    text = canonical_json(recipe)
+    return {"format": "pt", RECIPE_KEY: text, DIGEST_KEY: sha256(text.encode()).hexdigest()}
 
 
 def coefficients_csv(recipe: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from lcsc.core.files import new_directory
 from lcsc.core.seeds import Purpose
 from lcsc.core.space import Point
 from lcsc.export.card import model_card
+from lcsc.export.folder import bank_config
 from lcsc.export.weights import read_weights, write_weights
 from lcsc.models.network import load_network
 from lcsc.objectives.base import Objective
@@ -61,6 +62,7 @@ def export_model(
     recipe = {
         **candidate.recipe,
         "arch": candidate.arch,
+        "bank": bank_config(bank),
         "parents": [dict(parent) for parent in bank.parents],
         "lcsc_version": importlib.metadata.version("lcsc"),
         "run_id": info["run_id"],

@@ -12,12 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcsc.core.digests import canonical_json
 from lcsc.core.errors import ConfigError, did_you_mean
+from lcsc.export.folder import RECIPE_KEY, recipe_header
 
 #: Stem of the weight file by format; the first is the name diffusers looks for.
 STEMS = {"diffusers": "diffusion_pytorch_model", "safetensors": "model"}
-RECIPE_KEY = "lcsc_recipe"
 
 
 def write_weights(
@@ -52,7 +51,7 @@ def write_weights(
         raise ConfigError(f"`max_shard_size` is `{max_shard_size}`; write a size such as 500MB or 5GB.") from error
     config = {"_class_name": arch["class"], **arch["config"]}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    header = {"format": "pt", RECIPE_KEY: canonical_json(recipe)}
+    header = recipe_header(recipe)
     for file, names in plan.filename_to_tensors.items():
         save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata=header)
     if plan.is_sharded:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-CHUNK = 4096  #: columns handled at a time: four rows of them, the next four and the sums fit a second-level cache
-ACC_BYTES = 2**17  #: most bytes of a chunk's sums
+CHUNK = 4096  #: columns handled at a time where rows are fetched ahead
+CACHE = "SC_LEVEL2_CACHE_SIZE"
+CACHE_BYTES = os.sysconf(CACHE) if CACHE in getattr(os, "sysconf_names", {}) else 0
+SUM_BYTES = max(2**17, CACHE_BYTES // 4)  #: the sums of a chunk: a share of the second-level cache
 THREAD_BYTES = 2**22  #: less work than this is done by the calling thread alone
 
 
@@ -57,9 +59,15 @@ def addresses(name: str, array_NC: np.ndarray, itemsize: int) -> np.ndarray:
     return int(array_NC.__array_interface__["data"][0]) + np.arange(N, dtype=np.int64) * array_NC.strides[0]
 
 
-def sums(B: int, columns: int) -> np.ndarray:
+def chunk_columns(B: int, columns: int, itemsize: int) -> int:
+    """How many columns to handle at a time; the results do not depend on it. Whole steps of 32."""
+    most = max(512, SUM_BYTES // (8 * B) // 512 * 512)
+    return min(most if itemsize > 2 and B < 4 else min(CHUNK, most), -(-columns // 32) * 32)
+
+
+def sums(B: int, columns: int, itemsize: int) -> np.ndarray:
     """Scratch for the sums of a chunk, float64, shape (B, chunk), on cache-line boundaries."""
-    chunk = min(max(512, min(CHUNK, ACC_BYTES // (8 * B) // 512 * 512)), -(-columns // 32) * 32)
+    chunk = chunk_columns(B, columns, itemsize)
     flat = np.empty(B * chunk + 8)
     start = -(int(flat.__array_interface__["data"][0]) // 8) % 8
     return flat[start : start + B * chunk].reshape(B, chunk)

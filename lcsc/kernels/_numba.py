@@ -24,7 +24,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from lcsc.kernels import _llvm as llvm
-from lcsc.kernels._arrays import CHUNK, addresses, default_threads, segments, spread, sums
+from lcsc.kernels._arrays import CHUNK, addresses, chunk_columns, default_threads, segments, spread, sums
 from lcsc.kernels._reference import round_coef, sum_coef
 
 __all__ = ["accumulate", "combine_rows", "default_threads", "finish", "project_rows", "round_coef"]
@@ -36,6 +36,8 @@ _LLVM = "0000000000000000"
 TAGS = {"float32": np.float32(0), "bfloat16": np.int16(0), "float16": np.uint16(0), "float64": np.float64(0)}
 _NAMES = {types.float32: "float32", types.int16: "bfloat16", types.uint16: "float16", types.float64: "float64"}
 _F32 = np.float32(0)
+_NOTHING = np.zeros(32)
+_ZEROS = int(addresses("zeros", _NOTHING[None], 8)[0])
 
 BLOCK = 2**16  #: columns whose products `project_rows` adds up before it adds the sums: part of its definition
 BYPASS_BYTES = 2**23  #: longer results bypass the caches, which spares reading the memory they replace
@@ -119,68 +121,91 @@ def _add_row(tag: Any, acc: int, row: int, coef: float, n: int) -> None:
 
 
 @njit(nogil=True)
-def _four(coef_BR: Any, b: int, r: int) -> tuple[float, ...]:
-    return coef_BR[b, r], coef_BR[b, r + 1], coef_BR[b, r + 2], coef_BR[b, r + 3]
+def _four(a: Any, r: int) -> tuple[Any, ...]:
+    return a[r], a[r + 1], a[r + 2], a[r + 3]
 
 
 @njit(nogil=True)
-def _shift(rows: Any, k: int) -> tuple[int, ...]:
-    return rows[0] + k, rows[1] + k, rows[2] + k, rows[3] + k
+def _shift(p: Any, k: int) -> tuple[int, ...]:
+    return p[0] + k, p[1] + k, p[2] + k, p[3] + k
 
 
 @njit(nogil=True)
-def _ahead(rows_R: Any, R: int, r: int, skip: int) -> tuple[int, ...]:
-    """The four rows that come after rows r to r + 3; after the last, the first of the next columns."""
-    way = 0 if r + 8 <= R else skip
-    return rows_R[(r + 4) % R] + way, rows_R[(r + 5) % R] + way, rows_R[(r + 6) % R] + way, rows_R[(r + 7) % R] + way
+def _advance(p: Any, live: Any, k: int) -> tuple[int, ...]:
+    return p[0] + (k & live[0]), p[1] + (k & live[1]), p[2] + (k & live[2]), p[3] + (k & live[3])
 
 
 @njit(nogil=True)
-def _dense(coef_BR: Any, b: int, r: int) -> int:
-    """How many candidates from b on, at most four, have a coefficient for each of rows r to r + 3."""
+def _dense(coef_BR: Any, b: int, r: int, rows: int) -> int:
+    """How many candidates from b on, at most four, have a coefficient for each of some rows."""
     for m in range(b, min(b + 4, len(coef_BR))):
-        for j in range(r, r + 4):
+        for j in range(r, r + rows):
             if coef_BR[m, j] == 0:
                 return m - b
     return min(4, len(coef_BR) - b)
 
 
 @njit(nogil=True)
-def _add_rows(tag: Any, acc: int, pitch: int, coef_BR: Any, rows_R: Any, R: int, n: int, skip: int) -> None:
-    """acc_bc += sum_r coef_br row_rc for n columns, in row order; terms whose coefficient is zero are left out.
+def _add_eight(tag: Any, acc: int, pitch: int, coef_BR: Any, table: Any, r: int, even: int) -> None:
+    """Rows r to r + 7, one candidate after another."""
+    size, rows, more = _size(tag), _four(table[0], r), _four(table[0], r + 4)
+    ahead = _four(table[2], r) + _four(table[2], r + 4)
+    for b in range(len(coef_BR)):
+        if _dense(coef_BR, b, r, 8) > 0:
+            c = _four(coef_BR[b], r) + _four(coef_BR[b], r + 4)
+            for i in range(0, even, 32):
+                if size < 4:  # wider rows come fast enough by themselves
+                    _fetch(tag, ahead, size * i)
+                _step(tag, acc + pitch * b + 8 * i, 0, _shift(rows, size * i) + _shift(more, size * i), c, 32)
+        else:
+            for j in range(r, r + 8):
+                if coef_BR[b, j] != 0:
+                    _add_row(tag, acc + pitch * b, table[0, j], coef_BR[b, j], even)
 
-    `skip` is the way in bytes from these columns to the next ones, which are fetched while the last rows are added.
-    """
-    size, B, even, fours = _size(tag), len(coef_BR), n - n % 32, R - R % 4
-    for r in range(0, fours, 4):
-        rows, ahead = (rows_R[r], rows_R[r + 1], rows_R[r + 2], rows_R[r + 3]), _ahead(rows_R, R, r, skip)
-        b = 0
-        while b < B:
-            here, dense = acc + pitch * b, _dense(coef_BR, b, r)
-            if dense == 4:
-                c8 = _four(coef_BR, b, r) + _four(coef_BR, b + 1, r)
-                c16 = c8 + _four(coef_BR, b + 2, r) + _four(coef_BR, b + 3, r)
-                for i in range(0, even, 32):
+
+@njit(nogil=True)
+def _add_four(tag: Any, acc: int, pitch: int, coef_BR: Any, table: Any, r: int, count: int, even: int) -> None:
+    """Rows r to r + 3, of which `count` exist, four candidates at a time."""
+    size, rows, live, ahead, b = _size(tag), _four(table[0], r), _four(table[1], r), _four(table[2], r), 0
+    while b < len(coef_BR):
+        here, dense = acc + pitch * b, _dense(coef_BR, b, r, count)
+        if dense == 4:
+            c = _four(coef_BR[b], r) + _four(coef_BR[b + 1], r)
+            c = c + _four(coef_BR[b + 2], r) + _four(coef_BR[b + 3], r)
+            for i in range(0, even, 32):
+                _fetch(tag, ahead, size * i)
+                for j in range(i, i + 32, 8):
+                    _step(tag, here + 8 * j, pitch, _advance(rows, live, size * j), c, 8)
+        elif dense > 0:
+            c1 = _four(coef_BR[b], r)
+            for i in range(0, even, 32):
+                if size < 4:
                     _fetch(tag, ahead, size * i)
-                    for j in range(i, i + 32, 8):
-                        _step(tag, here + 8 * j, pitch, _shift(rows, size * j), c16, 8)
-                b, ahead = b + 4, rows
-            elif dense > 0:
-                c4 = _four(coef_BR, b, r)
-                for i in range(0, even, 32):
-                    _fetch(tag, ahead, size * i)
-                    _step(tag, here + 8 * i, pitch, _shift(rows, size * i), c4, 32)
-                b, ahead = b + 1, rows
-            else:
-                for j in range(4):
-                    if coef_BR[b, r + j] != 0:
-                        _add_row(tag, here, rows[j], coef_BR[b, r + j], even)
-                b += 1
-    for b in range(B):
-        for r in range(R):
-            if coef_BR[b, r] != 0:
-                done = even if r < fours else 0
-                _add_row(tag, acc + pitch * b + 8 * done, rows_R[r] + size * done, coef_BR[b, r], n - done)
+                _step(tag, here + 8 * i, 0, _advance(rows, live, size * i), c1, 32)
+        else:
+            for j in range(r, r + count):
+                if coef_BR[b, j] != 0:
+                    _add_row(tag, here, table[0, j], coef_BR[b, j], even)
+        b, ahead = b + (4 if dense == 4 else 1), rows
+
+
+@njit(nogil=True)
+def _add_rows(tag: Any, acc: int, pitch: int, coef_BR: Any, table: Any, R: int, n: int) -> None:
+    """acc_bc += sum_r coef_br row_rc for n columns, in row order; terms whose coefficient is zero are left out."""
+    B, even, r = len(coef_BR), n - n % 32, 0
+    while r < R:
+        if B < 4 and r + 8 <= R:
+            _add_eight(tag, acc, pitch, coef_BR, table, r, even)
+            r += 8
+        else:
+            _add_four(tag, acc, pitch, coef_BR, table, r, min(4, R - r), even)
+            r += 4
+    if even < n:
+        for b in range(B):
+            for r in range(R):
+                if coef_BR[b, r] != 0:
+                    row = table[0, r] + _size(tag) * even
+                    _add_row(tag, acc + pitch * b + 8 * even, row, coef_BR[b, r], n - even)
 
 
 @njit(nogil=True)
@@ -195,7 +220,26 @@ def _select(coef_BGK: Any, g: int, coef_BR: Any, used_R: Any) -> int:
         if needed:
             used_R[R] = k
             R += 1
+    coef_BR[:, R:] = -0.0
     return R
+
+
+@njit(nogil=True)
+def _point(table: Any, rows_K: Any, used_R: Any, R: int, B: int, here: int, skip: int, zeros: int) -> None:
+    """For each row: its address, -1 for bits that advance with the columns, what to fetch while it is added.
+
+    Behind the last row stand rows of zeros that do not advance. Their coefficient is -0.0, and adding -0.0 changes
+    nothing. `skip` is the way in bytes to the columns that come next.
+    """
+    for r in range(R):
+        table[0, r] = rows_K[used_R[r]] + here
+        table[1, r] = -1
+    later = 8 if B < 4 else 4
+    for r in range(R):
+        table[2, r] = table[0, r + later] if r + later < R else table[0, (r + later) % R] + skip
+    table[0, R:] = zeros
+    table[1, R:] = 0
+    table[2, R:] = zeros
 
 
 @njit(nogil=True)
@@ -238,8 +282,9 @@ class _Compiled:
 @_Compiled
 def _columns(tag: Any, coef_BGK: Any, rows_K: Any, base: Any, parts: Any, out_B: Any, span: Any, acc_BC: Any) -> bool:
     """Columns [start, stop) of the candidates. Rows, anchor and results are addresses of column 0; acc_BC is scratch."""
-    (anchor, base_BG), (starts_S, groups_S), (start, stop, bypass), (B, _, K) = base, parts, span, coef_BGK.shape
-    coef_BR, used_R, rows_R = np.empty((B, K)), np.empty(K, np.int64), np.empty(K, np.int64)
+    (anchor, base_BG, zeros), (starts_S, groups_S), (start, stop, bypass) = base, parts, span
+    B, _, K = coef_BGK.shape
+    coef_BR, used_R, table = np.empty((B, K + 3)), np.empty(K, np.int64), np.empty((3, K + 3), np.int64)
     size, chunk, finite, s, R, known = _size(tag), acc_BC.shape[1], True, 0, 0, -1
     for c in range(start, stop, chunk):
         end = min(c + chunk, stop)
@@ -255,9 +300,8 @@ def _columns(tag: Any, coef_BGK: Any, rows_K: Any, base: Any, parts: Any, out_B:
             for b in range(B):
                 if base_BG[b, g] != 0:
                     _add_row(_F32, here + 8 * chunk * b, anchor + 4 * at, base_BG[b, g], until - at)
-            for r in range(R):
-                rows_R[r] = rows_K[used_R[r]] + size * at
-            _add_rows(tag, here, 8 * chunk, coef_BR, rows_R, R, until - at, skip)
+            _point(table, rows_K, used_R, R, B, size * at, skip, zeros)
+            _add_rows(tag, here, 8 * chunk, coef_BR, table, R, until - at)
             at = until
         for b in range(B):
             finite &= _round(acc_BC.ctypes.data + 8 * chunk * b, out_B[b] + 4 * c, end - c, bypass)
@@ -266,16 +310,15 @@ def _columns(tag: Any, coef_BGK: Any, rows_K: Any, base: Any, parts: Any, out_B:
 
 
 @_Compiled
-def _add(tag: Any, coef_BGK: Any, rows_K: Any, acc: int, pitch: int, columns: int, chunk: int) -> None:
+def _add(tag: Any, coef_BGK: Any, rows_K: Any, zeros: int, acc: int, pitch: int, columns: int, chunk: int) -> None:
     """acc_bc += coef_bk row_kc for all columns; acc is an address, candidates lie `pitch` bytes apart."""
     B, _, K = coef_BGK.shape
-    coef_BR, used_R, rows_R, size = np.empty((B, K)), np.empty(K, np.int64), np.empty(K, np.int64), _size(tag)
-    R = _select(coef_BGK, 0, coef_BR, used_R)
+    coef_BR, used_R, table = np.empty((B, K + 3)), np.empty(K, np.int64), np.empty((3, K + 3), np.int64)
+    R, size = _select(coef_BGK, 0, coef_BR, used_R), _size(tag)
     for c in range(0, columns, chunk):
         end = min(c + chunk, columns)
-        for r in range(R):
-            rows_R[r] = rows_K[used_R[r]] + size * c
-        _add_rows(tag, acc + 8 * c, pitch, coef_BR, rows_R, R, end - c, size * (end - c) if end < columns else 0)
+        _point(table, rows_K, used_R, R, B, size * c, size * (end - c) if end < columns else 0, zeros)
+        _add_rows(tag, acc + 8 * c, pitch, coef_BR, table, R, end - c)
 
 
 @_Compiled
@@ -299,7 +342,9 @@ def _dots(tag: Any, rows_K: Any, grad: int, columns: int, first: int, lanes_KS: 
             even = end - (end - c) % 32
             for k in range(0, fours, 4):
                 rows = (rows_K[k], rows_K[k + 1], rows_K[k + 2], rows_K[k + 3])
-                ahead = _ahead(rows_K, K, k, size * CHUNK if end < columns else 0)
+                ahead = _shift(rows, size * CHUNK if end < columns else 0)
+                if k + 8 <= K:
+                    ahead = (rows_K[k + 4], rows_K[k + 5], rows_K[k + 6], rows_K[k + 7])
                 for i in range(c, even, 32):
                     _fetch(tag, ahead, size * i)
                     _dot(tag, lanes + 256 * k, _shift(rows, size * i), grad + 4 * i, 32)
@@ -340,8 +385,8 @@ def accumulate(acc_BC: np.ndarray, coef_BR: np.ndarray, rows_RC: np.ndarray, dty
         raise ValueError(f"shapes do not fit: acc {acc_BC.shape}, coef {coef_BR.shape}, rows {rows_RC.shape}.")
     rows_R, acc_B = addresses("rows_RC", rows_RC, tag.itemsize), addresses("acc_BC", acc_BC, 8)
     if acc_BC.size:
-        chunk = sums(B, C).shape[1]
-        _add(tag, round_coef(coef_BR)[:, None], rows_R, int(acc_B[0]), acc_BC.strides[0], C, chunk)
+        chunk = chunk_columns(B, C, tag.itemsize)
+        _add(tag, round_coef(coef_BR)[:, None], rows_R, _ZEROS, int(acc_B[0]), acc_BC.strides[0], C, chunk)
 
 
 def finish(acc_BC: np.ndarray, out_BC: np.ndarray) -> bool:
@@ -393,7 +438,7 @@ def combine_rows(
 
     def work(start: int, stop: int) -> bool:
         span = 64 * start, min(P, 64 * stop), 4 * P * B > BYPASS_BYTES
-        return _columns(tag, coef_BGK, rows_K, (anchor, base_BG), parts, out_B, span, sums(B, P))
+        return _columns(tag, coef_BGK, rows_K, (anchor, base_BG, _ZEROS), parts, out_B, span, sums(B, P, tag.itemsize))
 
     return not out_BP.size or all(spread(work, -(-P // 64), len(W_KP) * P * tag.itemsize, threads))
 

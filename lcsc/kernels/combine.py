@@ -73,9 +73,7 @@ def combine(
     lead, P = coef.shape[: coef.ndim - (1 if groups is None else 2)], W_KP.shape[-1]
     inner = (W_KP.shape[0],) if groups is None else (groups.num_groups, W_KP.shape[0])
     if W_KP.ndim != 2 or len(lead) > 1 or tuple(coef.shape[len(lead) :]) != inner:
-        raise ValueError(
-            f"coefficients of shape {tuple(coef.shape)} do not fit a bank of shape {tuple(W_KP.shape)}."
-        )
+        raise ValueError(f"coefficients of shape {tuple(coef.shape)} do not fit a bank of shape {tuple(W_KP.shape)}.")
     shape = (*lead, P)
     if out_BP is None:
         out_BP = torch.empty(shape, dtype=torch.float32, device=W_KP.device)

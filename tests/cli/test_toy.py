@@ -110,6 +110,8 @@ def test_export_scores_what_the_run_scored(run, here, lcsc, format):
     assert card.startswith("---\nlibrary_name: diffusers\n")
     assert "exactly the run's" in card
     assert "lcsc search experiment=toy_gaussian" in card
+    code, out, err = lcsc("verify", "out")  # the recipe names the bank, and rebuilding it gives the same bits
+    assert (code, err) == (0, "")
     if format == "diffusers":
         assert len(list((here / "out").glob("*.safetensors"))) == 2  # sharded: two tensors of 16 bytes
         for name, tensor in load_network(here / "out").state_dict().items():
