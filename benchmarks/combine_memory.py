@@ -110,7 +110,7 @@ def _peers(bank: object, coef: object) -> dict[str, Callable[[], object]]:
     class Net(torch.nn.Module):
         def __init__(self, state: dict) -> None:
             super().__init__()
-            self.weights = torch.nn.ParameterList([torch.nn.Parameter(tensor, False) for tensor in state.values()])
+            self.weights = torch.nn.ParameterList([torch.nn.Parameter(tensor) for tensor in state.values()])
 
     nets = [Net(state) for state in states]
 

@@ -4,8 +4,6 @@
 them. COEF.json is `{"files": [...], "coef": [...]}`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -49,9 +47,11 @@ def mergekit(files: list[str], coef: list[float], out: str) -> None:
 
 
 def sd_mecha(files: list[str], coef: list[float], out: str) -> None:
-    """A merge method of our own (sd-mecha has no n-ary weighted sum), merged and written as its users do."""
+    """A merge method of our own (sd-mecha has no n-ary weighted sum), for a network that it does not know by name."""
     import sd_mecha
     import torch
+    from safetensors import safe_open
+    from sd_mecha.extensions import model_configs
 
     @sd_mecha.merge_method
     def weighted(*models: sd_mecha.Parameter(torch.Tensor)) -> sd_mecha.Return(torch.Tensor):
@@ -60,7 +60,12 @@ def sd_mecha(files: list[str], coef: list[float], out: str) -> None:
             total = total.add_(tensor, alpha=number)
         return total
 
-    recipe = weighted(*(sd_mecha.model(file) for file in files))
+    with safe_open(files[0], "pt") as handle:
+        names = {name: torch.Size(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    keys = {name: model_configs.KeyMetadata(shape, torch.float32) for name, shape in names.items()}
+    config = model_configs.ModelConfigImpl("bench-diffusers", {"unet": model_configs.ModelComponent(keys)})
+    model_configs.register_aux(config)
+    recipe = weighted(*(sd_mecha.model(file, config) for file in files))
     sd_mecha.merge(recipe, output=out, merge_dtype=torch.float32, output_dtype=torch.float32, merge_device="cpu")
 
 

@@ -100,7 +100,7 @@ def raw_dtype(name: str) -> np.dtype:
 
 def pread_into(fd: int, buffer: np.ndarray, offset: int, path: Path) -> None:
     """Fill a contiguous array from a file at an offset; raises BankError when the file ends before."""
-    view = memoryview(buffer).cast("B")
+    view = buffer.data.cast("B")
     done = 0
     while done < len(view):
         got = os.preadv(fd, [view[done:]], offset + done)

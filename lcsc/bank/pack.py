@@ -124,7 +124,7 @@ def _write(bank: CheckpointBank, fd: int, dtype: str, progress: Progress | None)
                 f"step {bank.rows[k].step} holds numbers beyond {HALF_MAX}, the largest of float16, near "
                 f"`{block.spans[0].name}`. Use dtype=bfloat16 or dtype=float32."
             )
-        os.pwrite(fd, memoryview(data).cast("B"), start + k * width + block.start * size)
+        os.pwrite(fd, data.data.cast("B"), start + k * width + block.start * size)
         if progress and k == K - 1:
             progress(block.stop, P)
     for k, row in enumerate(bank.rows):

@@ -6,6 +6,7 @@ from it or are digested in it. README.md is for people and is not covered.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from lcsc import __version__
 from lcsc.bank import CheckpointBank
 from lcsc.bank.shard_index import open_regular, read_range, strict_json
 from lcsc.core.digests import canonical_json
@@ -151,7 +151,7 @@ def make_recipe(
         "bank": bank_config(bank),
         "parents": parents,
         "config_sha256": None if model.config is None else sha256(model.config).hexdigest(),
-        "lcsc_version": __version__,
+        "lcsc_version": importlib.metadata.version("lcsc"),
     }
 
 

@@ -10,9 +10,9 @@ The tolerance, with u = 2^-24, n the number of rows (one more with an anchor) an
     project  float64   |error| <= u |result| + (P + 2) 2^-53 sum_p |w_kp g_p| + 2^-149
     project  float32   |error| <= (DOT_TERMS + 2) u sum_p |w_kp g_p| + P 2^-149     and as above
 
-Coefficients that float32 cannot hold (below 2^-126 or above 2^127) make a call take the float64 path. A candidate's
-bits do not depend on the others of its call, nor on how segments cut the columns: each element is one sum in row order.
-A one-hot row is a copy: 1 * w is exact, and so is adding it to the -0.0 that sums start from.
+A candidate with a coefficient that float32 cannot hold (below 2^-126 or above 2^127) always takes float64. Its bits do
+not depend on the others of its call, nor on how segments cut the columns: each element is one sum in row order. A
+one-hot row is a copy: 1 * w is exact, and so is adding it to the -0.0 that sums start from.
 
 Columns are cut into blocks at multiples of the block length, so that the compiler knows how loads are aligned; the
 pieces at the ends of segments run in a second launch with masks. For rows at 16-byte boundaries (a row stride that is
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,21 +53,21 @@ DOT_BLOCK, DOT_WARPS = 8192, 8
 DOT_TERMS = DOT_BLOCK // (32 * DOT_WARPS) + 8  #: additions that an element of a block's dot product goes through
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N"])
 def _combine_kernel(
-    blocks: Any,  # int32 (num_blocks, 4): number of the block, first and last-but-one column in it, group
-    counts: Any,  # int32 (G,): rows in use
-    rows: Any,  # int32 (G, N): which
-    coefs: Any,  # ACC (G, N, BB); -0.0 behind the last row in use
-    W: Any,
-    stride: Any,
-    anchor: Any,
-    anchor_coefs: Any,  # ACC (G, BB)
-    out: Any,
-    out_stride: Any,
-    B: Any,
-    N: Any,
-    bad: Any,  # int32 (1,): set to 1 where a result is not finite
+    blocks: tl.tensor,  # int32 (num_blocks, 4): number of the block, first column in it, end column in it, group
+    counts: tl.tensor,  # int32 (G,): rows in use
+    rows: tl.tensor,  # int32 (G, N): which
+    coefs: tl.tensor,  # ACC (G, N, BB); -0.0 behind the last row in use
+    W: tl.tensor,
+    stride: tl.tensor,
+    anchor: tl.tensor,
+    anchor_coefs: tl.tensor,  # ACC (G, BB)
+    out: tl.tensor,
+    out_stride: tl.tensor,
+    B: tl.tensor,
+    N: tl.tensor,
+    bad: tl.tensor,  # int32 (1,): set to 1 where a result is not finite
     BB: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -88,14 +89,19 @@ def _combine_kernel(
     coefs += group * N * BB
     acc = tl.full((BB, BLOCK), -0.0, ACC)
     if ANCHOR:
-        coef = tl.load(anchor_coefs + group * BB + candidate)
-        w = tl.load(anchor + column, mask=inside, other=0.0) if EDGE else tl.load(anchor + column)
-        acc = tl.where(coef != 0, acc + coef * w.to(ACC), acc)
+        share = tl.load(anchor_coefs + group * BB + candidate)
+        base = tl.load(anchor + column, mask=inside, other=0.0)
+        acc = tl.where(share != 0, acc + share * base.to(ACC), acc)
     for first in range(0, count, UNROLL):
         for u in tl.static_range(UNROLL):
             # behind the last row in use -0.0 * 0.0 is added, which changes nothing, and nothing is read
             row = tl.load(rows + first + u).to(tl.int64) * stride
-            w = tl.load(W + row + column, mask=inside & (first + u < count), other=0.0, eviction_policy="evict_first")
+            w = tl.load(
+                W + row + column,
+                mask=inside & (within * 0 + (first + u) < count),
+                other=0.0,
+                eviction_policy="evict_first",
+            )
             coef = tl.load(coefs + (first + u) * BB + candidate)
             term = acc + coef * w.to(tl.float32).to(ACC)
             acc = tl.where(coef != 0, term, acc) if ZEROS else term
@@ -106,15 +112,15 @@ def _combine_kernel(
     tl.store(bad + (candidate + within) * 0, tl.full((BB, BLOCK), 1, tl.int32), mask=kept & wrong)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "P", "first_block"])
 def _dot_kernel(
-    W: Any,
-    stride: Any,
-    grad: Any,
-    sums: Any,  # float64 (num_blocks, K)
-    K: Any,
-    P: Any,
-    first_block: Any,
+    W: tl.tensor,
+    stride: tl.tensor,
+    grad: tl.tensor,
+    sums: tl.tensor,  # float64 (num_blocks, K)
+    K: tl.tensor,
+    P: tl.tensor,
+    first_block: tl.tensor,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
     EDGE: tl.constexpr,
@@ -160,7 +166,7 @@ def _table(
 
 def _used_rows(coef_BGK: np.ndarray, BB: int, unroll: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Rows that some candidate of the batch uses: counts (G,), rows (G, N), coefs (G, N, BB); whether zeros remain."""
-    B, G, K = coef_BGK.shape
+    B, G = coef_BGK.shape[:2]
     used_GK = (coef_BGK != 0).any(axis=0)
     counts = used_GK.sum(axis=1).astype(np.int32)
     N = max(unroll, -(-int(counts.max(initial=0)) // unroll) * unroll)
@@ -180,6 +186,15 @@ def _float64(device: torch.device, coef: np.ndarray) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) in FAST_FLOAT64
 
 
+def _batches(float64_B: list[bool]) -> list[slice]:
+    """Neighbouring candidates of one kind of sums, at most `BATCH` together."""
+    cuts = [0]
+    for b in range(1, len(float64_B) + 1):
+        if b == len(float64_B) or b - cuts[-1] == BATCH or float64_B[b] != float64_B[b - 1]:
+            cuts.append(b)
+    return [slice(start, stop) for start, stop in itertools.pairwise(cuts)]
+
+
 def _check(W_KP: Tensor, **others: Tensor | None) -> None:
     if W_KP.dtype not in DTYPES:
         raise ValueError(f"a bank on a GPU must be float32, bfloat16 or float16, got {W_KP.dtype}.")
@@ -187,7 +202,9 @@ def _check(W_KP: Tensor, **others: Tensor | None) -> None:
         if tensor is None:
             continue
         if tensor.device != W_KP.device:
-            raise ValueError(f"`{name}` is on {tensor.device} and the bank on {W_KP.device}; both must be on one device.")
+            raise ValueError(
+                f"`{name}` is on {tensor.device} and the bank on {W_KP.device}; both must be on one device."
+            )
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"the rows of `{name}` must be contiguous; got strides {tuple(tensor.stride())}.")
         if name != "W_KP" and (tensor.dtype != torch.float32 or tensor.shape[-1] != W_KP.shape[1]):
@@ -233,13 +250,12 @@ def combine_rows(
         return True
     anchor_BG = None if anchor_P is None else round_coef(sum_coef(coef_BGK))
     numbers = coef_BGK if anchor_BG is None else np.concatenate([coef_BGK, anchor_BG[..., None]], axis=2)
-    float64 = _float64(W_KP.device, numbers) if float64 is None else float64
+    float64_B = [_float64(W_KP.device, one) if float64 is None else float64 for one in numbers]
     bad = torch.zeros(1, dtype=torch.int32, device=W_KP.device)
     with _on(W_KP.device):
-        for at in range(0, B, BATCH):
-            some = slice(at, at + BATCH)
+        for some in _batches(float64_B):
             base = None if anchor_BG is None or anchor_P is None else (anchor_P, anchor_BG[some])
-            _launch(coef_BGK[some], W_KP, out_BP[some], (starts, ids), base, bad, float64)
+            _launch(coef_BGK[some], W_KP, out_BP[some], (starts, ids), base, bad, float64_B[some.start])
     return not int(bad.item())
 
 
@@ -275,7 +291,7 @@ def _launch(
             anchor,
             anchor_t,
             out_BP,
-            out_BP.stride(0),
+            out_BP.stride(0) if B > 1 else 0,
             B,
             rows.shape[1],
             bad,
@@ -287,12 +303,11 @@ def _launch(
             ZEROS=zeros,
             EDGE=bool(edge),
             num_warps=warps,
+            enable_fp_fusion=True,  # all bounds hold with and without
         )
 
 
-def project_rows(
-    grad_P: Tensor, W_KP: Tensor, anchor_P: Tensor | None, *, float64: bool | None = None
-) -> Tensor:
+def project_rows(grad_P: Tensor, W_KP: Tensor, anchor_P: Tensor | None, *, float64: bool | None = None) -> Tensor:
     """`W @ grad`, with an anchor `(W + anchor) @ grad`: float32, shape (K,), on the device; the same bits every time.
 
     Args:
@@ -331,5 +346,6 @@ def _dots(grad_P: Tensor, W_KP: Tensor, float64: bool) -> Tensor:
                 ACC=tl.float64 if float64 else tl.float32,
                 EDGE=edge,
                 num_warps=DOT_WARPS,
+                enable_fp_fusion=True,
             )
     return sums_NK.sum(dim=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,22 @@ def test_the_python_block_searches(here, lcsc):
     assert "as the run reported" in out
 
 
+def test_the_lines_without_a_search_run(here, lcsc, tiny_bank):
+    (commands,) = (block for block in re.findall(r"```\n(lcsc .*?)```", README, flags=re.S) if "lcsc combine" in block)
+    lines = [
+        shlex.split(line.replace("/my/checkpoints", str(tiny_bank)), comments=True) for line in commands.splitlines()
+    ]
+    for words in lines:
+        code, _, err = lcsc(*words[1:])
+        assert (code, err) == (0, ""), words
+    assert len(list((here / "averaged").iterdir())) == 3
+    assert len(list((here / "sweep").iterdir())) == 5
+
+
 def test_verbs_experiments_and_files_exist():
-    (commands,) = re.findall(r"```\n(lcsc .*?)```", README, flags=re.S)
-    for verb in re.findall(r"^lcsc (\w+)", commands, flags=re.M):
-        assert verb in VERBS
+    for commands in re.findall(r"```\n(lcsc .*?)```", README, flags=re.S):
+        for verb in re.findall(r"^lcsc (\w+)", commands, flags=re.M):
+            assert verb in VERBS
     for name in re.findall(r"experiment=(\w+)", README):
         assert name in experiments()
     root = Path(__file__).parents[2]
