@@ -14,7 +14,7 @@ import numpy as np
 from lcsc.bank.content import chunk_sums, content_digest
 from lcsc.bank.extents import Source, read_source
 from lcsc.bank.find import Checkpoint, choose, find_groups
-from lcsc.bank.memory import choose_storage
+from lcsc.bank.memory import bank_bytes, choose_storage
 from lcsc.bank.pack import open_pack
 from lcsc.bank.rows import Checksums, Row
 from lcsc.bank.shape import Shape, several_emas, shape_of
@@ -143,6 +143,17 @@ class CheckpointBank:
     def num_checkpoints(self) -> int:
         """K."""
         return len(self.rows)
+
+    @property
+    def lines(self) -> list[str]:
+        """What a user should see before the bank is used: size, storage and what the reader has to say."""
+        P = self.layout.num_parameters
+        size = bank_bytes(self.num_checkpoints, P, self.storage, 4 if self.dtype == "float32" else 2)
+        kind = " ".join(word for word in (self.kind, self.rate) if word)
+        return [
+            f"bank: {self.num_checkpoints} checkpoints ({kind}) x {P:,} parameters, {self.storage}, {size / 1e6:,.0f} MB",
+            *(f"note: {note}" for note in self.notes),
+        ]
 
     @property
     def dtypes(self) -> dict[str, str]:

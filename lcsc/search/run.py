@@ -72,7 +72,8 @@ def run_search(
             say(f"{run.path} is finished already; nothing to do")
         return run.path
     if not quiet:
-        say(f"{'continuing' if state == 'resumed' else 'searching in'} {run.path}")
+        for line in (*bank.lines, f"{'continuing' if state == 'resumed' else 'searching in'} {run.path}"):
+            say(line)
     with Progress(name, 0, quiet) as progress, Journal(run.path, progress.note) as journal:
         search = Search(problem, journal, progress)
         progress.expect(search.num_steps())

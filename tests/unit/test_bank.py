@@ -67,6 +67,10 @@ def test_raw_weights_are_taken_beside_their_ema(tiny_bank):
     assert (raw.rows[0].path.parent.name, raw.kind) == ("unet", "raw")
     assert (ema.rows[0].path.parent.name, ema.kind) == ("unet_ema", "ema")
     assert any("raw" in note for note in raw.notes)
+    first, *notes = raw.lines
+    assert first.startswith("bank: 5 checkpoints (raw) x 10,")
+    assert ", resident, " in first
+    assert notes == [f"note: {note}" for note in raw.notes]
     assert torch.equal(CheckpointBank.open(tiny_bank, weights="ema").matrix(), ema.matrix())
     assert not torch.equal(raw.matrix(), ema.matrix())
 
