@@ -51,7 +51,7 @@ def addresses(name: str, array_NC: np.ndarray, itemsize: int) -> np.ndarray:
         ValueError: not numbers of `itemsize` bytes that lie next to each other.
     """
     N, C = array_NC.shape
-    if array_NC.dtype.itemsize != itemsize or (C > 1 and array_NC.strides[1] != itemsize):
+    if array_NC.dtype.itemsize != itemsize or (N and C > 1 and array_NC.strides[1] != itemsize):
         raise ValueError(
             f"the rows of `{name}` must be contiguous numbers of {itemsize} bytes; "
             f"got {array_NC.dtype} with strides {array_NC.strides}."

@@ -6,9 +6,10 @@ rounding to float32. Exact products make fused and separate multiply-add the sam
 depend neither on the processor nor on blocks, threads, or who else is in the batch. (Products of float64 rows are
 rounded; their last bits may differ between processors with and without fused multiply-add.)
 
-Four rows are added at a time while the next four are fetched; without that, the hops between rows cost a quarter of
-the memory's speed. Tensors are passed as addresses: any row stride, alignment and read-only memory will do, and there
-is one compiled function for each dtype. numba knows only this file when it keeps compiled functions, hence `_LLVM`.
+What the speed needs: eight rows per step, so that the sums are loaded and stored once in eight (for several candidates
+four rows and four candidates, whose sums stay in registers); long runs of columns, because hopping between rows costs;
+fetching the next rows ahead where a row's run is short. Tensors are passed as addresses: any row stride, alignment and
+read-only memory will do, and there is one compiled function for each dtype.
 
 Shapes: K rows, P columns, B candidates, G layer groups, S segments, R rows that have a coefficient, C columns.
 """
@@ -16,196 +17,107 @@ Shapes: K rows, P columns, B candidates, G layer groups, S segments, R rows that
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-from lcsc.kernels import _llvm as llvm
 from lcsc.kernels._arrays import CHUNK, addresses, chunk_columns, default_threads, segments, spread, sums
+from lcsc.kernels._llvm import advance, dot, fence, fetch, narrow, shift, size_of, step, tag_of, take
 from lcsc.kernels._reference import round_coef, sum_coef
 
 __all__ = ["accumulate", "combine_rows", "default_threads", "finish", "project_rows", "round_coef"]
 
 #: first digits of the SHA-256 of `_llvm.py`
-_LLVM = "0000000000000000"
+STEPS = "01754924e55f685f"
 
-#: stands for a dtype in the compiled functions' signatures; numpy's number of that many bytes
-TAGS = {"float32": np.float32(0), "bfloat16": np.int16(0), "float16": np.uint16(0), "float64": np.float64(0)}
-_NAMES = {types.float32: "float32", types.int16: "bfloat16", types.uint16: "float16", types.float64: "float64"}
 _F32 = np.float32(0)
 _NOTHING = np.zeros(32)
 _ZEROS = int(addresses("zeros", _NOTHING[None], 8)[0])
-
 BLOCK = 2**16  #: columns whose products `project_rows` adds up before it adds the sums: part of its definition
 BYPASS_BYTES = 2**23  #: longer results bypass the caches, which spares reading the memory they replace
 
 
-@intrinsic
-def _size(typingctx: Any, tag: Any) -> Any:
-    """Bytes of one number."""
-    return types.int64(tag), lambda context, b, sig, args: llvm.I64(tag.bitwidth // 8)
-
-
-@intrinsic
-def _fetch(typingctx: Any, tag: Any, rows: Any, offset: Any) -> Any:
-    """Ask for the 32 columns at `offset` bytes of some rows."""
-
-    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        llvm.fetch(b, _parts(b, args[1], rows), args[2], 4 * tag.bitwidth)
-        return context.get_dummy_value()
-
-    return types.void(tag, rows, offset), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _step(typingctx: Any, tag: Any, acc: Any, pitch: Any, rows: Any, coefs: Any, width: Any) -> Any:
-    """acc_bi += sum_r coef_br row_ri for `width` columns i; candidates lie `pitch` bytes apart."""
-
-    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        accs = [b.add(args[1], b.mul(args[2], llvm.I64(m))) for m in range(len(coefs) // len(rows))]
-        pair = _parts(b, args[3], rows), _parts(b, args[4], coefs)
-        llvm.add(context, b, _NAMES[tag], tag.bitwidth // 8, accs, *pair, width.literal_value)
-        return context.get_dummy_value()
-
-    return types.void(tag, acc, pitch, rows, coefs, width), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _dot(typingctx: Any, tag: Any, acc: Any, rows: Any, grad: Any, width: Any) -> Any:
-    """acc_ri += row_ri grad_i for `width` columns i; the rows' sums lie 32 numbers apart."""
-
-    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        accs = [b.add(args[1], llvm.I64(256 * r)) for r in range(len(rows))]
-        where = context, b, _NAMES[tag], tag.bitwidth // 8
-        llvm.dot(*where, accs, _parts(b, args[2], rows), args[3], width.literal_value)
-        return context.get_dummy_value()
-
-    return types.void(tag, acc, rows, grad, width), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _narrow(typingctx: Any, acc: Any, out: Any, width: Any, bypass: Any) -> Any:
-    """out = float32(acc) for `width` columns; 0 when all are finite."""
-
-    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return llvm.narrow(b, args[0], args[1], width.literal_value, bool(bypass.literal_value))
-
-    return types.int64(acc, out, width, bypass), codegen
-
-
-@intrinsic
-def _fence(typingctx: Any) -> Any:
-    """Order stores that bypassed the caches before whatever follows."""
-
-    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        b.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-def _parts(b: Any, value: Any, kind: Any) -> list[Any]:
-    return [b.extract_value(value, j) for j in range(len(kind))]
-
-
 @njit(nogil=True)
 def _add_row(tag: Any, acc: int, row: int, coef: float, n: int) -> None:
-    even, size = n - n % 32, _size(tag)
+    even, size = n - n % 32, size_of(tag)
     for i in range(0, even, 32):
-        _step(tag, acc + 8 * i, 0, (row + size * i,), (coef,), 32)
+        step(tag, acc + 8 * i, 0, (row + size * i,), (coef,), 32)
     for i in range(even, n):
-        _step(tag, acc + 8 * i, 0, (row + size * i,), (coef,), 1)
+        step(tag, acc + 8 * i, 0, (row + size * i,), (coef,), 1)
 
 
 @njit(nogil=True)
-def _four(a: Any, r: int) -> tuple[Any, ...]:
-    return a[r], a[r + 1], a[r + 2], a[r + 3]
-
-
-@njit(nogil=True)
-def _shift(p: Any, k: int) -> tuple[int, ...]:
-    return p[0] + k, p[1] + k, p[2] + k, p[3] + k
-
-
-@njit(nogil=True)
-def _advance(p: Any, live: Any, k: int) -> tuple[int, ...]:
-    return p[0] + (k & live[0]), p[1] + (k & live[1]), p[2] + (k & live[2]), p[3] + (k & live[3])
-
-
-@njit(nogil=True)
-def _dense(coef_BR: Any, b: int, r: int, rows: int) -> int:
-    """How many candidates from b on, at most four, have a coefficient for each of some rows."""
+def _dense(coef_BR: Any, b: int, r: int, stop: int) -> int:
+    """How many candidates from b on, at most four, have a coefficient for each of rows r to stop - 1."""
     for m in range(b, min(b + 4, len(coef_BR))):
-        for j in range(r, r + rows):
+        for j in range(r, stop):
             if coef_BR[m, j] == 0:
                 return m - b
     return min(4, len(coef_BR) - b)
 
 
 @njit(nogil=True)
-def _add_eight(tag: Any, acc: int, pitch: int, coef_BR: Any, table: Any, r: int, even: int) -> None:
-    """Rows r to r + 7, one candidate after another."""
-    size, rows, more = _size(tag), _four(table[0], r), _four(table[0], r + 4)
-    ahead = _four(table[2], r) + _four(table[2], r + 4)
-    for b in range(len(coef_BR)):
-        if _dense(coef_BR, b, r, 8) > 0:
-            c = _four(coef_BR[b], r) + _four(coef_BR[b], r + 4)
-            for i in range(0, even, 32):
-                if size < 4:  # wider rows come fast enough by themselves
-                    _fetch(tag, ahead, size * i)
-                _step(tag, acc + pitch * b + 8 * i, 0, _shift(rows, size * i) + _shift(more, size * i), c, 32)
-        else:
-            for j in range(r, r + 8):
-                if coef_BR[b, j] != 0:
-                    _add_row(tag, acc + pitch * b, table[0, j], coef_BR[b, j], even)
+def _add_some(tag: Any, acc: int, coef_R: Any, table: Any, r: int, stop: int, start: int, n: int) -> None:
+    """One by one those of rows r to stop - 1 that one candidate has a coefficient for; columns [start, n)."""
+    for j in range(r, stop):
+        if coef_R[j] != 0:
+            _add_row(tag, acc + 8 * start, table[0, j] + size_of(tag) * start, coef_R[j], n - start)
 
 
 @njit(nogil=True)
-def _add_four(tag: Any, acc: int, pitch: int, coef_BR: Any, table: Any, r: int, count: int, even: int) -> None:
-    """Rows r to r + 3, of which `count` exist, four candidates at a time."""
-    size, rows, live, ahead, b = _size(tag), _four(table[0], r), _four(table[1], r), _four(table[2], r), 0
-    while b < len(coef_BR):
-        here, dense = acc + pitch * b, _dense(coef_BR, b, r, count)
-        if dense == 4:
-            c = _four(coef_BR[b], r) + _four(coef_BR[b + 1], r)
-            c = c + _four(coef_BR[b + 2], r) + _four(coef_BR[b + 3], r)
+def _add_eight(tag: Any, acc: int, pitch: int, coef_BR: Any, table: Any, r: int, even: int) -> None:
+    """Rows r to r + 7, one candidate after another."""
+    size, N, first = size_of(tag), coef_BR.shape[1], r - r  # 0; a literal would have numba compile once more
+    rows, ahead = take(table, r, 8), take(table, 2 * N + r, 8)
+    for b in range(len(coef_BR)):
+        if _dense(coef_BR, b, r, r + 8) > 0:
+            c = take(coef_BR, b * N + r, 8)
             for i in range(0, even, 32):
-                _fetch(tag, ahead, size * i)
+                if size < 4:  # wider rows come fast enough by themselves
+                    fetch(tag, ahead, size * i)
+                step(tag, acc + pitch * b + 8 * i, pitch, shift(rows, size * i), c, 32)
+        else:
+            _add_some(tag, acc + pitch * b, coef_BR[b], table, r, r + 8, first, even)
+
+
+@njit(nogil=True)
+def _add_four(tag: Any, acc: int, pitch: int, coef_BR: Any, table: Any, r: int, stop: int, even: int) -> None:
+    """Rows r to stop - 1, at most four, for four candidates at a time."""
+    size, N, b, first = size_of(tag), coef_BR.shape[1], 0, r - r
+    rows, live, ahead = take(table, r, 4), take(table, N + r, 4), take(table, 2 * N + r, 4)
+    while b < len(coef_BR):
+        here, dense, c = acc + pitch * b, _dense(coef_BR, b, r, stop), take(coef_BR, b * N + r, 4)
+        if dense == 4:
+            c2 = c + take(coef_BR, (b + 1) * N + r, 4)
+            c4 = c2 + take(coef_BR, (b + 2) * N + r, 4) + take(coef_BR, (b + 3) * N + r, 4)
+            for i in range(0, even, 32):
+                fetch(tag, ahead, size * i)
                 for j in range(i, i + 32, 8):
-                    _step(tag, here + 8 * j, pitch, _advance(rows, live, size * j), c, 8)
+                    step(tag, here + 8 * j, pitch, advance(rows, live, size * j), c4, 8)
         elif dense > 0:
-            c1 = _four(coef_BR[b], r)
             for i in range(0, even, 32):
                 if size < 4:
-                    _fetch(tag, ahead, size * i)
-                _step(tag, here + 8 * i, 0, _advance(rows, live, size * i), c1, 32)
+                    fetch(tag, ahead, size * i)
+                step(tag, here + 8 * i, pitch, advance(rows, live, size * i), c, 32)
         else:
-            for j in range(r, r + count):
-                if coef_BR[b, j] != 0:
-                    _add_row(tag, here, table[0, j], coef_BR[b, j], even)
+            _add_some(tag, here, coef_BR[b], table, r, stop, first, even)
         b, ahead = b + (4 if dense == 4 else 1), rows
 
 
 @njit(nogil=True)
 def _add_rows(tag: Any, acc: int, pitch: int, coef_BR: Any, table: Any, R: int, n: int) -> None:
     """acc_bc += sum_r coef_br row_rc for n columns, in row order; terms whose coefficient is zero are left out."""
-    B, even, r = len(coef_BR), n - n % 32, 0
-    while r < R:
-        if B < 4 and r + 8 <= R:
-            _add_eight(tag, acc, pitch, coef_BR, table, r, even)
-            r += 8
-        else:
-            _add_four(tag, acc, pitch, coef_BR, table, r, min(4, R - r), even)
-            r += 4
-    if even < n:
-        for b in range(B):
-            for r in range(R):
-                if coef_BR[b, r] != 0:
-                    row = table[0, r] + _size(tag) * even
-                    _add_row(tag, acc + pitch * b + 8 * even, row, coef_BR[b, r], n - even)
+    B, even = len(coef_BR), n - n % 32
+    eights = R // 8 * 8 if B < 4 else R - R
+    for r in range(0, eights, 8):
+        _add_eight(tag, acc, pitch, coef_BR, table, r, even)
+    for r in range(eights, R, 4):
+        _add_four(tag, acc, pitch, coef_BR, table, r, min(r + 4, R), even)
+    for b in range(B if even < n else 0):
+        _add_some(tag, acc + pitch * b, coef_BR[b], table, R - R, R, even, n)
 
 
 @njit(nogil=True)
@@ -220,7 +132,9 @@ def _select(coef_BGK: Any, g: int, coef_BR: Any, used_R: Any) -> int:
         if needed:
             used_R[R] = k
             R += 1
-    coef_BR[:, R:] = -0.0
+    for b in range(len(coef_BR)):
+        for r in range(R, R + 3):
+            coef_BR[b, r] = -0.0
     return R
 
 
@@ -237,9 +151,8 @@ def _point(table: Any, rows_K: Any, used_R: Any, R: int, B: int, here: int, skip
     later = 8 if B < 4 else 4
     for r in range(R):
         table[2, r] = table[0, r + later] if r + later < R else table[0, (r + later) % R] + skip
-    table[0, R:] = zeros
-    table[1, R:] = 0
-    table[2, R:] = zeros
+    for r in range(R, R + 3):
+        table[0, r], table[1, r], table[2, r] = zeros, 0, zeros
 
 
 @njit(nogil=True)
@@ -248,13 +161,13 @@ def _round(acc: int, out: int, n: int, bypass: bool) -> bool:
     bad, i = 0, 0
     if bypass and out % 64 == 0:
         while i + 16 <= n:
-            bad |= _narrow(acc + 8 * i, out + 4 * i, 16, 1)
+            bad |= narrow(acc + 8 * i, out + 4 * i, 16, 1)
             i += 16
     while i + 16 <= n:
-        bad |= _narrow(acc + 8 * i, out + 4 * i, 16, 0)
+        bad |= narrow(acc + 8 * i, out + 4 * i, 16, 0)
         i += 16
     while i < n:
-        bad |= _narrow(acc + 8 * i, out + 4 * i, 1, 0)
+        bad |= narrow(acc + 8 * i, out + 4 * i, 1, 0)
         i += 1
     return bad == 0
 
@@ -263,32 +176,47 @@ class _Compiled:
     """A function compiled when first called, and kept on disk for the next process where that is possible."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self._cached = True
+        self._function, self._lock = function, threading.Lock()
         self._fast: Callable[..., Any] | None = None
+        self._cached = True
 
     def __call__(self, *args: Any) -> Any:
-        try:
+        with self._lock:
             if self._fast is None:
-                self._fast = njit(nogil=True, cache=self._cached)(self._function)
-            return self._fast(*args)
-        except Exception:  # no folder to write to, a full disk, a damaged entry (pickle may raise anything)
-            if not self._cached:
-                raise
-        self._cached, self._fast = False, None
+                self._fast = self._compile()
+            fast = self._fast
+        try:
+            return fast(*args)
+        except (
+            Exception
+        ):  # a full disk, a damaged entry (pickle may raise anything); the function itself raises nothing
+            with self._lock:
+                if self._fast is fast:
+                    if not self._cached:
+                        raise
+                    self._cached, self._fast = False, None
         return self(*args)
+
+    def _compile(self) -> Callable[..., Any]:
+        try:
+            return njit(nogil=True, cache=self._cached)(self._function)
+        except RuntimeError:  # no folder to write to
+            self._cached = False
+            return njit(nogil=True)(self._function)
 
 
 @_Compiled
 def _columns(tag: Any, coef_BGK: Any, rows_K: Any, base: Any, parts: Any, out_B: Any, span: Any, acc_BC: Any) -> bool:
-    """Columns [start, stop) of the candidates. Rows, anchor and results are addresses of column 0; acc_BC is scratch."""
+    """Columns [start, stop) of the candidates. Rows, anchor, results: addresses of column 0. acc_BC is scratch."""
     (anchor, base_BG, zeros), (starts_S, groups_S), (start, stop, bypass) = base, parts, span
     B, _, K = coef_BGK.shape
     coef_BR, used_R, table = np.empty((B, K + 3)), np.empty(K, np.int64), np.empty((3, K + 3), np.int64)
-    size, chunk, finite, s, R, known = _size(tag), acc_BC.shape[1], True, 0, 0, -1
+    size, chunk, finite, s, R, known = size_of(tag), acc_BC.shape[1], True, 0, 0, -1
     for c in range(start, stop, chunk):
         end = min(c + chunk, stop)
-        acc_BC[:, : end - c] = -0.0
+        for b in range(B):
+            for i in range(end - c):
+                acc_BC[b, i] = -0.0
         at = c
         while at < end:
             while starts_S[s + 1] <= at:
@@ -305,7 +233,7 @@ def _columns(tag: Any, coef_BGK: Any, rows_K: Any, base: Any, parts: Any, out_B:
             at = until
         for b in range(B):
             finite &= _round(acc_BC.ctypes.data + 8 * chunk * b, out_B[b] + 4 * c, end - c, bypass)
-    _fence()
+    fence()
     return finite
 
 
@@ -314,7 +242,7 @@ def _add(tag: Any, coef_BGK: Any, rows_K: Any, zeros: int, acc: int, pitch: int,
     """acc_bc += coef_bk row_kc for all columns; acc is an address, candidates lie `pitch` bytes apart."""
     B, _, K = coef_BGK.shape
     coef_BR, used_R, table = np.empty((B, K + 3)), np.empty(K, np.int64), np.empty((3, K + 3), np.int64)
-    R, size = _select(coef_BGK, 0, coef_BR, used_R), _size(tag)
+    R, size = _select(coef_BGK, 0, coef_BR, used_R), size_of(tag)
     for c in range(0, columns, chunk):
         end = min(c + chunk, columns)
         _point(table, rows_K, used_R, R, B, size * c, size * (end - c) if end < columns else 0, zeros)
@@ -332,38 +260,30 @@ def _round_all(acc: int, pitch: int, out_B: Any, columns: int) -> bool:
 @_Compiled
 def _dots(tag: Any, rows_K: Any, grad: int, columns: int, first: int, lanes_KS: Any, sums_NK: Any) -> None:
     """Sums of row_kc grad_c over blocks of BLOCK columns from block `first` on: 32 sums in turn, added in order."""
-    K, size, lanes, fours = len(rows_K), _size(tag), lanes_KS.ctypes.data, len(rows_K) // 4 * 4
+    K, size, lanes, fours = len(rows_K), size_of(tag), lanes_KS.ctypes.data, len(rows_K) // 4 * 4
     for n in range(len(sums_NK)):
         low = (first + n) * BLOCK
         high = min(low + BLOCK, columns)
-        lanes_KS[:] = 0.0
+        for k in range(K):
+            for i in range(32):
+                lanes_KS[k, i] = 0.0
         for c in range(low, high, CHUNK):
             end = min(c + CHUNK, high)
             even = end - (end - c) % 32
             for k in range(0, fours, 4):
-                rows = (rows_K[k], rows_K[k + 1], rows_K[k + 2], rows_K[k + 3])
-                ahead = _shift(rows, size * CHUNK if end < columns else 0)
-                if k + 8 <= K:
-                    ahead = (rows_K[k + 4], rows_K[k + 5], rows_K[k + 6], rows_K[k + 7])
+                rows = take(rows_K, k, 4)
                 for i in range(c, even, 32):
-                    _fetch(tag, ahead, size * i)
-                    _dot(tag, lanes + 256 * k, _shift(rows, size * i), grad + 4 * i, 32)
+                    dot(tag, lanes + 256 * k, shift(rows, size * i), grad + 4 * i, 32)
             for k in range(K):
                 for i in range(c if k >= fours else even, even, 32):
-                    _dot(tag, lanes + 256 * k, (rows_K[k] + size * i,), grad + 4 * i, 32)
+                    dot(tag, lanes + 256 * k, (rows_K[k] + size * i,), grad + 4 * i, 32)
                 for i in range(even, end):
-                    _dot(tag, lanes + 256 * k + 8 * (i - even), (rows_K[k] + size * i,), grad + 4 * i, 1)
+                    dot(tag, lanes + 256 * k + 8 * (i - even), (rows_K[k] + size * i,), grad + 4 * i, 1)
         for k in range(K):
             total = 0.0
             for i in range(32):
                 total += lanes_KS[k, i]
             sums_NK[n, k] = total
-
-
-def _tag(dtype: str) -> Any:
-    if dtype not in TAGS:
-        raise ValueError(f"numbers of dtype `{dtype}` cannot be combined; known: {', '.join(TAGS)}.")
-    return TAGS[dtype]
 
 
 def accumulate(acc_BC: np.ndarray, coef_BR: np.ndarray, rows_RC: np.ndarray, dtype: str) -> None:
@@ -380,7 +300,7 @@ def accumulate(acc_BC: np.ndarray, coef_BR: np.ndarray, rows_RC: np.ndarray, dty
     Raises:
         ValueError: shapes, strides or the dtype do not fit.
     """
-    tag, (B, C) = _tag(dtype), acc_BC.shape
+    tag, (B, C) = tag_of(dtype), acc_BC.shape
     if coef_BR.shape != (B, len(rows_RC)) or rows_RC.shape[1] != C:
         raise ValueError(f"shapes do not fit: acc {acc_BC.shape}, coef {coef_BR.shape}, rows {rows_RC.shape}.")
     rows_R, acc_B = addresses("rows_RC", rows_RC, tag.itemsize), addresses("acc_BC", acc_BC, 8)
@@ -425,7 +345,7 @@ def combine_rows(
     Raises:
         ValueError: shapes, strides or the dtype do not fit.
     """
-    tag, (B, P), coef_BGK = _tag(dtype), out_BP.shape, round_coef(coef_BK if coef_BK.ndim == 3 else coef_BK[:, None])
+    tag, (B, P), coef_BGK = tag_of(dtype), out_BP.shape, round_coef(coef_BK if coef_BK.ndim == 3 else coef_BK[:, None])
     if coef_BGK.shape[::2] != (B, len(W_KP)) or W_KP.shape[1] != P:
         raise ValueError(f"shapes do not fit: coef {coef_BK.shape}, W {W_KP.shape}, out {out_BP.shape}.")
     parts, base_BG, anchor = segments(starts_S, groups_S, P, coef_BGK.shape[1]), np.zeros(coef_BGK.shape[:2]), 0
@@ -460,7 +380,7 @@ def project_rows(
         anchor_P: float32, shape (P,): what the rows are differences to.
         threads: at most so many; None means `default_threads()`.
     """
-    tag, (K, P) = _tag(dtype), W_KP.shape
+    tag, (K, P) = tag_of(dtype), W_KP.shape
     if grad_P.shape != (P,) or (anchor_P is not None and anchor_P.shape != (P,)):
         raise ValueError(f"shapes do not fit: grad {grad_P.shape}, W {W_KP.shape}.")
     grad, rows_K = int(addresses("grad_P", grad_P[None], 4)[0]), addresses("W_KP", W_KP, tag.itemsize)

@@ -17,7 +17,7 @@ COEF_BITS = 29
 
 
 def round_coef(coef: np.ndarray) -> np.ndarray:
-    """The nearest float64 with 29 significant bits, ties to even; contiguous, same shape. Rounding twice is rounding."""
+    """The nearest float64 with 29 significant bits, ties to even; a contiguous array of the same shape."""
     mantissa, exponent = np.frexp(np.asarray(coef, dtype=np.float64))
     return np.ascontiguousarray(np.ldexp(np.rint(np.ldexp(mantissa, COEF_BITS)), exponent - COEF_BITS))
 
