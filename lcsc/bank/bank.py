@@ -148,10 +148,10 @@ class CheckpointBank:
     def lines(self) -> list[str]:
         """What a user should see before the bank is used: size, storage and what the reader has to say."""
         P = self.layout.num_parameters
-        size = bank_bytes(self.num_checkpoints, P, self.storage, 4 if self.dtype == "float32" else 2)
+        size = bank_bytes(self.num_checkpoints, P, self.storage, 4 if self.dtype == "float32" else 2) / 1e6
         kind = " ".join(word for word in (self.kind, self.rate) if word)
         return [
-            f"bank: {self.num_checkpoints} checkpoints ({kind}) x {P:,} parameters, {self.storage}, {size / 1e6:,.0f} MB",
+            f"bank: {self.num_checkpoints} checkpoints ({kind}) x {P:,} parameters, {self.storage}, {size:,.0f} MB",
             *(f"note: {note}" for note in self.notes),
         ]
 
