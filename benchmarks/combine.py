@@ -19,7 +19,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,6 +37,15 @@ UNET = {
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
 NUM_CHECKPOINTS, STEP = 20, 1000
+LAUNCH = """
+import json, os, subprocess, sys, time
+began = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+seconds, cpu = time.perf_counter() - began, usage.ru_utime + usage.ru_stime
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_rss": usage.ru_maxrss * 1024}))
+sys.exit(status != 0)
+"""
 
 
 def make_bank(folder: Path) -> list[Path]:
@@ -68,15 +76,11 @@ def forget(files: list[Path]) -> None:
 
 def run(command: list[str], env: dict[str, str]) -> dict[str, float]:
     """Wall seconds, processor seconds and peak resident bytes of one process and its children."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
-    assert process.stderr is not None
-    message = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    if status:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{message.decode()[-3000:]}")
-    return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_rss": usage.ru_maxrss * 1024}
+    # started by a small process: a child's peak begins at the memory of the process that forked it
+    done = subprocess.run([sys.executable, "-S", "-c", LAUNCH, *map(str, command)], capture_output=True, env=env)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr.decode()[-3000:]}")
+    return json.loads(done.stdout)
 
 
 def contenders(bank: Path, spec: Path, out: Path, peers: str | None) -> dict[str, tuple[list[str], Path]]:

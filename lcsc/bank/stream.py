@@ -7,6 +7,7 @@ adds them up with the kernels' arithmetic (so that the bits equal those of a res
 from __future__ import annotations
 
 import bisect
+import itertools
 import os
 import queue
 from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +36,8 @@ from lcsc.core.errors import EvaluationError, NonFiniteError
 
 #: rows of a block that are read before they are added up
 GROUP = 8
-#: blocks that the system is asked to read ahead
-AHEAD = 6
+#: bytes that the system is asked to read ahead: enough to keep a disk busy while the kernels are loaded
+AHEAD_BYTES = 2**28
 
 #: bytes read so far, bytes in all
 Progress = Callable[[int, int], None]
@@ -106,13 +107,12 @@ def run_pass(
     for _ in range(threads + 1):
         buffers.put(_Buffers(len(work.coef_MGK)))
     total, done = work.nbytes, 0
+    depth = max(1, AHEAD_BYTES * len(blocks) // max(total, 1))
     pending: list[tuple[Block, Future[_Buffers]]] = []
     ahead = iter(blocks)
     with ThreadPoolExecutor(threads + 1, thread_name_prefix="lcsc-stream") as pool:
         try:
-            hints = [
-                pool.submit(_hint, work, files, used, block) for block, _ in zip(ahead, range(AHEAD), strict=False)
-            ]
+            hints = [pool.submit(_hint, work, files, used, block) for block in itertools.islice(ahead, depth)]
             todo = iter(blocks)
             while True:
                 while len(pending) < threads and (block := next(todo, None)) is not None:

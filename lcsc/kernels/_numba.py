@@ -181,28 +181,22 @@ class _Compiled:
         self._cached = True
 
     def __call__(self, *args: Any) -> Any:
-        with self._lock:
-            if self._fast is None:
-                self._fast = self._compile()
-            fast = self._fast
+        fast = None
         try:
+            with self._lock:  # or threads that come together would all compile
+                if self._fast is None:
+                    self._fast = njit(nogil=True, cache=self._cached)(self._function)
+                fast = self._fast
             return fast(*args)
         except (
             Exception
-        ):  # a full disk, a damaged entry (pickle may raise anything); the function itself raises nothing
+        ):  # no folder, a full disk, a damaged entry (pickle may raise anything); the loops raise nothing
             with self._lock:
                 if self._fast is fast:
                     if not self._cached:
                         raise
                     self._cached, self._fast = False, None
         return self(*args)
-
-    def _compile(self) -> Callable[..., Any]:
-        try:
-            return njit(nogil=True, cache=self._cached)(self._function)
-        except RuntimeError:  # no folder to write to
-            self._cached = False
-            return njit(nogil=True)(self._function)
 
 
 @_Compiled
