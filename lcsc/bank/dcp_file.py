@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lcsc.bank.extents import ITEMSIZE, Source
-from lcsc.bank.inert_pickle import Global, Record, Refused, read_pickle
+from lcsc.bank.inert_pickle import Global, Record, Refused, counts, read_pickle
 from lcsc.bank.safetensors_file import read_safetensors
 from lcsc.bank.shard_index import open_regular, plain_file, read_range, regular_file, shown
 from lcsc.bank.torch_file import MAX_PICKLE, read_archive
@@ -124,7 +124,7 @@ def _metadata(
         name, offset = key.get("fqn"), key.get("offset")
         if name.__class__ is not str:
             raise Refused("holds a place of a tensor without a name")
-        places[name, None if offset is None else _size(offset)] = _place(info)
+        places[name, None if offset is None else counts(offset)] = _place(info)
     return tensors, others, places
 
 
@@ -139,17 +139,6 @@ def _dict(fields: Mapping[str, Any], name: str) -> dict[Any, Any]:
     if fields.get(name).__class__ is not dict:
         raise Refused(f"has no table `{name}`; it was written by an older torch or for another storage")
     return fields[name]
-
-
-def _size(value: Any) -> tuple[int, ...]:
-    """A `torch.Size`."""
-    if value.__class__ is Record and value.name == "torch.Size" and len(value.args) == 1:
-        value = value.args[0]
-    if value.__class__ not in (tuple, list) or len(value) > 64:
-        raise Refused("holds a shape that is not a short tuple")
-    if any(n.__class__ is not int or n < 0 or n >= 1 << 63 for n in value):
-        raise Refused(f"holds the shape {shown(value)}")
-    return tuple(value)
 
 
 def _place(info: Any) -> _Place:
@@ -176,8 +165,8 @@ def _tensor(name: str, entry: Record) -> tuple[str, tuple[int, ...], _Chunks]:
     if chunks.__class__ is not list or not 0 < len(chunks) <= _MAX_CHUNKS:
         raise Refused(f"describes `{shown(name)}` without parts, or with more than {_MAX_CHUNKS}")
     parts = [_fields(chunk, _META + "ChunkStorageMetadata") for chunk in chunks]
-    shape = _size(fields.get("size"))
-    boxes = [(_size(part.get("offsets")), _size(part.get("sizes"))) for part in parts]
+    shape = counts(fields.get("size"))
+    boxes = [(counts(part.get("offsets")), counts(part.get("sizes"))) for part in parts]
     _check_boxes(name, shape, boxes)
     return dtype, shape, boxes
 

@@ -51,6 +51,21 @@ class Record:
         self.state: Any = None
 
 
+def counts(value: Any) -> tuple[int, ...]:
+    """A shape, stride or offset: a short tuple or `torch.Size` of numbers from 0 to 2^63.
+
+    Raises:
+        Refused: it is something else.
+    """
+    if value.__class__ is Record and value.name == "torch.Size" and len(value.args) == 1:
+        value = value.args[0]
+    if value.__class__ not in (tuple, list) or len(value) > 64:
+        raise Refused("holds a tensor whose shape is not a short tuple")
+    if any(n.__class__ is not int or n < 0 or n >= 1 << 63 for n in value):
+        raise Refused(f"holds a tensor with the shape or stride {shown(value)}")
+    return tuple(value)
+
+
 def read_pickle(data: bytes, allowed: Container[str], budget: int) -> tuple[Any, int]:
     """The object of a pickle (protocols 2 to 5, or 0 and 1 where they are binary) and the instructions it took.
 

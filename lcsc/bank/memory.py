@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from lcsc.bank.content import CHUNK
+from lcsc.bank.stream import default_threads
 from lcsc.core.errors import ConfigError, did_you_mean
 
 #: ways to hold a bank, best first
@@ -48,8 +49,7 @@ def bank_bytes(num_checkpoints: int, num_parameters: int, storage: str, itemsize
         outputs: float32 rows that receive the candidates.
     """
     rows = {"resident": num_checkpoints * itemsize, "delta": 4 + 2 * num_checkpoints, "streamed": 0}[storage]
-    threads = min(8, len(os.sched_getaffinity(0)))
-    blocks = (threads + 1) * min(CHUNK, num_parameters) * (8 * 4 + outputs * 12)
+    blocks = (default_threads() + 1) * min(CHUNK, num_parameters) * (8 * 4 + outputs * 12)
     return num_parameters * (rows + 4 * outputs) + blocks + num_checkpoints * PER_CHECKPOINT
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcsc.bank.extents import ITEMSIZE, read_source
+from lcsc.bank.extents import ITEMSIZE, raw_dtype, read_source
 from lcsc.bank.layout import Layout
 from lcsc.bank.rows import (
     Block,
@@ -154,7 +154,7 @@ class _Buffers:
         nbytes = count * columns * ITEMSIZE[dtype]
         if len(self.raw) < nbytes:
             self.raw = np.empty(nbytes, np.uint8)
-        return self.raw[:nbytes].view(empty_rows(0, 0, dtype).dtype).reshape(count, columns)
+        return self.raw[:nbytes].view(raw_dtype(dtype)).reshape(count, columns)
 
 
 def _plans(work: Pass, rows: Sequence[int], block: Block) -> dict[int, list[Read] | None]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lcsc.bank.extents import ITEMSIZE, Piece, Source
-from lcsc.bank.inert_pickle import Global, Record, Refused, read_pickle
+from lcsc.bank.inert_pickle import Global, Record, Refused, counts, read_pickle
 from lcsc.bank.shard_index import open_regular, read_range, shown
 from lcsc.bank.zip_check import Entry, check_crc, read_zip
 from lcsc.core.errors import BankError
@@ -250,7 +250,7 @@ class _Resolver:
             if wanted not in _DTYPES:
                 raise Refused(f"holds a tensor with the dtype `{shown(wanted)}`")
             dtype, count = _DTYPES[wanted], count * ITEMSIZE[dtype] // ITEMSIZE[_DTYPES[wanted]]
-        shape, stride = _counts(shape), _counts(stride)
+        shape, stride = counts(shape), counts(stride)
         if len(shape) != len(stride) or offset.__class__ is not int or offset < 0:
             raise Refused(f"holds a tensor with shape {shown(shape)}, stride {shown(stride)} and offset {offset}")
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
@@ -276,16 +276,6 @@ class _Resolver:
         if count * ITEMSIZE[dtype] > entry.size:
             raise Refused(f"says that the storage `{key}` has {count} numbers, but {entry.size} bytes are stored")
         return dtype, entry, count
-
-
-def _counts(value: Any) -> tuple[int, ...]:
-    if value.__class__ is Record and value.name == "torch.Size" and len(value.args) == 1:
-        value = value.args[0]
-    if value.__class__ not in (tuple, list) or len(value) > 64:
-        raise Refused("holds a tensor whose shape is not a short tuple")
-    if any(n.__class__ is not int or n < 0 or n >= 1 << 63 for n in value):
-        raise Refused(f"holds a tensor with the shape or stride {shown(value)}")
-    return tuple(value)
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from lcsc.cli.main import main
+from lcsc.models.network import build_network, save_network
 
 
 @pytest.fixture
@@ -15,6 +17,16 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lcsc"])
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, tiny_arch):
+    """Five checkpoints of a tiny UNet2DModel, as diffusers saves them; not to be touched."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    for step in (50, 100, 200, 400, 1000):
+        save_network(build_network(tiny_arch), folder / f"checkpoint-{step}" / "unet")
+    return folder
 
 
 @pytest.fixture

@@ -23,20 +23,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lcsc.bank import CheckpointBank
 from lcsc.cli.combine import read_numbers
 from lcsc.core.errors import ConfigError
-from lcsc.models.network import build_network, save_network
 
 STEPS = (50, 100, 200, 400, 1000)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, tiny_arch):
-    """Five checkpoints of a tiny UNet2DModel, as diffusers saves them; not to be touched."""
-    folder = tmp_path_factory.mktemp("saved")
-    torch.manual_seed(0)
-    for step in STEPS:
-        save_network(build_network(tiny_arch), folder / f"checkpoint-{step}" / "unet")
-    return folder
 
 
 @pytest.fixture

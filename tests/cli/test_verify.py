@@ -12,23 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from lcsc.bank import CheckpointBank
 from lcsc.export.weights import write_weights
-from lcsc.models.network import build_network, save_network
 from lcsc.operators.linear import Linear
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-STEPS = (50, 100, 200, 400, 1000)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, tiny_arch):
-    """Five checkpoints of a tiny UNet2DModel, as diffusers saves them; not to be touched."""
-    folder = tmp_path_factory.mktemp("saved")
-    torch.manual_seed(0)
-    for step in STEPS:
-        save_network(build_network(tiny_arch), folder / f"checkpoint-{step}" / "unet")
-    return folder
 
 
 @pytest.fixture
