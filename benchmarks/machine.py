@@ -22,9 +22,9 @@ def circumstances() -> dict[str, Any]:
     return {
         "machine": f"{os.cpu_count()} cores, {cpu or platform.processor()}, {platform.system()}",
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "commit": commit + ("+changes" if dirty.stdout.strip() else ""),
-        "gpu": "none; not measured yet",
+        "gpu": _gpu(),
     }
 
 
@@ -35,3 +35,16 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

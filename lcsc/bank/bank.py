@@ -14,7 +14,7 @@ import numpy as np
 from lcsc.bank.content import chunk_sums, content_digest
 from lcsc.bank.extents import Source, read_source
 from lcsc.bank.find import Checkpoint, choose, find_groups
-from lcsc.bank.memory import bank_bytes, choose_storage
+from lcsc.bank.memory import bank_bytes, choose_device, choose_storage
 from lcsc.bank.pack import open_pack
 from lcsc.bank.rows import Checksums, Row
 from lcsc.bank.shape import Shape, several_emas, shape_of
@@ -70,7 +70,14 @@ class CheckpointBank:
     """
 
     def __init__(
-        self, path: Path, select: Selection, component: str | None, weights: str | None, dtype: str, storage: str
+        self,
+        path: Path,
+        select: Selection,
+        component: str | None,
+        weights: str | None,
+        dtype: str,
+        storage: str,
+        device: str,
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"`bank.dtype` is `{dtype}`; it must be one of {', '.join(DTYPES)}.")
@@ -88,8 +95,11 @@ class CheckpointBank:
         self.notes: tuple[str, ...] = shape.notes
         itemsize = 4 if dtype == "float32" else 2
         wanted = "auto" if storage == "exact" else storage
+        size = len(self.rows), self.layout.num_parameters, itemsize
+        #: torch device of the rows
+        self.device, free = choose_device(device, *size)
         #: resident, delta or streamed
-        self.storage = choose_storage(wanted, len(self.rows), self.layout.num_parameters, itemsize)
+        self.storage = choose_storage(wanted, *size, free=free)
         if storage == "exact" and self.storage == "delta":
             self.storage = "streamed"
         exact = "delta" if self.storage == "delta" else "exact"
@@ -101,6 +111,7 @@ class CheckpointBank:
             **dataclasses.asdict(select),
             "dtype": dtype,
             "storage": exact if storage == "auto" else storage,
+            "device": device,
         }
         #: sums of the contents, collected whenever rows are read
         self.checksums = Checksums(self.layout, len(self.rows))
@@ -115,6 +126,7 @@ class CheckpointBank:
         weights: str | None = None,
         dtype: str = "float32",
         storage: str = "auto",
+        device: str = "cpu",
     ) -> CheckpointBank:
         """Open the checkpoints under `path`.
 
@@ -128,11 +140,13 @@ class CheckpointBank:
             dtype: how resident rows are stored in memory: float32, bfloat16 or float16.
             storage: `resident`, `delta` (bfloat16 differences to one checkpoint), `streamed`, `exact` (resident or
                 streamed, which give the same bits) or `auto` (the first of the three that fits in the free memory).
+            device: `cpu`, a GPU such as `cuda`, or `auto` (the GPU where there is one and the bank fits into it). A
+                GPU combines with the arithmetic of the CPU and gives its bits where it is fast at float64.
 
         Raises:
             BankError: nothing found, damaged files, or checkpoints that do not fit together.
         """
-        return cls(Path(path), select or Selection(), component, weights, dtype, storage)
+        return cls(Path(path), select or Selection(), component, weights, dtype, storage, device)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -150,8 +164,9 @@ class CheckpointBank:
         P = self.layout.num_parameters
         size = bank_bytes(self.num_checkpoints, P, self.storage, 4 if self.dtype == "float32" else 2) / 1e6
         kind = " ".join(word for word in (self.kind, self.rate) if word)
+        place = self.storage if self.device == "cpu" else f"{self.storage} on {self.device}"
         return [
-            f"bank: {self.num_checkpoints} checkpoints ({kind}) x {P:,} parameters, {self.storage}, {size:,.0f} MB",
+            f"bank: {self.num_checkpoints} checkpoints ({kind}) x {P:,} parameters, {place}, {size:,.0f} MB",
             *(f"note: {note}" for note in self.notes),
         ]
 
@@ -173,9 +188,11 @@ class CheckpointBank:
             return Streamed(self.rows, self.layout, self.checksums)
         dtype = getattr(torch, self.dtype)
         if self.storage == "delta":
-            return load(self.rows, self.layout, self.checksums, torch.bfloat16, anchor=len(self.rows) // 2)
-        mapped = map_pack(self.path, self.rows, self.layout, self.dtype)
-        return load(self.rows, self.layout, self.checksums, dtype) if mapped is None else Resident(mapped)
+            return load(self.rows, self.layout, self.checksums, torch.bfloat16, len(self.rows) // 2, self.device)
+        mapped = map_pack(self.path, self.rows, self.layout, self.dtype) if self.device == "cpu" else None
+        if mapped is None:
+            return load(self.rows, self.layout, self.checksums, dtype, device=self.device)
+        return Resident(mapped)
 
     def matrix(self) -> Tensor:
         """W_KP, shape (K, P), in the bank's dtype; for resident banks only.

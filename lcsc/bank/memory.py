@@ -60,8 +60,44 @@ def predicted_peak(num_checkpoints: int, num_parameters: int, storage: str | Non
     return {name: base + bank_bytes(num_checkpoints, num_parameters, name) for name in names}
 
 
-def choose_storage(wanted: str, num_checkpoints: int, num_parameters: int, itemsize: int = 4) -> str:
+def choose_device(wanted: str, num_checkpoints: int, num_parameters: int, itemsize: int = 4) -> tuple[str, int]:
+    """Where the rows lie, and the memory that is free there.
+
+    Args:
+        wanted: a torch device, or `auto`: the GPU where there is one and the rows (or their differences) fit into it.
+        num_checkpoints, num_parameters, itemsize: as for `bank_bytes`.
+
+    Raises:
+        ConfigError: a GPU was asked for and torch finds none.
+    """
+    if wanted == "cpu":
+        return "cpu", available_bytes()
+    import torch
+
+    if not torch.cuda.is_available():
+        if wanted == "auto":
+            return "cpu", available_bytes()
+        raise ConfigError(f"`bank.device` is `{wanted}`, but torch finds no such device. Use `cpu` or `auto`.")
+    try:
+        device = torch.device("cuda" if wanted == "auto" else wanted)
+        free = torch.cuda.mem_get_info(device)[0]
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"`bank.device` is `{wanted}`, which torch refuses. Use `cpu`, `cuda` or `auto`.") from error
+    smallest = min(bank_bytes(num_checkpoints, num_parameters, s, itemsize) for s in ("resident", "delta"))
+    if wanted == "auto" and smallest > SHARE * free:
+        return "cpu", available_bytes()
+    return str(device), free
+
+
+def choose_storage(
+    wanted: str, num_checkpoints: int, num_parameters: int, itemsize: int = 4, free: int | None = None
+) -> str:
     """The storage to use: the one asked for, or with `auto` the best that fits in the free memory.
+
+    Args:
+        wanted: a storage or `auto`.
+        num_checkpoints, num_parameters, itemsize: as for `bank_bytes`.
+        free: bytes to fit into; None asks the machine.
 
     Raises:
         ConfigError: no such storage.
@@ -70,6 +106,6 @@ def choose_storage(wanted: str, num_checkpoints: int, num_parameters: int, items
         return wanted
     if wanted != "auto":
         raise ConfigError(f"no bank storage named `{wanted}`.{did_you_mean(wanted, ('auto', *STORAGES))}")
-    room = SHARE * available_bytes()
+    room = SHARE * (available_bytes() if free is None else free)
     fitting = [s for s in STORAGES if bank_bytes(num_checkpoints, num_parameters, s, itemsize) <= room]
     return fitting[0] if fitting else "streamed"

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 #: columns that a resident bank hands out at a time in `blocks` and `stream`
 COLUMNS = 2**18
+#: on a GPU rows begin at multiples of this many numbers, so that loads take 128 bits
+PADDING = 64
 
 
 class Storage(Protocol):
@@ -71,8 +73,10 @@ class Resident:
         self.W_KP, self.anchor_P = W_KP, anchor_P
 
     def combine(self, coef: Tensor, groups: Groups | None, out: Tensor | None) -> Tensor:
-        """See `lcsc.kernels.combine`."""
-        return combine(coef, self.W_KP, groups=groups, anchor_P=self.anchor_P, out_BP=out)
+        """See `lcsc.kernels.combine`; a buffer on another device receives a copy."""
+        if out is None or out.device == self.W_KP.device:
+            return combine(coef, self.W_KP, groups=groups, anchor_P=self.anchor_P, out_BP=out)
+        return out.copy_(combine(coef, self.W_KP, groups=groups, anchor_P=self.anchor_P))
 
     def project(self, grad_P: Tensor, groups: Groups | None) -> Tensor:
         """See `lcsc.kernels.project`."""
@@ -83,20 +87,20 @@ class Resident:
         for start in range(0, self.W_KP.shape[1], columns):
             part = slice(start, min(start + columns, self.W_KP.shape[1]))
             W_KC = self.W_KP[:, part].float()
-            yield part, (W_KC if self.anchor_P is None else W_KC + self.anchor_P[part]).numpy()
+            yield part, (W_KC if self.anchor_P is None else W_KC + self.anchor_P[part]).cpu().numpy()
 
     def stream(self, coef_MK: np.ndarray, progress: Progress | None) -> Iterator[tuple[int, np.ndarray]]:
         """Combine column by column from memory."""
         import torch
 
         coef, P = torch.from_numpy(coef_MK), self.W_KP.shape[1]
-        out = torch.empty(len(coef_MK), min(COLUMNS, P))
+        out = torch.empty(len(coef_MK), min(COLUMNS, P), device=self.W_KP.device)
         for start in range(0, P, COLUMNS):
             stop = min(start + COLUMNS, P)
             anchor = None if self.anchor_P is None else self.anchor_P[start:stop]
             view = out[:, : stop - start] if len(coef_MK) > 1 else out[:1, : stop - start]
             combine(coef, self.W_KP[:, start:stop], anchor_P=anchor, out_BP=view)
-            yield start, view.numpy()
+            yield start, view.cpu().numpy()
             if progress:
                 progress(stop * self.W_KP.shape[0] * self.W_KP.itemsize, self.W_KP.nbytes)
 
@@ -115,21 +119,21 @@ class Streamed:
 
         lead = coef.shape[: coef.ndim - (1 if groups is None else 2)]
         num_groups = 1 if groups is None else groups.num_groups
-        coef_MGK = coef.detach().double().numpy().reshape(-1, num_groups, len(self.rows))
+        coef_MGK = coef.detach().double().cpu().numpy().reshape(-1, num_groups, len(self.rows))
         shape = (*lead, self.layout.num_parameters)
-        out = torch.empty(shape) if out is None else out
-        out_MP = out.view(-1, shape[-1]).numpy()
+        home = torch.empty(shape) if out is None or out.device.type != "cpu" else out
+        out_MP = home.view(-1, shape[-1]).numpy()
         starts, ids = ((0, self.layout.num_parameters), (0,)) if groups is None else (groups.starts, groups.groups)
         work = Pass(self.rows, self.layout, round_coef(coef_MGK), starts, ids, self.checksums)
         for start, block_MC in run_pass(work):
             out_MP[:, start : start + block_MC.shape[1]] = block_MC
-        return out
+        return home if out is None or out is home else out.copy_(home)
 
     def project(self, grad_P: Tensor, groups: Groups | None) -> Tensor:
         """Sums block by block in float64; one pass over the files."""
         import torch
 
-        grad, K = grad_P.detach().double().numpy(), len(self.rows)
+        grad, K = grad_P.detach().double().cpu().numpy(), len(self.rows)
         starts, ids = ((0, self.layout.num_parameters), (0,)) if groups is None else (groups.starts, groups.groups)
         total_GK = np.zeros((1 if groups is None else groups.num_groups, K))
         blocks = cut(self.layout, tables_of(self.rows), cuts=set(starts))
@@ -214,8 +218,30 @@ def from_float32(value: np.ndarray, dtype: str) -> np.ndarray:
     return torch.from_numpy(value).to(getattr(torch, dtype)).view(torch.int16).numpy()
 
 
+def _room(
+    num_rows: int, num_parameters: int, dtype: torch.dtype, device: str, with_anchor: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Memory for rows, shape (K, P), and for an anchor; raises BankError where there is not enough."""
+    import torch
+
+    stride = num_parameters if device == "cpu" else -(-num_parameters // PADDING) * PADDING
+    try:
+        W_KP = torch.empty(num_rows, stride, dtype=dtype, device=device)[:, :num_parameters]
+        return W_KP, torch.empty(num_parameters, device=device) if with_anchor else None
+    except RuntimeError as error:  # torch's out of memory
+        raise BankError(
+            f"{num_rows} checkpoints of {num_parameters:,} parameters do not fit in the memory of `{device}` as "
+            f"{dtype}. Use bank.storage=delta or bank.storage=streamed, or fewer checkpoints."
+        ) from error
+
+
 def load(
-    rows: Sequence[Row], layout: Layout, checksums: Checksums, dtype: torch.dtype, anchor: int | None = None
+    rows: Sequence[Row],
+    layout: Layout,
+    checksums: Checksums,
+    dtype: torch.dtype,
+    anchor: int | None = None,
+    device: str = "cpu",
 ) -> Resident:
     """Read all rows into memory.
 
@@ -225,6 +251,7 @@ def load(
         checksums: receives the content sums of every row.
         dtype: how the rows (or differences) are stored.
         anchor: row whose float32 numbers are kept; the others are stored as differences to it. None stores the rows.
+        device: torch device of the rows; on a GPU they begin at multiples of `PADDING` numbers.
 
     Raises:
         BankError: a file changed while it was read, or there is not enough memory.
@@ -232,29 +259,23 @@ def load(
     """
     import torch
 
-    try:
-        W_KP = torch.empty(len(rows), layout.num_parameters, dtype=dtype)
-        anchor_P = None if anchor is None else torch.empty(layout.num_parameters)
-    except RuntimeError as error:  # torch's out of memory
-        raise BankError(
-            f"{len(rows)} checkpoints of {layout.num_parameters:,} parameters do not fit in memory as {dtype}. "
-            "Use bank.storage=delta or bank.storage=streamed, or fewer checkpoints."
-        ) from error
+    W_KP, anchor_P = _room(len(rows), layout.num_parameters, dtype, device, anchor is not None)
     files = Files(rows)
 
     def work(block: Block) -> None:
         part = slice(block.start, block.stop)
         plans = {id(table): reads(block, table) for table in tables_of(rows)}
-        row_C = torch.empty(block.stop - block.start)
+        row_C, base_C = torch.empty(block.stop - block.start), None
         if anchor_P is not None and anchor is not None:
-            row = rows[anchor]
-            _fill(files, row, block, plans[id(row.table)], anchor_P[part].numpy(), None, anchor)
+            row, base_C = rows[anchor], torch.empty_like(row_C)
+            _fill(files, row, block, plans[id(row.table)], base_C.numpy(), None, anchor)
+            anchor_P[part] = base_C
         for k, row in enumerate(rows):
-            direct = dtype == torch.float32 and anchor_P is None
+            direct = dtype == torch.float32 and anchor_P is None and device == "cpu"
             into = W_KP[k, part] if direct else row_C
             _fill(files, row, block, plans[id(row.table)], into.numpy(), checksums, k)
             if not direct:
-                W_KP[k, part] = row_C if anchor_P is None else row_C - anchor_P[part]
+                W_KP[k, part] = row_C if base_C is None else row_C - base_C
                 if dtype == torch.float16 and not torch.isfinite(W_KP[k, part]).all():
                     raise NonFiniteError(
                         f"`{row.path}` holds numbers beyond 65504, the largest of float16, near "

@@ -25,6 +25,7 @@ class BankConfig:
     weights: Optional[str] = None  # noqa: UP045
     dtype: str = "float32"
     storage: str = "auto"
+    device: str = "auto"
 
 
 #: Budget as a config section: the same fields and defaults, mutable for OmegaConf.

@@ -22,7 +22,7 @@ def open_bank(config: Mapping[str, Any]) -> CheckpointBank:
     """The bank of a configuration's `bank` section."""
     bank = config["bank"]
     select = Selection(bank["start"], bank["stop"], bank["every"], bank["last"])
-    how = {key: bank[key] for key in ("component", "weights", "dtype", "storage")}
+    how = {key: bank[key] for key in ("component", "weights", "dtype", "storage", "device")}
     return CheckpointBank.open(Path(bank["path"]), select=select, **how)
 
 
