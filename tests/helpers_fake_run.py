@@ -158,7 +158,7 @@ def _final_records(
     rng: np.random.Generator, records: list[dict[str, Any]], best: float, num_images: int
 ) -> list[dict[str, Any]]:
     trials = sorted((r for r in records if r["kind"] == "trial" and r["status"] == "ok"), key=lambda r: r["value"])
-    finals = [{"kind": "select", "uid": t["uid"], "value": t["value"] * 1.02} for t in trials[:10]]
+    finals = [{"kind": "select", "label": f"trial {t['uid']}", "value": t["value"] * 1.02} for t in trials[:10]]
     tuned: dict[str, dict[str, Any]] = {}
     for record in records:
         if record["kind"] == "baseline":

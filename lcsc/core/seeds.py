@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     BOOTSTRAP = 6
     SEARCHER = 7
     RECHECK = 8
+    FRESH = 9
 
 
 @dataclass(frozen=True)

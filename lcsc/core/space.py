@@ -22,6 +22,8 @@ class Box:
         size: number of floats.
         lower, upper: bounds of every float; infinite means unbounded.
         scale: length of a typical move, in the box's own units; searchers start with it.
+        lengths: how far a step of one `scale` along each float moves the candidate, in any common unit; None means
+            that all move it alike, or that nobody knows.
     """
 
     name: str
@@ -29,12 +31,15 @@ class Box:
     lower: float = -math.inf
     upper: float = math.inf
     scale: float = 1.0
+    lengths: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ConfigError(f"box `{self.name}` has size {self.size}; a box holds at least 1 float. Drop it instead.")
         if not self.lower < self.upper:
             raise ConfigError(f"box `{self.name}` spans [{self.lower}, {self.upper}]; lower must be below upper.")
+        if self.lengths is not None and (len(self.lengths) != self.size or not all(x > 0 for x in self.lengths)):
+            raise ConfigError(f"box `{self.name}` has {self.size} floats; it needs as many `lengths`, all above 0.")
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ class SearchSpace:
     def scale(self) -> np.ndarray:
         """Typical move of every float, shape (size,), float64."""
         return np.concatenate([np.full(b.size, b.scale) for b in self.boxes] or [np.empty(0)])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """How far a typical move of every float moves the candidate, relative to the others, shape (size,), float64."""
+        parts = [np.ones(b.size) if b.lengths is None else np.array(b.lengths, dtype=np.float64) for b in self.boxes]
+        return np.concatenate(parts or [np.empty(0)])
 
     def to_point(self, vector: np.ndarray) -> dict[str, np.ndarray]:
         """Cut a flat vector, shape (size,), into the boxes' arrays."""

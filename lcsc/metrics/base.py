@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -34,6 +35,10 @@ class Detector(Protocol):
     @property
     def digest(self) -> str:
         """Hex SHA-256 of the weights, or of the name when there are none: part of a score's fingerprint."""
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether features have a derivative by the pixels."""
 
     def features(self, images_NCHW: Tensor) -> Tensor:
         """Features, shape (N, D), float32, on the device of the images.
@@ -82,6 +87,17 @@ class Metric(Protocol[State, Reference]):
 
     def compute(self, state: State, reference: Reference) -> float:
         """The score. Raises EvaluationError for fewer than `min_samples` images or a non-finite result."""
+
+
+@runtime_checkable
+class DifferentiableMetric(Protocol):
+    """What a metric offers beside `Metric` when its score has a derivative by the features."""
+
+    def gradient(self, state: Any, reference: Any) -> Callable[[Tensor], Tensor]:
+        """The derivative of `compute(state, reference)` by the features of any of the images in `state`.
+
+        The function takes features, shape (n, D), of images that `state` has seen, and gives float64, shape (n, D).
+        """
 
 
 def make_detector(name: str, weights_path: str | None, weights_digest: str | None) -> Detector:

@@ -72,6 +72,7 @@ class DigitsDetector:
     """64 features of a small digit classifier shipped with lcsc, for grey 8x8 images."""
 
     name: ClassVar[str] = "digits"
+    differentiable: ClassVar[bool] = True
     num_features: ClassVar[int] = 64
 
     @property

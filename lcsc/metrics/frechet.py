@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,9 @@ from lcsc.metrics.base import (
     require_samples,
     state_width,
 )
+
+#: Eigenvalues below this share of the largest are left out of the derivative, which is unbounded at zero.
+SMALLEST = 1e-10
 
 SOURCE = "arXiv:1706.08500, Eq. 6; conventions of torchmetrics FrechetInceptionDistance"
 
@@ -140,3 +144,35 @@ class FrechetDistance(FeatureMetric):
         gap = (state.mean_D - reference.mean_D).square().sum()
         value = require_finite_score(self.name, float(gap + reference.trace + cov_DD.trace() - 2 * cross))
         return max(value, 0.0)  # rounding alone takes equal sets below zero
+
+    def gradient(self, state: FrechetState, reference: FrechetReference) -> Callable[[Tensor], Tensor]:
+        """The exact derivative by the features.
+
+        With M = F^T S2 F, d tr M^(1/2) = tr(M^(-1/2) dM) / 2, so the derivative by the covariance is
+        G = I - F M^(-1/2) F^T, that by the mean 2 (m2 - m1), and for image i of n
+
+            d/df_i = 2 (m2 - m1) / n + 2 G (f_i - m2) / (n - 1).
+
+        Where M is singular (fewer images than features) the root has no derivative along its null space; these
+        directions are left out.
+
+        Raises:
+            EvaluationError: as `compute`.
+        """
+        require_samples(self.name, int(state.count), self.min_samples)
+        require_same_width(state_width(state.sum_D), state_width(reference.mean_D))
+        cov_DD, mean_D, count = state.cov_DD, state.mean_D, state.count
+        inner_DD = reference.root_DD.T @ cov_DD @ reference.root_DD
+        if not torch.isfinite(inner_DD).all():
+            raise EvaluationError(f"`{self.name}` overflows float64: the features are too large.")
+        values_D, vectors_DD = torch.linalg.eigh((inner_DD + inner_DD.T) / 2, UPLO="U")
+        kept_D = values_D > SMALLEST * values_D[-1].clamp(min=0)
+        scaled_DD = reference.root_DD @ (vectors_DD * torch.where(kept_D, values_D.clamp(min=1e-300), 1.0) ** -0.25)
+        scaled_DD = scaled_DD * kept_D
+        by_cov_DD = torch.eye(len(mean_D), dtype=torch.float64, device=mean_D.device) - scaled_DD @ scaled_DD.T
+        by_mean_D = 2 * (mean_D - reference.mean_D)
+
+        def at(features_ND: Tensor) -> Tensor:
+            return by_mean_D / count + (features_ND.to(torch.float64) - mean_D) @ by_cov_DD * (2 / (count - 1))
+
+        return at

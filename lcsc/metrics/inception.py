@@ -43,6 +43,7 @@ class InceptionDetector:
     weights_digest: str = WEIGHTS_DIGEST
 
     name: ClassVar[str] = "inception"
+    differentiable: ClassVar[bool] = False
     num_features: ClassVar[int] = 2048
 
     @functools.cached_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -128,6 +128,27 @@ class KernelDistance(FeatureMetric):
         cross_R = counts @ cross_B / (num_R * len(reference.features_ND))
         return (pairs_R + reference.mean_kernel - 2 * cross_R).tolist()
 
+    def gradient(self, state: KernelState, reference: KernelReference) -> Callable[[Tensor], Tensor]:
+        """The exact derivative by the features.
+
+        With k'(x, y) = 3 (x.y/D + 1)^2 y / D, it is 2 sum_j k'(x_i, x_j) / (n (n - 1)) over the other images, less
+        2 sum_m k'(x_i, y_m) / (n m) over the reference.
+
+        Raises:
+            EvaluationError: as `compute`.
+        """
+        require_samples(self.name, state.count, self.min_samples)
+        require_same_width(state.width, reference.features_ND.shape[1])
+        all_ND, n, m = state.features(), state.count, len(reference.features_ND)
+
+        def at(features_ND: Tensor) -> Tensor:
+            x_ND = features_ND.to(torch.float64)
+            own_N1 = _slopes(x_ND.square().sum(1, keepdim=True), x_ND.shape[1])
+            among = (_slope_sum(x_ND, all_ND) - own_N1 * x_ND) * (2 / (n * (n - 1)))
+            return among - _slope_sum(x_ND, reference.features_ND) * (2 / (n * m))
+
+        return at
+
 
 def _kernel_sum(x_ND: Tensor, y_MD: Tensor) -> Tensor:
     """Sum of (x.y/D + 1)^3 over all pairs, float64 scalar."""
@@ -136,6 +157,16 @@ def _kernel_sum(x_ND: Tensor, y_MD: Tensor) -> Tensor:
         inner = (chunk @ y_MD.T).div_(x_ND.shape[1]).add_(1)
         total = total + (inner * inner * inner).sum()
     return total
+
+
+def _slopes(inner: Tensor, num_features: int) -> Tensor:
+    """3 (x.y/D + 1)^2 / D of inner products x.y: what multiplies y in the kernel's derivative by x."""
+    return (inner / num_features + 1).square() * (3 / num_features)
+
+
+def _slope_sum(x_ND: Tensor, y_MD: Tensor) -> Tensor:
+    """Sum over y of the kernel's derivative by each x, shape (N, D)."""
+    return torch.cat([_slopes(chunk @ y_MD.T, x_ND.shape[1]) @ y_MD for chunk in x_ND.split(CHUNK_ROWS)])
 
 
 def _diagonal_sum(x_ND: Tensor) -> Tensor:

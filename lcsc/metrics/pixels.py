@@ -18,6 +18,7 @@ class PixelDetector:
     """The pixels themselves, flattened and not clamped; exact on Gaussian data, no measure of image quality."""
 
     name: ClassVar[str] = "pixels"
+    differentiable: ClassVar[bool] = True
     #: C*H*W of whatever images come.
     num_features: ClassVar[int] = 0
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +40,23 @@ class LiveModel:
                 tensor.data = views[name]
             elif name in constants:
                 tensor.data.copy_(constants[name])
+        self._layout = layout
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[Tensor]:
+        """Inside, backward passes add up in the flat row that is yielded, float32, shape (P,); outside none is kept."""
+        grad_P = torch.zeros_like(self.theta_P)
+        views = self._layout.views(grad_P)
+        parameters = {name: p for name, p in self.net.named_parameters() if name in views}
+        try:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(True)
+                parameter.grad = views[name]
+            yield grad_P
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
 
 
 def _check_bijection(net: nn.Module, layout: Layout, constants: Mapping[str, Tensor]) -> None:

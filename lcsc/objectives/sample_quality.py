@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import ImageNoise, Purpose, SeedRange
 from lcsc.datasets.base import Dataset
 from lcsc.datasets.split import split_halves
-from lcsc.metrics.base import Metric
+from lcsc.metrics.base import DifferentiableMetric, Metric
 from lcsc.metrics.bootstrap import bootstrap_se
 from lcsc.models.base import Model
 from lcsc.models.flat import LiveModel
-from lcsc.objectives.base import Score
+from lcsc.objectives.base import Score, Slope
 from lcsc.operators.base import Candidate
 from lcsc.samplers.base import Sampler
 
@@ -122,23 +123,70 @@ class SampleQuality:
         """Where the networks run."""
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
 
+    @property
+    def no_gradient(self) -> str | None:
+        """See `Differentiable.no_gradient`."""
+        if not isinstance(self.metric, DifferentiableMetric):
+            return f"metric `{self.metric.name}` has no derivative"
+        if not self.metric.load_detector().differentiable:
+            return f"detector `{self.metric.detector}` rounds its images"
+        return None
+
+    def slope(self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range) -> Slope:
+        """Backward through detector and sampler; each network call is computed again when its turn comes.
+
+        Between the calls only images are kept, so memory is that of one call on one batch, and the images in between:
+        `nfe` of them for each image. Cost: one forward pass, one more when recomputing, one backward pass.
+
+        Raises:
+            EvaluationError: the candidate diverged or collapsed, or the derivative is not finite.
+        """
+        live = self._live(candidate)
+        candidate.write(live.theta_P)
+        half = "report" if purpose is Purpose.REPORT else "search"
+        reference = self._reference(self.metric, half)
+        detector = self.metric.load_detector()
+        with live.collecting() as grad_P:
+            batches = [
+                checkpoint(detector.features, batch, use_reentrant=False)
+                for batch in self._batches(live, seed, purpose, images, recompute=True)
+            ]
+            update = lambda state, batch: self.metric.update(state, batch.detach())  # noqa: E731
+            state = functools.reduce(update, batches, self.metric.zeros())
+            value = self.metric.compute(state, reference)
+            derivative = self.metric.gradient(state, reference)  # type: ignore[attr-defined]
+            for batch in batches:
+                batch.backward(derivative(batch.detach()).to(batch.dtype))
+        if not torch.isfinite(grad_P).all():
+            raise EvaluationError("the derivative of the score is not finite; the candidate diverged.")
+        return Slope(value, grad_P, 4 * len(images) * self.sampler.nfe())
+
     @torch.no_grad()
     def generate(self, live: LiveModel, seed: int, purpose: Purpose, num_images: int) -> Iterator[Tensor]:
         """Batches of images, NCHW in [-1, 1], from the weights that are in `live` now."""
+        yield from self._batches(live, seed, purpose, range(num_images))
+
+    def _batches(
+        self, live: LiveModel, seed: int, purpose: Purpose, images: range, recompute: bool = False
+    ) -> Iterator[Tensor]:
+        """Batches of images; with `recompute`, differentiable ones that hold no activations of the network."""
         denoise = functools.partial(self.model.denoise, live.net)
-        noise_NCHW = _initial_noise(SeedRange(seed, purpose), num_images, tuple(self.dataset.image_shape))
-        for start in range(0, num_images, self.batch_size):
-            rows = range(start, min(start + self.batch_size, num_images))
-            noise = noise_NCHW[rows.start : rows.stop].to(self.torch_device)
-            images = self.sampler(denoise, noise, None, rng=ImageNoise(SeedRange(seed, purpose), rows))
-            if not torch.isfinite(images).all():
+        if recompute:
+            denoise = functools.partial(checkpoint, denoise, use_reentrant=False, preserve_rng_state=False)
+        seeds = SeedRange(seed, purpose)
+        noise_NCHW = _initial_noise(seeds, images, tuple(self.dataset.image_shape))
+        for start in range(0, len(images), self.batch_size):
+            rows = images[start : start + self.batch_size]
+            noise = noise_NCHW[start : start + len(rows)].to(self.torch_device)
+            batch = self.sampler(denoise, noise, None, rng=ImageNoise(seeds, rows))
+            if not torch.isfinite(batch).all():
                 raise EvaluationError(
-                    f"{int((~torch.isfinite(images)).sum())} sampled pixels are NaN or Inf; the candidate diverged."
+                    f"{int((~torch.isfinite(batch)).sum())} sampled pixels are NaN or Inf; the candidate diverged."
                 )
-            images = images.clamp(-1, 1)
-            if rows.start == 0 and len(rows) > 1 and torch.equal(images, images[:1].expand_as(images)):
+            batch = batch.clamp(-1, 1)
+            if start == 0 and len(rows) > 1 and torch.equal(batch, batch[:1].expand_as(batch)):
                 raise EvaluationError("all sampled images are equal; the candidate collapsed.")
-            yield images
+            yield batch
 
     def _live(self, candidate: Candidate) -> LiveModel:
         """The live network for the candidate's layout; kept while candidates share it."""
@@ -180,5 +228,5 @@ class SampleQuality:
 
 
 @functools.lru_cache(maxsize=3)  # search, select and report seeds
-def _initial_noise(seeds: SeedRange, num_images: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(seeds.normal(range(num_images), shape))
+def _initial_noise(seeds: SeedRange, images: range, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(seeds.normal(images, shape))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,4 +67,13 @@ class Operator(Protocol):
 
     def baselines(self, bank: CheckpointBank) -> list[Baseline]:
         """Points to compare a search with; may be empty."""
+        ...
+
+
+@runtime_checkable
+class PullsBack(Protocol):
+    """What an operator offers beside `Operator` when candidates depend smoothly on the point."""
+
+    def pull_back(self, bank: CheckpointBank, point: Point, grad_P: Tensor) -> dict[str, np.ndarray]:
+        """Derivative with respect to the point, box by box, of a number whose derivative by the weights is `grad_P`."""
         ...

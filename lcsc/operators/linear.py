@@ -36,6 +36,12 @@ class Axes:
     inverse_ZK: np.ndarray
     spread_Z: np.ndarray
 
+    @property
+    def lengths_Z(self) -> np.ndarray:
+        """Weight-space length of a unit step along each axis, relative to their geometric mean, shape (Z,)."""
+        length_Z = np.maximum(self.spread_Z, SHORTEST * self.spread_Z[0]) * np.linalg.norm(self.axes_KZ, axis=0)
+        return length_Z / np.exp(np.log(length_Z).mean())
+
 
 @functools.lru_cache(maxsize=4)
 def whitened_axes(bank: CheckpointBank, whitening: float) -> Axes:
@@ -92,7 +98,8 @@ class Linear:
                 f"`{bank.path}` holds {bank.num_checkpoints} checkpoint; a combination needs at least 2. "
                 "Save more, or widen `bank.start` and `bank.stop`."
             )
-        return SearchSpace((Box("z", bank.num_checkpoints - 1),))
+        lengths = whitened_axes(bank, self.whitening).lengths_Z
+        return SearchSpace((Box("z", bank.num_checkpoints - 1, lengths=tuple(lengths.tolist())),))
 
     def coefficients(self, bank: CheckpointBank, point: Point) -> np.ndarray:
         """The point's coefficients, float64, shape (K,), sum one to rounding."""
@@ -115,6 +122,11 @@ class Linear:
             )
         axes = whitened_axes(bank, self.whitening)
         return {"z": axes.inverse_ZK @ (coef_K - axes.center_K)}
+
+    def pull_back(self, bank: CheckpointBank, point: Point, grad_P: Tensor) -> dict[str, np.ndarray]:
+        """`axes^T (W grad)`: one pass over the bank gives all K derivatives (see `lcsc.kernels.project`)."""
+        grad_K = bank.project(grad_P).double().cpu().numpy()
+        return {"z": whitened_axes(bank, self.whitening).axes_KZ.T @ grad_K}
 
     def apply(self, bank: CheckpointBank, point: Point) -> Candidate:
         """The combined network; written straight into the buffer it is asked to fill."""

@@ -22,7 +22,7 @@ FIELDS = {
     "floor": ("value",),
     "baseline": ("family", "label", "value", "status"),
     "trial": ("uid", "value", "status"),
-    "select": ("uid", "value"),
+    "select": ("label", "value"),
     "report": ("who", "label", "value"),
 }
 

@@ -13,11 +13,11 @@ from lcsc.bank import CheckpointBank
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.seeds import Purpose
 from lcsc.core.space import Point, SearchSpace
-from lcsc.objectives.base import Objective
+from lcsc.objectives.base import Objective, why_no_gradient
 from lcsc.operators.base import Baseline, Operator
 from lcsc.search.journal import Journal, Record
 from lcsc.search.progress import Progress
-from lcsc.searchers.base import Searcher
+from lcsc.searchers.base import Proposal, Searcher, Session, Start, Task
 
 #: Consecutive failed trials after which the search stops: something is wrong with more than one candidate.
 MAX_FAILURES = 20
@@ -65,15 +65,21 @@ class Problem:
                     f"`search.{name}` is {num}: too few images for `{self.objective.name}`; it needs at least {least}."
                 )
 
+    def task(self, starts: tuple[Start, ...] = ()) -> Task:
+        """What the searcher is given."""
+        reason = why_no_gradient(self.objective, self.operator)
+        return Task(self.operator.space(self.bank), self.budget.num_trials, self.seed, starts, reason)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found: journal records of the winner's trial and of the final scores."""
+    """What a search found: journal records of the winner's selection and of the final scores."""
 
     winner: Record
     reports: list[Record]
     floor: float | None
     images_sampled: int
+    image_forwards: int
     num_failed: int
 
 
@@ -83,7 +89,7 @@ class Search:
     def __init__(self, problem: Problem, journal: Journal, progress: Progress) -> None:
         self.problem, self.journal, self.progress = problem, journal, progress
         self.space: SearchSpace = problem.operator.space(problem.bank)
-        self.images = 0
+        self.images = self.forwards = 0
 
     def run(self) -> Outcome:
         """Run, or continue, to the end.
@@ -94,13 +100,17 @@ class Search:
         floor = self.journal.step("floor", {}, lambda: {"value": self.problem.objective.floor()})["value"]
         baselines = self._baselines()
         tuned = _best_of_family(baselines)
-        start = min(tuned.values(), key=lambda record: record["value"], default=None)
-        trials = self._trials(baselines, start, floor)
-        winner = self._select(trials)
-        reports = [self._report("best", f"trial {winner['uid']}", winner)]
+        starts = tuple(
+            Start(np.array(record["vector"]), record["value"], record["label"])
+            for record in sorted(tuned.values(), key=lambda record: record["value"])
+        )
+        session = self.problem.searcher.start(self.problem.task(starts))
+        trials = self._trials(session, baselines, floor)
+        winner = self._select(session, trials, starts)
+        reports = [self._report("best", winner["label"], winner)]
         reports += [self._report(family, record["label"], record) for family, record in tuned.items()]
         failed = sum(trial["status"] != "ok" for trial in trials)
-        return Outcome(winner, reports, floor, self.images, failed)
+        return Outcome(winner, reports, floor, self.images, self.forwards, failed)
 
     def _score(self, vector: list[float], purpose: Purpose, num_images: int, full: bool = False) -> dict[str, Any]:
         """Score the point at `vector`; a failure is a result."""
@@ -115,7 +125,31 @@ class Search:
         if not math.isfinite(score.value):
             return {**head, "value": None, "status": "failed", "reason": f"the score is {score.value}"}
         tail = {"se": score.se, "others": dict(score.others), "num_images": score.num_images} if full else {}
-        return {**head, "value": score.value, "status": "ok", "reason": None, **tail}
+        cost = {"image_forwards": score.image_forwards}
+        return {**head, "value": score.value, "status": "ok", "reason": None, **cost, **tail}
+
+    def _slope(self, proposal: Proposal) -> dict[str, Any]:
+        """Value and derivative at a proposal, on the noise it asks for; a failure is a result."""
+        problem, point = self.problem, self.space.to_point(proposal.vector)
+        candidate = problem.operator.apply(problem.bank, point)
+        head = {"coef": candidate.recipe["coef"]} if "coef" in candidate.recipe else {}
+        purpose, first = Purpose.SEARCH, 0
+        if proposal.block is not None:
+            purpose, first = Purpose.FRESH, proposal.block * problem.budget.num_images
+        images = range(first, first + problem.budget.num_images)
+        try:
+            slope = problem.objective.slope(  # type: ignore[attr-defined]
+                candidate, seed=problem.seed, purpose=purpose, images=images
+            )
+            pulled = problem.operator.pull_back(problem.bank, point, slope.grad_P)  # type: ignore[attr-defined]
+            gradient = self.space.to_vector(pulled)
+        except EvaluationError as error:
+            return {**head, "value": None, "status": "failed", "reason": str(error), "gradient": None}
+        if not math.isfinite(slope.value) or not np.isfinite(gradient).all():
+            reason = f"the score is {slope.value}, its derivative reaches {np.abs(gradient).max()}"
+            return {**head, "value": None, "status": "failed", "reason": reason, "gradient": None}
+        tail = {"image_forwards": slope.image_forwards, "gradient": gradient.tolist()}
+        return {**head, "value": slope.value, "status": "ok", "reason": None, **tail}
 
     def _step(
         self, kind: str, key: Mapping[str, Any], vector: list[float], purpose: Purpose, num: int, full: bool = False
@@ -123,6 +157,7 @@ class Search:
         self.images += num
         replayed = self.journal.replaying
         record = self.journal.step(kind, key, lambda: self._score(vector, purpose, num, full), num)
+        self.forwards += record.get("image_forwards", 0)
         self.progress.step(kind, None, num, replayed)
         return record
 
@@ -137,21 +172,19 @@ class Search:
                 self.progress.baseline(f"{best['label']} {best['value']:.2f}")
         return records
 
-    def _trials(self, baselines: list[Record], start: Record | None, floor: float | None) -> list[Record]:
-        budget = self.problem.budget
-        init = None if start is None else np.array(start["vector"])
-        session = self.problem.searcher.start(self.space, budget.num_trials, self.problem.seed, init)
+    def _trials(self, session: Session, baselines: list[Record], floor: float | None) -> list[Record]:
         worst = max((r["value"] for r in baselines if r["value"] is not None), default=None)
         trials: list[Record] = []
-        for _ in range(budget.num_trials):
-            uid, vector = session.ask()
-            record = self._trial(uid, vector.tolist(), floor)
+        for _ in range(self.problem.budget.num_trials):
+            proposal = session.ask()
+            record = self._trial(proposal, floor)
             trials.append(record)
             if record["value"] is not None:
                 worst = record["value"] if worst is None else max(worst, record["value"])
             told = record["value"] if record["value"] is not None else worst
             if told is not None:  # a failure is told as the worst finite value so far; NaN and Inf never
-                session.tell(uid, told)
+                gradient = record.get("gradient")
+                session.tell(proposal.uid, told, None if gradient is None else np.array(gradient))
             if all(t["value"] is None for t in trials[-MAX_FAILURES:]) and len(trials) >= MAX_FAILURES:
                 raise EvaluationError(
                     f"the last {MAX_FAILURES} trials failed: {record['reason']} "
@@ -159,38 +192,47 @@ class Search:
                 )
         return trials
 
-    def _trial(self, uid: int, vector: list[float], floor: float | None) -> Record:
+    def _trial(self, proposal: Proposal, floor: float | None) -> Record:
         """Score a proposal; one better than real data is scored again on other seeds and the worse value counts."""
-        num = self.problem.budget.num_images
+        num, vector = self.problem.budget.num_images, proposal.vector.tolist()
 
         def score() -> dict[str, Any]:
-            row = self._score(vector, Purpose.SEARCH, num)
+            row = self._slope(proposal) if proposal.gradient else self._score(vector, Purpose.SEARCH, num)
             if floor is None or row["value"] is None or row["value"] >= floor:
                 return row
             again = self._score(vector, Purpose.RECHECK, num)
             if again["value"] is None:
                 return {**again, "reason": f"too good ({row['value']}), then: {again['reason']}", "recheck": None}
-            return {**row, "value": max(row["value"], again["value"]), "recheck": again["value"]}
+            cost = row["image_forwards"] + again["image_forwards"]
+            worse = {"value": max(row["value"], again["value"]), "recheck": again["value"], "image_forwards": cost}
+            return {**row, **worse}
 
         replayed = self.journal.replaying
-        record = self.journal.step("trial", {"uid": uid, "vector": vector}, score, num)
+        own = {} if proposal.block is None else {"block": proposal.block}
+        record = self.journal.step("trial", {"uid": proposal.uid, "vector": vector, **own}, score, num)
         spent = num * (2 if "recheck" in record else 1)
         self.images += spent
+        self.forwards += record.get("image_forwards", 0)
         self.progress.step("trial", record["value"], spent, replayed)
         return record
 
-    def _select(self, trials: list[Record]) -> Record:
-        """Score the best trials on the select seeds; the winner is the best there."""
+    def _select(self, session: Session, trials: list[Record], starts: tuple[Start, ...]) -> Record:
+        """Score the finalists and the best baseline on the select seeds; the winner is the best there."""
         ranked = sorted((t for t in trials if t["value"] is not None), key=lambda t: (t["value"], t["uid"]))
         if not ranked:
             raise EvaluationError(
                 f"no trial of {len(trials)} could be scored: {trials[-1]['reason'] if trials else 'none ran'}."
             )
+        count = self.problem.budget.num_finalists
+        finalists = session.finalists(count)
+        if finalists is None:
+            finalists = [(f"trial {trial['uid']}", np.array(trial["vector"])) for trial in ranked[:count]]
+        finalists += [(start.label, start.vector) for start in starts[:1]]  # a search may fail to beat where it began
         scored: list[tuple[float, int, Record]] = []
-        for trial in ranked[: self.problem.budget.num_finalists]:
-            num = self.problem.budget.num_images_select
-            record = self._step("select", {"uid": trial["uid"]}, trial["vector"], Purpose.SELECT, num)
-            scored.append((math.inf if record["value"] is None else record["value"], trial["uid"], trial))
+        for place, (label, vector) in enumerate(finalists):
+            key, num = {"label": label, "vector": vector.tolist()}, self.problem.budget.num_images_select
+            record = self._step("select", key, key["vector"], Purpose.SELECT, num)
+            scored.append((math.inf if record["value"] is None else record["value"], place, record))
         return min(scored)[2]
 
     def _report(self, who: str, label: str, record: Record) -> Record:
@@ -206,7 +248,7 @@ class Search:
         baselines: list[Baseline] = self.problem.operator.baselines(self.problem.bank)
         families = {baseline.family for baseline in baselines}
         budget = self.problem.budget
-        return len(baselines) + budget.num_trials + min(budget.num_finalists, budget.num_trials) + 1 + len(families)
+        return len(baselines) + budget.num_trials + min(budget.num_finalists, budget.num_trials) + 2 + len(families)
 
     def point(self, record: Record) -> Point:
         """The point a record was scored at."""

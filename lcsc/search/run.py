@@ -50,7 +50,7 @@ def run_search(
     """
     bank = problem.bank
     bank.load()  # damaged numbers show up here, before anything is written
-    problem.searcher.start(problem.operator.space(bank), problem.budget.num_trials, problem.seed)
+    problem.searcher.start(problem.task())  # refuses a task it cannot work on
     prints = fingerprints(problem)
     info = {
         "name": name,
@@ -152,6 +152,7 @@ def _summary(problem: Problem, outcome: Outcome, run: RunDir) -> dict[str, Any]:
         "metric": run.info["metric"],
         "detector": run.info["fingerprints"]["evaluator"].get("detector"),
         "images_sampled": outcome.images_sampled,
+        "image_forwards": outcome.image_forwards,
         "wall_seconds": round(_wall_seconds(run.path), 1),
         "floor": outcome.floor,
         "report": _report_section(outcome),

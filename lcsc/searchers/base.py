@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -9,19 +10,72 @@ import numpy as np
 from lcsc.core.space import SearchSpace
 
 
-class Session(Protocol):
-    """One search under way. The same seed and the same values give the same proposals, bit for bit."""
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """What a session wants to know.
 
-    def ask(self) -> tuple[int, np.ndarray]:
-        """The next proposal: its number, counted from 0, and a float64 vector, shape (space.size,)."""
+    Args:
+        uid: its number, counted from 0.
+        vector: float64, shape (space.size,).
+        gradient: whether the derivative of the value with respect to the vector is wanted too.
+        block: which block of noise of its own to use; None takes the noise that all trials of a search share. Equal
+            blocks are the same noise, different blocks are independent.
+    """
+
+    uid: int
+    vector: np.ndarray
+    gradient: bool = False
+    block: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A point that was scored before the search: a baseline."""
+
+    vector: np.ndarray
+    value: float
+    label: str
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a searcher is given to work on.
+
+    Args:
+        space: what to vary.
+        num_trials: number of proposals that will be asked for in all.
+        seed: of the proposals.
+        starts: scored points to begin from, best first.
+        no_gradient: why the problem has no gradient, as a clause; None when it has one.
+    """
+
+    space: SearchSpace
+    num_trials: int
+    seed: int
+    starts: tuple[Start, ...] = ()
+    no_gradient: str | None = "nobody said that there is one"
+
+
+class Session(Protocol):
+    """One search under way. The same task and the same values give the same proposals, bit for bit."""
+
+    def ask(self) -> Proposal:
+        """The next proposal."""
         ...
 
-    def tell(self, uid: int, value: float) -> None:
-        """The value of proposal `uid`, finite, lower is better."""
+    def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
+        """The value of proposal `uid`, finite, lower is better; its gradient if one was wanted and could be had."""
         ...
 
     def best(self) -> np.ndarray:
         """The vector the searcher would recommend now, shape (space.size,)."""
+        ...
+
+    def finalists(self, count: int) -> list[tuple[str, np.ndarray]] | None:
+        """At most `count` labelled vectors to choose the winner from on fresh seeds, likeliest first.
+
+        None leaves it to the caller, who takes the trials with the best values.
+        """
         ...
 
 
@@ -29,13 +83,10 @@ class Session(Protocol):
 class Searcher(Protocol):
     """Configuration of a search strategy."""
 
-    def start(self, space: SearchSpace, budget: int, seed: int, init: np.ndarray | None = None) -> Session:
+    def start(self, task: Task) -> Session:
         """Begin.
 
-        Args:
-            space: what to vary.
-            budget: number of proposals that will be asked for in all.
-            seed: of the proposals.
-            init: where to start, shape (space.size,); None means the middle of the boxes, or zero.
+        Raises:
+            ConfigError: the searcher cannot work on such a task.
         """
         ...

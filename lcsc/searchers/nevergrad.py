@@ -17,7 +17,7 @@ import numpy as np
 from lcsc.core.errors import ConfigError, EvaluationError, did_you_mean
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.core.space import SearchSpace
+from lcsc.searchers.base import Proposal, Task
 
 
 @contextlib.contextmanager
@@ -35,15 +35,15 @@ class _Session:
         self._asked: dict[int, Any] = {}
         self._count = 0
 
-    def ask(self) -> tuple[int, np.ndarray]:
+    def ask(self) -> Proposal:
         with _quiet():
             candidate = self._optimizer.ask()
         uid = self._count
         self._count += 1
         self._asked[uid] = candidate
-        return uid, np.asarray(candidate.value, dtype=np.float64) * self._scale
+        return Proposal(uid, np.asarray(candidate.value, dtype=np.float64) * self._scale)
 
-    def tell(self, uid: int, value: float) -> None:
+    def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
         if not np.isfinite(value):
             raise EvaluationError(f"a searcher was told {value} for trial {uid}; only finite values may reach it.")
         with _quiet():
@@ -51,6 +51,10 @@ class _Session:
 
     def best(self) -> np.ndarray:
         return np.asarray(self._optimizer.provide_recommendation().value, dtype=np.float64) * self._scale
+
+    def finalists(self, count: int) -> None:
+        """The best trials."""
+        return
 
 
 @register("searcher", "cma", source="CMA-ES, arXiv:1604.00772, by nevergrad", optimizer="CMA")
@@ -87,14 +91,15 @@ class Nevergrad:
         if not self.sigma0 > 0:
             raise ConfigError(f"`searcher.sigma0` is {self.sigma0}; it must be above 0.")
 
-    def start(self, space: SearchSpace, budget: int, seed: int, init: np.ndarray | None = None) -> _Session:
-        """Begin; see `Searcher.start`.
+    def start(self, task: Task) -> _Session:
+        """Begin at the best start; see `Searcher.start`.
 
         Raises:
-            ConfigError: nothing to search, no such optimizer, or `init` outside the boxes.
+            ConfigError: nothing to search, or no such optimizer.
         """
         import nevergrad as ng
 
+        space = task.space
         if space.size == 0:
             raise ConfigError("the operator declares nothing to search. Use it by hand, or choose another operator.")
         if self.optimizer not in ng.optimizers.registry:
@@ -107,10 +112,10 @@ class Nevergrad:
         if (bounded.any() and not bounded.all()) or (np.isfinite(lower) ^ np.isfinite(upper)).any():
             raise ConfigError("some boxes have bounds and some have none. Give all of them both bounds, or none.")
         middle = (lower + upper) / 2 if bounded.all() else np.zeros(space.size)
-        start = np.clip(middle if init is None else np.asarray(init, dtype=np.float64) / scale, lower, upper)
+        start = np.clip(task.starts[0].vector / scale if task.starts else middle, lower, upper)
         array = ng.p.Array(init=start).set_mutation(sigma=self.sigma0)
         if bounded.all():
             array = array.set_bounds(lower, upper)
-        state = SeedRange(seed, Purpose.SEARCHER).generator().integers(2**32)
+        state = SeedRange(task.seed, Purpose.SEARCHER).generator().integers(2**32)
         array.random_state.seed(int(state))
-        return _Session(ng.optimizers.registry[self.optimizer](array, budget=budget, num_workers=1), scale)
+        return _Session(ng.optimizers.registry[self.optimizer](array, budget=task.num_trials, num_workers=1), scale)

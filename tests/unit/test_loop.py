@@ -99,8 +99,8 @@ def test_a_failed_trial_costs_one_evaluation_and_never_wins(tmp_path, bad, reaso
     failed = of_kind(records, "trial")[4]
     assert (failed["value"], failed["status"], failed["reason"]) == (None, "failed", reason)
     assert outcome.num_failed == 1
-    assert outcome.winner["uid"] != 4
-    assert 4 not in [record["uid"] for record in of_kind(records, "select")]
+    assert outcome.winner["label"] != "trial 4"
+    assert "trial 4" not in [record["label"] for record in of_kind(records, "select")]
     assert len(of_kind(records, "trial")) == 12
 
 
@@ -110,7 +110,7 @@ def test_a_failure_is_told_as_the_worst_value_and_nothing_else(tmp_path, monkeyp
 
     real = nevergrad._Session.tell
     monkeypatch.setattr(
-        nevergrad._Session, "tell", lambda self, uid, value: told.append(value) or real(self, uid, value)
+        nevergrad._Session, "tell", lambda self, uid, value, _: told.append(value) or real(self, uid, value)
     )
     _, records = search(tmp_path, Scripted({(Purpose.SEARCH, BASELINES): math.nan}))
     values = [record["value"] for record in of_kind(records, "trial")]
@@ -156,8 +156,9 @@ def test_the_winner_is_chosen_on_the_select_seeds_and_reported_on_the_report_see
     outcome, records = search(tmp_path, Scripted(spoil))
     finalists = of_kind(records, "select")
     ranked = sorted(of_kind(records, "trial"), key=lambda r: (r["value"], r["uid"]))
-    assert [record["uid"] for record in finalists] == [record["uid"] for record in ranked[:3]]
-    assert outcome.winner["uid"] == finalists[2]["uid"]
+    labels = [f"trial {record['uid']}" for record in ranked[:3]]
+    assert [record["label"] for record in finalists] == [*labels, "near"]
+    assert outcome.winner["label"] == finalists[2]["label"]
     assert outcome.reports[0]["who"] == "best"
     assert (outcome.reports[0]["value"], outcome.reports[0]["se"]) == (4.25, 0.1)
     assert [(r["who"], r["label"]) for r in outcome.reports[1:]] == [("a", "near"), ("b", "other")]
@@ -171,7 +172,7 @@ def test_the_searcher_starts_at_the_best_baseline(tmp_path):
 def test_images_are_counted_once_also_when_continued(tmp_path):
     objective = Scripted()
     first, records = search(tmp_path, objective)
-    assert first.images_sampled == sum(num for _, num in objective.calls) == 3 * 10 + 12 * 10 + 3 * 20 + 3 * 30
+    assert first.images_sampled == sum(num for _, num in objective.calls) == 3 * 10 + 12 * 10 + 4 * 20 + 3 * 30
     idle = Scripted()
     again, same = search(tmp_path, idle)
     assert idle.calls == []
