@@ -75,19 +75,16 @@ class _Session:
 
     def best(self) -> np.ndarray:
         """The average of the last quarter of the iterates; the newest where there are none."""
-        return self._tail(1 / 4)
+        return self._mean(max(1, round(len(self._path) / 4)))
 
     def finalists(self, count: int) -> list[tuple[str, np.ndarray]]:
         """Averages over the last iterates, and the last one."""
-        named = [(f"average of the last {max(1, round(len(self._path) * share))} steps", share) for share in TAILS]
-        found = {name: self._tail(share) for name, share in named}
-        return list(found.items())[::-1][:count]
+        sizes = sorted({max(1, round(len(self._path) * share)) for share in TAILS}, reverse=True)
+        names = {size: f"mean of {size} iterates" if size > 1 else "last iterate" for size in sizes}
+        return [(names[size], self._mean(size)) for size in sizes][:count]
 
-    def _tail(self, share: float) -> np.ndarray:
-        if not self._path:
-            return self._begin
-        kept = self._path[-max(1, round(len(self._path) * share)) :]
-        return np.mean(kept, axis=0) / self._lengths
+    def _mean(self, size: int) -> np.ndarray:
+        return np.mean(self._path[-size:], axis=0) / self._lengths if self._path else self._begin
 
 
 def lengths(space: SearchSpace) -> np.ndarray:
