@@ -12,7 +12,7 @@ from helpers_cli import TOY, start
 
 # one thread, so that both processes add in the same order
 ENV = {"OMP_NUM_THREADS": "1"}
-WORDS = ["search", *TOY, "searcher=diagonal_cma", "search.num_trials=120"]
+WORDS = ["search", *TOY, "searcher=diagonal_cma", "search.num_trials=60"]
 
 
 def finish(cwd):
@@ -47,7 +47,7 @@ def test_killed_twice_gives_the_journal_of_an_unbroken_run(tmp_path):
     (tmp_path / "broken").mkdir()
     finish(tmp_path / "whole")
     kill_after(tmp_path / "broken", 20)  # among the baselines
-    kill_after(tmp_path / "broken", 110)  # among the trials
+    kill_after(tmp_path / "broken", 85)  # among the trials
     path = only_run(tmp_path / "broken")
     assert not (path / "summary.json").exists()
     assert "continuing" in finish(tmp_path / "broken")

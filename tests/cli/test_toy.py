@@ -72,6 +72,25 @@ def test_a_longer_search_comes_close_to_the_truth_exactly(here, lcsc):
     assert distance(here / "long" / "best") < 0.1 * min(singles)
 
 
+def test_a_descent_finds_the_optimum_and_continues_bit_for_bit(here, lcsc):
+    words = ["search", *TOY, "searcher=gradient", "search.num_trials=40", "search.num_images=100", "quiet=true"]
+    code, _, err = lcsc(*words)
+    assert code == 0, err
+    (path,) = (p.parent for p in here.glob("runs/*/run.json"))
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["report"]["ratio"] < 0.5
+    records, _ = read_records(path / "journal.jsonl")
+    trials = [record for record in records if record["kind"] == "trial"]
+    assert [record["block"] for record in trials] == list(range(40))
+    assert trials[0]["image_forwards"] == 4 * 100 * 15
+    assert summary["image_forwards"] == sum(record.get("image_forwards", 0) for record in records)
+    whole = (path / "journal.jsonl").read_bytes()
+    (path / "journal.jsonl").write_bytes(whole[: len(whole) // 2])  # torn in the middle of a record
+    (path / "summary.json").unlink()
+    assert lcsc(*words)[0] == 0
+    assert (path / "journal.jsonl").read_bytes() == whole
+
+
 def test_run_directory_is_as_described(run):
     path, _ = run
     names = {p.name for p in path.iterdir()}
@@ -81,7 +100,7 @@ def test_run_directory_is_as_described(run):
     kinds = [record["kind"] for record in records]
     assert kinds[0] == "floor"
     assert kinds.count("trial") == 30
-    assert kinds.count("select") == 3
+    assert kinds.count("select") == 4
     assert kinds.count("report") == 7
     images = np.load(path / "samples.npz")
     assert images["best"].shape == images["last"].shape == images["ema"].shape == (64, 1, 2, 2)
