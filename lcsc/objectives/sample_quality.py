@@ -151,8 +151,9 @@ class SampleQuality:
                 checkpoint(detector.features, batch, use_reentrant=False)
                 for batch in self._batches(live, seed, purpose, images, recompute=True)
             ]
-            update = lambda state, batch: self.metric.update(state, batch.detach())  # noqa: E731
-            state = functools.reduce(update, batches, self.metric.zeros())
+            state = self.metric.zeros()
+            for batch in batches:
+                state = self.metric.update(state, batch.detach())
             value = self.metric.compute(state, reference)
             derivative = self.metric.gradient(state, reference)  # type: ignore[attr-defined]
             for batch in batches:

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.space import SearchSpace
 
 
@@ -54,6 +55,27 @@ class Task:
     seed: int
     starts: tuple[Start, ...] = ()
     no_gradient: str | None = "nobody said that there is one"
+
+    def begin(self) -> np.ndarray:
+        """Where to begin, shape (space.size,): the best start, else the middle of the boxes, zero without bounds.
+
+        Raises:
+            ConfigError: there is nothing to search.
+        """
+        space = self.space
+        if space.size == 0:
+            raise ConfigError("the operator declares nothing to search. Use it by hand, or choose another operator.")
+        if self.starts:
+            return self.starts[0].vector.copy()
+        bounded = np.isfinite(space.lower) & np.isfinite(space.upper)
+        with np.errstate(invalid="ignore"):
+            return np.where(bounded, (space.lower + space.upper) / 2, 0.0)
+
+
+def check_told(uid: int, value: float) -> None:
+    """Raise EvaluationError for a value that no searcher may hear."""
+    if not np.isfinite(value):
+        raise EvaluationError(f"a searcher was told {value} for trial {uid}; only finite values may reach it.")
 
 
 class Session(Protocol):

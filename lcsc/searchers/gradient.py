@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcsc.core.errors import ConfigError, EvaluationError
+from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.core.space import SearchSpace
-from lcsc.searchers.base import Proposal, Task
+from lcsc.searchers.base import Proposal, Task, check_told
 
 NOISES = ("fresh", "rotating", "common")
 #: Averages over this share of the last iterates are candidates for the winner: noise averages out, drift does not.
@@ -27,7 +27,7 @@ class _Session:
         self._center = self._at.copy()
         self._first, self._second = np.zeros_like(begin), np.zeros_like(begin)
         self._path: list[np.ndarray] = []
-        self._asked, self._done, self._failed = 0, 0, 0
+        self._asked, self._failed = 0, 0
 
     def ask(self) -> Proposal:
         uid, noise = self._asked, self._settings.noise
@@ -36,18 +36,17 @@ class _Session:
         return Proposal(uid, self._at / self._lengths, gradient=True, block=block)
 
     def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
-        if not np.isfinite(value):
-            raise EvaluationError(f"a searcher was told {value} for trial {uid}; only finite values may reach it.")
+        check_told(uid, value)
         if gradient is None:
             self._back_off()
             return
         self._path.append(self._at.copy())
-        self._done += 1
+        done = len(self._path)
         slope = np.asarray(gradient, dtype=np.float64) / self._lengths
         self._first = FIRST_MOMENT * self._first + (1 - FIRST_MOMENT) * slope
         self._second = SECOND_MOMENT * self._second + (1 - SECOND_MOMENT) * slope**2
-        first = self._first / (1 - FIRST_MOMENT**self._done)
-        second = self._second / (1 - SECOND_MOMENT**self._done)
+        first = self._first / (1 - FIRST_MOMENT**done)
+        second = self._second / (1 - SECOND_MOMENT**done)
         move = first / (np.sqrt(second) + EPSILON * np.sqrt(second.max(initial=0.0)) + 1e-300)
         self._at = self._inside(self._at - self._rate() * move)
 
@@ -133,18 +132,10 @@ class Gradient:
         Raises:
             ConfigError: nothing to search, or the problem has no gradient.
         """
-        if task.space.size == 0:
-            raise ConfigError("the operator declares nothing to search. Use it by hand, or choose another operator.")
+        begin = task.begin()
         if task.no_gradient is not None:
             raise ConfigError(
                 f"searcher `gradient` needs a derivative, and {task.no_gradient}. "
                 "Use searcher=cma, or another objective."
             )
-        return _Session(self, task, middle(task.space) if not task.starts else task.starts[0].vector.copy())
-
-
-def middle(space: SearchSpace) -> np.ndarray:
-    """The middle of the boxes, zero where they have no bounds."""
-    bounded = np.isfinite(space.lower) & np.isfinite(space.upper)
-    with np.errstate(invalid="ignore"):
-        return np.where(bounded, (space.lower + space.upper) / 2, 0.0)
+        return _Session(self, task, begin)

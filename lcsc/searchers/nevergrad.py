@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lcsc.core.errors import ConfigError, EvaluationError, did_you_mean
+from lcsc.core.errors import ConfigError, did_you_mean
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.searchers.base import Proposal, Task
+from lcsc.searchers.base import Proposal, Task, check_told
 
 
 @contextlib.contextmanager
@@ -44,8 +44,7 @@ class _Session:
         return Proposal(uid, np.asarray(candidate.value, dtype=np.float64) * self._scale)
 
     def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
-        if not np.isfinite(value):
-            raise EvaluationError(f"a searcher was told {value} for trial {uid}; only finite values may reach it.")
+        check_told(uid, value)
         with _quiet():
             self._optimizer.tell(self._asked.pop(uid), float(value))
 
@@ -99,9 +98,7 @@ class Nevergrad:
         """
         import nevergrad as ng
 
-        space = task.space
-        if space.size == 0:
-            raise ConfigError("the operator declares nothing to search. Use it by hand, or choose another operator.")
+        space, begin = task.space, task.begin()
         if self.optimizer not in ng.optimizers.registry:
             raise ConfigError(
                 f"nevergrad has no optimizer `{self.optimizer}`.{did_you_mean(self.optimizer, ng.optimizers.registry)}"
@@ -111,8 +108,7 @@ class Nevergrad:
         bounded = np.isfinite(lower) & np.isfinite(upper)
         if (bounded.any() and not bounded.all()) or (np.isfinite(lower) ^ np.isfinite(upper)).any():
             raise ConfigError("some boxes have bounds and some have none. Give all of them both bounds, or none.")
-        middle = (lower + upper) / 2 if bounded.all() else np.zeros(space.size)
-        start = np.clip(task.starts[0].vector / scale if task.starts else middle, lower, upper)
+        start = np.clip(begin / scale, lower, upper)
         array = ng.p.Array(init=start).set_mutation(sigma=self.sigma0)
         if bounded.all():
             array = array.set_bounds(lower, upper)
