@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lcsc.core.errors import ConfigError
 
 Point = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Natural:
+    """The numbers a person would write for a box's floats, such as coefficients: natural = center + axes @ floats.
+
+    Args:
+        center: float64, shape (N,).
+        axes: float64, shape (N, size).
+        inverse: float64, shape (size, N): floats = inverse @ (natural - center).
+        total: what natural numbers sum to; None where any sum will do.
+    """
+
+    center: np.ndarray
+    axes: np.ndarray
+    inverse: np.ndarray
+    total: float | None = None
+
+    def of(self, floats: np.ndarray) -> np.ndarray:
+        """Natural numbers, shape (N,)."""
+        return self.center + self.axes @ floats
+
+    def floats(self, natural: np.ndarray) -> np.ndarray:
+        """The box's floats, shape (size,); the sum is mended by adding, never by dividing."""
+        if self.total is not None:
+            natural = natural - (natural.sum() - self.total) / natural.size
+        return self.inverse @ (natural - self.center)
 
 
 @dataclass(frozen=True)
@@ -24,6 +51,7 @@ class Box:
         scale: length of a typical move, in the box's own units; searchers start with it.
         lengths: how far a step of one `scale` along each float moves the candidate, in any common unit; None means
             that all move it alike, or that nobody knows.
+        natural: how people write these floats; None means as they are.
     """
 
     name: str
@@ -32,6 +60,7 @@ class Box:
     upper: float = math.inf
     scale: float = 1.0
     lengths: tuple[float, ...] | None = None
+    natural: Natural | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -73,6 +102,16 @@ class SearchSpace:
         """How far a typical move of every float moves the candidate, relative to the others, shape (size,), float64."""
         parts = [np.ones(b.size) if b.lengths is None else np.array(b.lengths, dtype=np.float64) for b in self.boxes]
         return np.concatenate(parts or [np.empty(0)])
+
+    def to_natural(self, vector: np.ndarray) -> list[np.ndarray]:
+        """What people would write for a vector, shape (size,): one array for each box."""
+        floats = self.to_point(vector)
+        return [floats[b.name] if b.natural is None else b.natural.of(floats[b.name]) for b in self.boxes]
+
+    def from_natural(self, natural: Sequence[np.ndarray]) -> np.ndarray:
+        """The vector inside the bounds for what people write, shape (size,), float64."""
+        parts = [n if b.natural is None else b.natural.floats(n) for b, n in zip(self.boxes, natural, strict=True)]
+        return np.clip(np.concatenate(parts or [np.empty(0)]), self.lower, self.upper)
 
     def to_point(self, vector: np.ndarray) -> dict[str, np.ndarray]:
         """Cut a flat vector, shape (size,), into the boxes' arrays."""

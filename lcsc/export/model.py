@@ -86,7 +86,7 @@ def export_model(
 
 def _score_again(candidate: Candidate, objective: Objective, seed: int, expected: Mapping[str, Any]) -> float:
     """The score of what was loaded back; raises EvaluationError when it is not the run's."""
-    value = objective(candidate, seed=seed, purpose=Purpose.REPORT, num_images=expected["num_images"]).value
+    value = objective(candidate, seed=seed, purpose=Purpose.REPORT, images=range(expected["num_images"])).value
     if abs(value - expected["value"]) > TOLERANCE * abs(expected["value"]):
         raise EvaluationError(
             f"the exported model scores {value}, the run reported {expected['value']}. "

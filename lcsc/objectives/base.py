@@ -67,9 +67,9 @@ class Objective(Protocol):
         ...
 
     def __call__(
-        self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int, full: bool = False
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, full: bool = False
     ) -> Score:
-        """Score `candidate` on the images of `(seed, purpose)`; `full` adds the standard error and the other metrics.
+        """Score `candidate` on `images` of `(seed, purpose)`; `full` adds the standard error and the other metrics.
 
         Raises:
             EvaluationError: the candidate produced something that cannot be scored.

@@ -46,6 +46,8 @@ class SampleQuality:
         batch_size: images per network call.
         split_seed: of the cut of the reference.
         device: torch device; `auto` takes the GPU where there is one.
+        recompute: whether a derivative computes each network call again instead of keeping its activations: the memory
+            of one call instead of `nfe` of them, for a third more time.
     """
 
     model: Model = field(metadata={"internal": True})
@@ -56,6 +58,7 @@ class SampleQuality:
     batch_size: int = 500
     split_seed: int = 0
     device: str = "auto"
+    recompute: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -77,27 +80,29 @@ class SampleQuality:
         """The metric's minimum."""
         return self.metric.min_samples
 
+    @torch.no_grad()
     def __call__(
-        self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int, full: bool = False
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, full: bool = False
     ) -> Score:
         """See `Objective.__call__`."""
         live = self._live(candidate)
         candidate.write(live.theta_P)
         if not torch.isfinite(live.theta_P).all():
             raise EvaluationError("the combined weights hold NaN or Inf; the coefficients are too large for float32.")
-        features_ND = torch.cat([self._features(images) for images in self.generate(live, seed, purpose, num_images)])
+        features_ND = torch.cat([self._features(batch) for batch in self._batches(live, seed, purpose, images)])
         half = "report" if purpose is Purpose.REPORT else "search"
         metrics = (self.metric, *self.other_metrics) if full else (self.metric,)
         rows = {metric.name: self._measure(metric, features_ND, half, full) for metric in metrics}
         value, se = rows.pop(self.metric.name)
         others = {name: {"value": other, "se": error} for name, (other, error) in rows.items() if error is not None}
-        return Score(value, num_images, self.sampler.nfe(), se, others)
+        return Score(value, len(images), self.sampler.nfe(), se, others)
 
+    @torch.no_grad()
     def images(self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int) -> Tensor:
         """The candidate's images, float32 NCHW in [-1, 1], on the CPU."""
         live = self._live(candidate)
         candidate.write(live.theta_P)
-        return torch.cat([images.cpu() for images in self.generate(live, seed, purpose, num_images)])
+        return torch.cat([batch.cpu() for batch in self._batches(live, seed, purpose, range(num_images))])
 
     def floor(self) -> float:
         """Search half scored against the report half: what real images reach."""
@@ -133,10 +138,10 @@ class SampleQuality:
         return None
 
     def slope(self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range) -> Slope:
-        """Backward through detector and sampler; each network call is computed again when its turn comes.
+        """Backward through detector and sampler; with `recompute` each network call is computed again when needed.
 
-        Between the calls only images are kept, so memory is that of one call on one batch, and the images in between:
-        `nfe` of them for each image. Cost: one forward pass, one more when recomputing, one backward pass.
+        Between the calls only images are then kept, so memory is that of one call on one batch, and the images in
+        between: `nfe` of them for each image. Cost: one forward pass, one more when recomputing, one backward pass.
 
         Raises:
             EvaluationError: the candidate diverged or collapsed, or the derivative is not finite.
@@ -149,7 +154,7 @@ class SampleQuality:
         with live.collecting() as grad_P:
             batches = [
                 checkpoint(detector.features, batch, use_reentrant=False)
-                for batch in self._batches(live, seed, purpose, images, recompute=True)
+                for batch in self._batches(live, seed, purpose, images, self.recompute)
             ]
             state = self.metric.zeros()
             for batch in batches:
@@ -160,12 +165,7 @@ class SampleQuality:
                 batch.backward(derivative(batch.detach()).to(batch.dtype))
         if not torch.isfinite(grad_P).all():
             raise EvaluationError("the derivative of the score is not finite; the candidate diverged.")
-        return Slope(value, grad_P, 4 * len(images) * self.sampler.nfe())
-
-    @torch.no_grad()
-    def generate(self, live: LiveModel, seed: int, purpose: Purpose, num_images: int) -> Iterator[Tensor]:
-        """Batches of images, NCHW in [-1, 1], from the weights that are in `live` now."""
-        yield from self._batches(live, seed, purpose, range(num_images))
+        return Slope(value, grad_P, (4 if self.recompute else 3) * len(images) * self.sampler.nfe())
 
     def _batches(
         self, live: LiveModel, seed: int, purpose: Purpose, images: range, recompute: bool = False
@@ -228,6 +228,6 @@ class SampleQuality:
         return value, bootstrap_se(metric, blocks, reference, rng=rng)
 
 
-@functools.lru_cache(maxsize=3)  # search, select and report seeds
+@functools.lru_cache(maxsize=4)
 def _initial_noise(seeds: SeedRange, images: range, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(seeds.normal(images, shape))

@@ -13,7 +13,7 @@ from lcsc.bank import CheckpointBank
 from lcsc.bank.lora import refuse_lora
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.core.registry import register
-from lcsc.core.space import Box, Point, SearchSpace
+from lcsc.core.space import Box, Natural, Point, SearchSpace
 from lcsc.operators import profiles
 from lcsc.operators.base import Baseline, Candidate
 
@@ -98,8 +98,10 @@ class Linear:
                 f"`{bank.path}` holds {bank.num_checkpoints} checkpoint; a combination needs at least 2. "
                 "Save more, or widen `bank.start` and `bank.stop`."
             )
-        lengths = whitened_axes(bank, self.whitening).lengths_Z
-        return SearchSpace((Box("z", bank.num_checkpoints - 1, lengths=tuple(lengths.tolist())),))
+        axes = whitened_axes(bank, self.whitening)
+        natural = Natural(axes.center_K, axes.axes_KZ, axes.inverse_ZK, total=1.0)
+        lengths = tuple(axes.lengths_Z.tolist())
+        return SearchSpace((Box("z", bank.num_checkpoints - 1, lengths=lengths, natural=natural),))
 
     def coefficients(self, bank: CheckpointBank, point: Point) -> np.ndarray:
         """The point's coefficients, float64, shape (K,), sum one to rounding."""

@@ -15,6 +15,7 @@ from lcsc.core.seeds import Purpose
 from lcsc.core.space import Point, SearchSpace
 from lcsc.objectives.base import Objective, why_no_gradient
 from lcsc.operators.base import Baseline, Operator
+from lcsc.search.evaluate import Evaluator
 from lcsc.search.journal import Journal, Record
 from lcsc.search.progress import Progress
 from lcsc.searchers.base import Proposal, Searcher, Session, Start, Task
@@ -89,6 +90,7 @@ class Search:
     def __init__(self, problem: Problem, journal: Journal, progress: Progress) -> None:
         self.problem, self.journal, self.progress = problem, journal, progress
         self.space: SearchSpace = problem.operator.space(problem.bank)
+        self.evaluator = Evaluator(problem.bank, problem.operator, problem.objective, self.space, problem.seed)
         self.images = self.forwards = 0
 
     def run(self) -> Outcome:
@@ -101,8 +103,8 @@ class Search:
         baselines = self._baselines()
         tuned = _best_of_family(baselines)
         starts = tuple(
-            Start(np.array(record["vector"]), record["value"], record["label"])
-            for record in sorted(tuned.values(), key=lambda record: record["value"])
+            Start(np.array(record["vector"]), record["value"], record["label"], record["family"])
+            for record in sorted((b for b in baselines if b["value"] is not None), key=lambda record: record["value"])
         )
         session = self.problem.searcher.start(self.problem.task(starts))
         trials = self._trials(session, baselines, floor)
@@ -112,51 +114,12 @@ class Search:
         failed = sum(trial["status"] != "ok" for trial in trials)
         return Outcome(winner, reports, floor, self.images, self.forwards, failed)
 
-    def _score(self, vector: list[float], purpose: Purpose, num_images: int, full: bool = False) -> dict[str, Any]:
-        """Score the point at `vector`; a failure is a result."""
-        candidate = self.problem.operator.apply(self.problem.bank, self.space.to_point(np.array(vector)))
-        head = {"coef": candidate.recipe["coef"]} if "coef" in candidate.recipe else {}
-        try:
-            score = self.problem.objective(
-                candidate, seed=self.problem.seed, purpose=purpose, num_images=num_images, full=full
-            )
-        except EvaluationError as error:
-            return {**head, "value": None, "status": "failed", "reason": str(error)}
-        if not math.isfinite(score.value):
-            return {**head, "value": None, "status": "failed", "reason": f"the score is {score.value}"}
-        tail = {"se": score.se, "others": dict(score.others), "num_images": score.num_images} if full else {}
-        cost = {"image_forwards": score.image_forwards}
-        return {**head, "value": score.value, "status": "ok", "reason": None, **cost, **tail}
-
-    def _slope(self, proposal: Proposal) -> dict[str, Any]:
-        """Value and derivative at a proposal, on the noise it asks for; a failure is a result."""
-        problem, point = self.problem, self.space.to_point(proposal.vector)
-        candidate = problem.operator.apply(problem.bank, point)
-        head = {"coef": candidate.recipe["coef"]} if "coef" in candidate.recipe else {}
-        purpose, first = Purpose.SEARCH, 0
-        if proposal.block is not None:
-            purpose, first = Purpose.FRESH, proposal.block * problem.budget.num_images
-        images = range(first, first + problem.budget.num_images)
-        try:
-            slope = problem.objective.slope(  # type: ignore[attr-defined]
-                candidate, seed=problem.seed, purpose=purpose, images=images
-            )
-            pulled = problem.operator.pull_back(problem.bank, point, slope.grad_P)  # type: ignore[attr-defined]
-            gradient = self.space.to_vector(pulled)
-        except EvaluationError as error:
-            return {**head, "value": None, "status": "failed", "reason": str(error), "gradient": None}
-        if not math.isfinite(slope.value) or not np.isfinite(gradient).all():
-            reason = f"the score is {slope.value}, its derivative reaches {np.abs(gradient).max()}"
-            return {**head, "value": None, "status": "failed", "reason": reason, "gradient": None}
-        tail = {"image_forwards": slope.image_forwards, "gradient": gradient.tolist()}
-        return {**head, "value": slope.value, "status": "ok", "reason": None, **tail}
-
     def _step(
         self, kind: str, key: Mapping[str, Any], vector: list[float], purpose: Purpose, num: int, full: bool = False
     ) -> Record:
         self.images += num
-        replayed = self.journal.replaying
-        record = self.journal.step(kind, key, lambda: self._score(vector, purpose, num, full), num)
+        replayed, at = self.journal.replaying, np.array(vector)
+        record = self.journal.step(kind, key, lambda: self.evaluator.score(at, purpose, range(num), full), num)
         self.forwards += record.get("image_forwards", 0)
         self.progress.step(kind, None, num, replayed)
         return record
@@ -194,13 +157,17 @@ class Search:
 
     def _trial(self, proposal: Proposal, floor: float | None) -> Record:
         """Score a proposal; one better than real data is scored again on other seeds and the worse value counts."""
-        num, vector = self.problem.budget.num_images, proposal.vector.tolist()
+        num, vector, block = proposal.num_images or self.problem.budget.num_images, proposal.vector, proposal.block
+        evaluate = self.evaluator.slope if proposal.gradient else self.evaluator.score
+        purpose, images = Purpose.SEARCH, range(num)
+        if block is not None:
+            purpose, images = Purpose.FRESH, range(block * num, (block + 1) * num)
 
         def score() -> dict[str, Any]:
-            row = self._slope(proposal) if proposal.gradient else self._score(vector, Purpose.SEARCH, num)
+            row = evaluate(vector, purpose, images)
             if floor is None or row["value"] is None or row["value"] >= floor:
                 return row
-            again = self._score(vector, Purpose.RECHECK, num)
+            again = self.evaluator.score(vector, Purpose.RECHECK, range(num))
             if again["value"] is None:
                 return {**again, "reason": f"too good ({row['value']}), then: {again['reason']}", "recheck": None}
             cost = row["image_forwards"] + again["image_forwards"]
@@ -208,8 +175,10 @@ class Search:
             return {**row, **worse}
 
         replayed = self.journal.replaying
-        own = {} if proposal.block is None else {"block": proposal.block}
-        record = self.journal.step("trial", {"uid": proposal.uid, "vector": vector, **own}, score, num)
+        own = {"block": block, "num_images": proposal.num_images}
+        own = {key: value for key, value in own.items() if value is not None}
+        key = {"uid": proposal.uid, "vector": vector.tolist(), **own}
+        record = self.journal.step("trial", key, score, num)
         spent = num * (2 if "recheck" in record else 1)
         self.images += spent
         self.forwards += record.get("image_forwards", 0)

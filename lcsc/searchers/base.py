@@ -21,21 +21,24 @@ class Proposal:
         gradient: whether the derivative of the value with respect to the vector is wanted too.
         block: which block of noise of its own to use; None takes the noise that all trials of a search share. Equal
             blocks are the same noise, different blocks are independent.
+        num_images: how many images to score it on; None takes the budget's. A block belongs to one number of images.
     """
 
     uid: int
     vector: np.ndarray
     gradient: bool = False
     block: int | None = None
+    num_images: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A point that was scored before the search: a baseline."""
+    """A point that was scored before the search: a baseline, and the family it is the member of."""
 
     vector: np.ndarray
     value: float
     label: str
+    family: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,7 +89,7 @@ def test_batches_do_not_change_it(bank):
 def test_the_same_images_as_an_ordinary_score(bank):
     scorer, z = objective(num_steps=2), np.zeros(3)
     candidate = Linear().apply(bank, {"z": z})
-    score = scorer(candidate, seed=3, purpose=Purpose.SEARCH, num_images=100)
+    score = scorer(candidate, seed=3, purpose=Purpose.SEARCH, images=range(100))
     slope = scorer.slope(candidate, seed=3, purpose=Purpose.SEARCH, images=range(100))
     assert slope.value == pytest.approx(score.value, rel=1e-6)
     assert score.image_forwards == 200

@@ -61,14 +61,14 @@ class Scripted:
     def circumstances(self):
         return {"nfe": 1}
 
-    def __call__(self, candidate, *, seed, purpose, num_images, full=False):
+    def __call__(self, candidate, *, seed, purpose, images, full=False):
         index = sum(p is purpose for p, _ in self.calls)
-        self.calls.append((purpose, num_images))
+        self.calls.append((purpose, len(images)))
         value = float(np.hypot(*candidate.x)) + 1
         outcome = self.spoil.get((purpose, index), value)
         if isinstance(outcome, Exception):
             raise outcome
-        return Score(outcome, num_images, 1, 0.1 if full else None)
+        return Score(outcome, len(images), 1, 0.1 if full else None)
 
 
 def search(tmp_path, objective, num_trials=12, **budget):
