@@ -1,0 +1,135 @@
+"""How many image-forwards a searcher needs to reach the final report score of the paper's evolutionary search.
+
+    python benchmarks/search_efficiency.py --work scratch/ [--experiment digits] [--seeds 0 1 2] [--only NAME ...]
+
+Every training seed has its own bank, and every contestant is a whole search of it: floor, baselines, trials, selection
+on fresh seeds, report on the other half of the reference. The same line continues after an interruption; `--only` runs
+some contestants now, and whatever is finished under `--work` goes into the table. An image-forward is one network
+evaluation of one image; a backward pass counts two. The final report is measurement, not search: it is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import numpy as np
+from machine import circumstances, spread
+
+from lcsc.cli.search import search
+from lcsc.cli.train import train
+from lcsc.config.hydra_app import compose_config
+
+EVOLUTION = "lcsc_evolution"
+#: Budget of the paper's search: (trials, images a trial). The issue's size on digits, less where images cost more.
+EVOLUTION_BUDGET = {"digits": (2000, 1000), "mnist16": (400, 1000)}
+GRADIENT_STEPS = (15, 30, 60, 120, 240)
+TARGET = 1 / 30
+
+
+def contestants(experiment: str) -> dict[str, list[str]]:
+    """Overrides by name. All select among ten finalists or fewer on the same select seeds."""
+    trials, images = EVOLUTION_BUDGET[experiment]
+    black_box = {EVOLUTION: (trials, images), "cma": (trials * 2 // 5, images // 2)}
+    rows = {
+        name: [f"searcher={name}", f"search.num_trials={n}", f"search.num_images={m}", "search.num_finalists=10"]
+        for name, (n, m) in black_box.items()
+    }
+    for steps in GRADIENT_STEPS:
+        rows[f"gradient_{steps}"] = ["searcher=gradient", f"search.num_trials={steps}"]
+    return rows
+
+
+def run(experiment: str, seed: int, name: str, overrides: list[str], work: Path) -> None:
+    """One search; does nothing when it is finished."""
+    bank = work / f"bank-{experiment}-{seed}"
+    base = [f"experiment={experiment}", f"seed={seed}", f"bank.path={bank}"]
+    if not bank.exists():
+        train(compose_config(base))
+    target = work / f"{experiment}-{seed}-{name}"
+    if not (target / "summary.json").exists():
+        search(compose_config([*base, *overrides, f"run_dir={target}"]), f"benchmarks/search_efficiency.py {name}")
+
+
+def result(path: Path) -> dict:
+    """Report score and costs of one finished search."""
+    summary = json.loads((path / "summary.json").read_text())
+    costs: dict[str, int] = {}
+    for line in (path / "journal.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        costs[record["kind"]] = costs.get(record["kind"], 0) + (record.get("image_forwards") or 0)
+    report = summary["report"]
+    best_baseline = report["baselines"][report["best_baseline"]]
+    return {
+        "value": report["best"]["value"],
+        "se": report["best"]["se"],
+        "winner": report["best"]["label"],
+        "ratio_to_best_baseline": report["ratio"],
+        "best_baseline": {"value": best_baseline["value"], "label": best_baseline["label"]},
+        "floor": summary["floor"],
+        "image_forwards": {kind: cost for kind, cost in costs.items() if kind != "report" and cost},
+        "image_forwards_of_search": sum(cost for kind, cost in costs.items() if kind != "report"),
+        "seconds": summary["wall_seconds"],
+    }
+
+
+def tabulate(rows: dict[int, dict[str, dict]]) -> dict:
+    """Means over the seeds, and what each seed's descent needs to reach its evolutionary search."""
+    names = [name for name in next(iter(rows.values())) if all(name in found for found in rows.values())]
+    table = {}
+    for name in names:
+        values = np.array([found[name]["value"] for found in rows.values()])
+        table[name] = {
+            "report_score": spread(values.tolist()),
+            "standard_error_over_seeds": float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None,
+            "ratio_to_best_baseline": spread([found[name]["ratio_to_best_baseline"] for found in rows.values()]),
+            "image_forwards": spread([found[name]["image_forwards_of_search"] for found in rows.values()]),
+        }
+    reached = {}
+    for seed, found in rows.items():
+        if EVOLUTION not in found:
+            continue
+        wanted, cost = found[EVOLUTION]["value"], found[EVOLUTION]["image_forwards_of_search"]
+        steps = [n for n in GRADIENT_STEPS if f"gradient_{n}" in found and found[f"gradient_{n}"]["value"] <= wanted]
+        first = found[f"gradient_{min(steps)}"]["image_forwards_of_search"] if steps else None
+        reached[str(seed)] = {
+            "score_to_reach": wanted,
+            "steps": min(steps, default=None),
+            "image_forwards": first,
+            "share": first and first / cost,
+            "target_share": TARGET,
+        }
+    return {"by_contestant": table, "descent_reaches_evolution": reached}
+
+
+def main() -> None:
+    """Run what is missing, then write the table of what is finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--experiment", default="digits", choices=sorted(EVOLUTION_BUDGET))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--to", type=Path)
+    args = parser.parse_args()
+    known = contestants(args.experiment)
+    for name in args.only or known:
+        for seed in args.seeds:
+            run(args.experiment, seed, name, known[name], args.work)
+    places = {(seed, name): args.work / f"{args.experiment}-{seed}-{name}" for seed in args.seeds for name in known}
+    rows: dict[int, dict[str, dict]] = {}
+    for (seed, name), place in places.items():
+        if (place / "summary.json").exists():
+            rows.setdefault(seed, {})[name] = result(place)
+    table = tabulate(rows)
+    text = {**circumstances(), "experiment": args.experiment, "seeds": args.seeds, "contestants": known, **table}
+    to = args.to or Path(f"benchmarks/results/search_efficiency_{args.experiment}.json")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(json.dumps({**text, "runs": {str(seed): found for seed, found in rows.items()}}, indent=2) + "\n")
+    print(json.dumps(table, indent=2))
+
+
+if __name__ == "__main__":
+    main()
