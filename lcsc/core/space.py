@@ -42,7 +42,7 @@ class Natural:
 
 @dataclass(frozen=True)
 class Box:
-    """`size` floats under one name.
+    """`size` floats under one name; where some matter more than others, those come first.
 
     Args:
         name: key in a point.
@@ -52,6 +52,7 @@ class Box:
         lengths: how far a step of one `scale` along each float moves the candidate, in any common unit; None means
             that all move it alike, or that nobody knows.
         natural: how people write these floats; None means as they are.
+        level: boxes of level 1 and above refine those below them, and are idle at zero.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Box:
     scale: float = 1.0
     lengths: tuple[float, ...] | None = None
     natural: Natural | None = field(default=None, compare=False, repr=False)
+    level: int = 0
 
     def __post_init__(self) -> None:
         if self.size < 1:
