@@ -11,17 +11,13 @@ evaluation of one image; a backward pass counts two. The final report is measure
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
-from machine import circumstances, spread
-
-from lcsc.cli.search import search
-from lcsc.cli.train import train
-from lcsc.config.hydra_app import compose_config
+from machine import spread
+from searches import bank, result, run, write
 
 EVOLUTION = "lcsc_evolution"
 #: Budget of the paper's search: (trials, images a trial). The issue's size on digits, less where images cost more.
@@ -41,39 +37,6 @@ def contestants(experiment: str) -> dict[str, list[str]]:
     for steps in GRADIENT_STEPS:
         rows[f"gradient_{steps}"] = ["searcher=gradient", f"search.num_trials={steps}"]
     return rows
-
-
-def run(experiment: str, seed: int, name: str, overrides: list[str], work: Path) -> None:
-    """One search; does nothing when it is finished."""
-    bank = work / f"bank-{experiment}-{seed}"
-    base = [f"experiment={experiment}", f"seed={seed}", f"bank.path={bank}"]
-    if not bank.exists():
-        train(compose_config(base))
-    target = work / f"{experiment}-{seed}-{name}"
-    if not (target / "summary.json").exists():
-        search(compose_config([*base, *overrides, f"run_dir={target}"]), f"benchmarks/search_efficiency.py {name}")
-
-
-def result(path: Path) -> dict:
-    """Report score and costs of one finished search."""
-    summary = json.loads((path / "summary.json").read_text())
-    costs: dict[str, int] = {}
-    for line in (path / "journal.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        costs[record["kind"]] = costs.get(record["kind"], 0) + (record.get("image_forwards") or 0)
-    report = summary["report"]
-    best_baseline = report["baselines"][report["best_baseline"]]
-    return {
-        "value": report["best"]["value"],
-        "se": report["best"]["se"],
-        "winner": report["best"]["label"],
-        "ratio_to_best_baseline": report["ratio"],
-        "best_baseline": {"value": best_baseline["value"], "label": best_baseline["label"]},
-        "floor": summary["floor"],
-        "image_forwards": {kind: cost for kind, cost in costs.items() if kind != "report" and cost},
-        "image_forwards_of_search": sum(cost for kind, cost in costs.items() if kind != "report"),
-        "seconds": summary["wall_seconds"],
-    }
 
 
 def tabulate(rows: dict[int, dict[str, dict]]) -> dict:
@@ -114,21 +77,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--to", type=Path)
     args = parser.parse_args()
-    known = contestants(args.experiment)
-    for name in args.only or known:
+    known, rows = contestants(args.experiment), {seed: {} for seed in args.seeds}
+    for name, overrides in known.items():
         for seed in args.seeds:
-            run(args.experiment, seed, name, known[name], args.work)
-    places = {(seed, name): args.work / f"{args.experiment}-{seed}-{name}" for seed in args.seeds for name in known}
-    rows: dict[int, dict[str, dict]] = {}
-    for (seed, name), place in places.items():
-        if (place / "summary.json").exists():
-            rows.setdefault(seed, {})[name] = result(place)
-    table = tabulate(rows)
-    text = {**circumstances(), "experiment": args.experiment, "seeds": args.seeds, "contestants": known, **table}
+            target = args.work / f"{args.experiment}-{seed}-{name}"
+            words = [f"experiment={args.experiment}", f"seed={seed}"]
+            if args.only is None or name in args.only:
+                place = bank(words, args.work / f"bank-{args.experiment}-{seed}")
+                rows[seed][name] = run([*words, f"bank.path={place}", *overrides], target)
+            elif (target / "summary.json").exists():
+                rows[seed][name] = result(target)
     to = args.to or Path(f"benchmarks/results/search_efficiency_{args.experiment}.json")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(json.dumps({**text, "runs": {str(seed): found for seed, found in rows.items()}}, indent=2) + "\n")
-    print(json.dumps(table, indent=2))
+    write(to, experiment=args.experiment, seeds=args.seeds, contestants=known, **tabulate(rows), runs=rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""Do the printed numbers mean what they say?
+
+    python benchmarks/search_honesty.py --work scratch/ [--seeds 0 1 2]
+
+coverage  200 searches of a problem with a known answer (`toy_gaussian`, each with seeds of its own): how often does the
+          95 % interval (score +- 1.96 SE) hold the winner's true score, the mean of 100 independent scores of as many
+          images? For the report, and for the same winner on the seeds it was searched with.
+optimism  the best trial's value on its search seeds, against the mean of 20 scores of the same candidate on as many
+          fresh images (same half of the reference): by searcher and by images a trial per coefficient. And the same
+          candidate on the other half, which adds what was fitted to the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import numpy as np
+from machine import spread
+from searches import bank, write
+
+from lcsc.config.hydra_app import compose_config
+from lcsc.config.schema import SEARCH_SECTIONS
+from lcsc.core.seeds import Purpose
+from lcsc.search.journal import Journal, read_records
+from lcsc.search.loop import Problem, Search
+from lcsc.search.progress import Progress
+from lcsc.search.setup import build_parts, open_bank
+
+COVERAGE_SEARCHES, TRUTH_SCORES, OPTIMISM_SCORES = 200, 100, 20
+NUM_IMAGES, NUM_TRIALS = (100, 400, 1600), 120
+SEARCHERS = {
+    "lcsc_evolution": ["searcher=lcsc_evolution"],
+    "cma": ["searcher=cma"],
+    "gradient, common noise": ["searcher=gradient", "searcher.noise=common"],
+    "gradient, fresh noise": ["searcher=gradient"],
+}
+FIRST_FRESH = 2**30  #: images of `Purpose.FRESH` that no descent of this size gets to
+
+
+def problem(words: list[str]) -> Problem:
+    """The search that a command line describes."""
+    config = compose_config(words)
+    sections = {key: config[key] for key in SEARCH_SECTIONS}
+    return Problem(bank=open_bank(sections), **build_parts(sections))
+
+
+def searched(task: Problem) -> tuple[Search, list[dict]]:
+    """A whole search without a run directory to keep."""
+    with tempfile.TemporaryDirectory() as folder:
+        with Progress("", 0, quiet=True) as progress, Journal(Path(folder), print) as journal:
+            search = Search(task, journal, progress)
+            search.run()
+        return search, read_records(Path(folder) / "journal.jsonl")[0]
+
+
+def scores(search: Search, vector: np.ndarray, purpose: Purpose, num: int, count: int, first: int) -> np.ndarray:
+    """Independent scores of one candidate, each of `num` images, shape (count,)."""
+    rows = [
+        search.evaluator.score(vector, purpose, range(first + i * num, first + (i + 1) * num)) for i in range(count)
+    ]
+    return np.array([row["value"] for row in rows])
+
+
+def coverage(place: Path) -> dict:
+    """How often the intervals hold the truth."""
+    held = {"report": [], "search seeds of the winner": []}
+    for seed in range(COVERAGE_SEARCHES):
+        budget = [
+            "num_trials=30",
+            "num_images=200",
+            "num_finalists=3",
+            "num_images_select=200",
+            "num_images_report=1000",
+        ]
+        words = ["experiment=toy_gaussian", f"bank.path={place}", f"seed={seed}", "searcher=cma"]
+        search, records = searched(problem([*words, *(f"search.{word}" for word in budget)]))
+        best = next(record for record in records if record["kind"] == "report" and record["who"] == "best")
+        vector = np.array(best["vector"])
+        truth = scores(search, vector, Purpose.REPORT, 1000, TRUTH_SCORES, FIRST_FRESH).mean()
+        held["report"].append(abs(best["value"] - truth) <= 1.96 * best["se"])
+        own = search.evaluator.score(vector, Purpose.SEARCH, range(200), full=True)
+        truth = scores(search, vector, Purpose.FRESH, 200, TRUTH_SCORES, FIRST_FRESH).mean()
+        held["search seeds of the winner"].append(abs(own["value"] - truth) <= 1.96 * own["se"])
+    share = {name: float(np.mean(hits)) for name, hits in held.items()}
+    error = {name: float(np.sqrt(s * (1 - s) / COVERAGE_SEARCHES)) for name, s in share.items()}
+    return {"share_of_95_percent_intervals_that_hold": share, "standard_error": error, "target": 0.93}
+
+
+def optimism(words: list[str], name: str, num: int) -> dict:
+    """What the best trial's value promised, and what the candidate keeps."""
+    budget = [f"num_trials={NUM_TRIALS}", f"num_images={num}", "num_finalists=1"]
+    budget += ["num_images_select=200", "num_images_report=200"]
+    search, records = searched(problem([*words, *SEARCHERS[name], *(f"search.{word}" for word in budget)]))
+    trials = [record for record in records if record["kind"] == "trial" and record["value"] is not None]
+    best = min(trials, key=lambda record: record["value"])
+    vector = np.array(best["vector"])
+    fresh = scores(search, vector, Purpose.FRESH, num, OPTIMISM_SCORES, FIRST_FRESH).mean()
+    report = scores(search, vector, Purpose.REPORT, num, OPTIMISM_SCORES, FIRST_FRESH).mean()
+    size = search.space.size
+    return {
+        "searcher": name,
+        "num_images": num,
+        "images_per_coefficient": num / (size + 1),
+        "promised": best["value"],
+        "fresh_noise": float(fresh),
+        "other_half": float(report),
+        "optimism_of_noise": float(fresh - best["value"]),
+        "optimism_of_all": float(report - best["value"]),
+    }
+
+
+def main() -> None:
+    """Measure, then write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--to", type=Path, default=Path("benchmarks/results/search_honesty.json"))
+    args = parser.parse_args()
+    toy = bank(["experiment=toy_gaussian"], args.work / "bank-toy_gaussian")
+    covered = coverage(toy)
+    runs = []
+    for seed in args.seeds:
+        words = ["experiment=digits_consistency", f"seed={seed}"]
+        place = bank(words, args.work / f"bank-digits_consistency-{seed}")
+        words.append(f"bank.path={place}")
+        runs += [{"seed": seed, **optimism(words, name, num)} for num in NUM_IMAGES for name in SEARCHERS]
+    keys = ("promised", "fresh_noise", "other_half", "optimism_of_noise", "optimism_of_all")
+    table = [
+        {
+            **{"searcher": name, "num_images": num, "images_per_coefficient": found[0]["images_per_coefficient"]},
+            **{key: spread([row[key] for row in found]) for key in keys},
+        }
+        for num in NUM_IMAGES
+        for name in SEARCHERS
+        if (found := [row for row in runs if (row["searcher"], row["num_images"]) == (name, num)])
+    ]
+    write(args.to, seeds=args.seeds, coverage=covered, optimism=table, runs=runs)
+
+
+if __name__ == "__main__":
+    main()
