@@ -26,28 +26,36 @@ def test_committed_notebook_is_valid_and_has_no_outputs(path):
     assert [cell.execution_count for cell in code] == [None] * len(code)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # jupyter_client, zmq and tornado warn on their own account
-@pytest.mark.parametrize("finished", [True, False], ids=["finished", "running"])
-def test_first_search_notebook_shows_the_run(tmp_path, monkeypatch, finished):
+def execute(name, tmp_path, monkeypatch, **environment):
+    """The outputs of a notebook's code cells."""
     from nbclient import NotebookClient
 
-    run = make_fake_run(tmp_path / "run", finished=finished, num_trials=30, done=25, torn=not finished)
-    before = {file: file.read_bytes() for file in run.iterdir()}
-    monkeypatch.setenv("LCSC_RUN", str(run))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the kernel starts elsewhere
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    notebook = nbformat.read(ROOT / "notebooks" / "01_first_search.ipynb", as_version=4)
+    settings = {
+        "PYTHONPATH": str(ROOT),  # the kernel starts elsewhere
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "PYTHONWARNINGS": "ignore",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
+    for key, value in {**settings, **environment}.items():
+        monkeypatch.setenv(key, value)
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     client = NotebookClient(
         notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.km = client.create_kernel_manager()
     client.km.kernel_spec.argv[0] = sys.executable  # this environment's, whatever is first on the path
     client.execute()
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # jupyter_client, zmq and tornado warn on their own account
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "running"])
+def test_first_search_notebook_shows_the_run(tmp_path, monkeypatch, finished):
+    run = make_fake_run(tmp_path / "run", finished=finished, num_trials=30, done=25, torn=not finished)
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    outputs = execute("01_first_search.ipynb", tmp_path, monkeypatch, LCSC_RUN=str(run))
+
     text = "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
     wanted = (
         "lcsc 81.8 ± 1.8 · best baseline 204.9 ± 3.0 (EMA half-life 320 steps) · ratio 0.40 · floor 31.9 (real vs real)"
@@ -59,3 +67,19 @@ def test_first_search_notebook_shows_the_run(tmp_path, monkeypatch, finished):
         assert Image.open(io.BytesIO(base64.b64decode(picture))).width == 1800
     assert any("best_so_far" in output.get("data", {}).get("text/html", "") for output in outputs)
     assert {file: file.read_bytes() for file in run.iterdir()} == before  # read-only
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_coefficient_curves_notebook_compares_searchers(tmp_path, monkeypatch):
+    for seed, (searcher, best) in enumerate([("gradient", 46.4), ("cma", 81.8)]):
+        make_fake_run(tmp_path / "runs" / searcher, searcher=searcher, best=best, seed=seed, num_trials=5)
+    outputs = execute("02_coefficient_curves.ipynb", tmp_path, monkeypatch, LCSC_RUNS=str(tmp_path / "runs"))
+
+    tables = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert len(tables) == 3
+    first = tables[0]  # sorted by score
+    assert first.index("gradient, seed 0") < first.index("cma, seed 1")
+    assert "46.4" in first
+    assert "81.8" in first
+    assert [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
