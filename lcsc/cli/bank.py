@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lcsc.cli.settings import need, parse_words
+from lcsc.cli.sizes import size_text
 from lcsc.cli.watch import watch
 from lcsc.core.errors import BankError, ConfigError, did_you_mean
 
@@ -110,10 +111,10 @@ def _cells(row: GroupRow) -> tuple[str, ...]:
         str(gaps(steps)),
         dtypes,
         f"{row.num_parameters:,}",
-        size(row.nbytes),
+        size_text(row.nbytes),
         ", ".join(sorted({file.format for file in row.files})),
         finite,
-        "\n".join(f"{name} {size(nbytes)}" for name, nbytes in peaks.items()),
+        "\n".join(f"{name} {size_text(nbytes)}" for name, nbytes in peaks.items()),
     )
 
 
@@ -140,16 +141,6 @@ def _notes(found: Survey) -> Iterator[str]:
             yield f"a search needs a choice: {error}"
     for problem in found.problems[1:]:
         yield f"also wrong: {problem}"
-
-
-def size(nbytes: int) -> str:
-    """Bytes for a reader: `4.48 GB`."""
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.3g} {unit}"
 
 
 def _clean(text: str) -> Text:

@@ -17,6 +17,7 @@ import numpy as np
 
 from lcsc.bank import CheckpointBank
 from lcsc.cli.settings import need, parse_words, read_selection
+from lcsc.cli.sizes import size_text
 from lcsc.cli.watch import watch
 from lcsc.core.errors import ConfigError, did_you_mean
 from lcsc.export.folder import lora_text
@@ -245,11 +246,3 @@ def _say_written(done: Sequence[Written], to: Path, seconds: float, dtype: str, 
     nbytes = sum(written.nbytes for written in done)
     what = "model" if len(done) == 1 else f"{len(done)} models"
     print(f"{what}: {to} ({size_text(nbytes)}, {dtype}, {seconds:.1f} s)", flush=True)
-
-
-def size_text(nbytes: int) -> str:
-    """Bytes in decimal units, as file managers and the Hugging Face libraries count."""
-    size, units = float(nbytes), ["bytes", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"

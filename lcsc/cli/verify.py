@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lcsc.cli.combine import size_text
 from lcsc.cli.settings import need, parse_words
+from lcsc.cli.sizes import size_text
 from lcsc.cli.watch import watch
 from lcsc.core.errors import ConfigError
 from lcsc.export.verify import verify
