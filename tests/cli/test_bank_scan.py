@@ -11,7 +11,7 @@ import torch
 from helpers_cli import start
 from safetensors.torch import load_file, save_file
 
-from lcsc.cli.bank import size
+from lcsc.cli.sizes import size_text
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -43,7 +43,7 @@ def test_one_table(tiny_bank, lcsc):
         "gaps": "irregular",
         "dtypes": "float32",
         "parameters": f"{parameters:,}",
-        "size": size(5 * 4 * parameters),
+        "size": size_text(5 * 4 * parameters),
         "format": "safetensors",
         "finite": "yes",
     }
