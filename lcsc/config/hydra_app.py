@@ -136,9 +136,10 @@ def explain(error: Exception) -> ConfigError:
             return ConfigError(f"no setting named `{key}`.{did_you_mean(key, known)}")
     if found := re.search(r"Could not find '([^']+)'", text):
         return ConfigError(f"no configuration `{found[1]}`. See `lcsc list` for parts.")
-    if found := re.search(r"Missing mandatory value: (\S+)", text):
-        return ConfigError(f"`{found[1]}` is not set. Choose an experiment with `experiment=...` or set it.")
     full = re.search(r"full_key: (\S+)", text + "\n" + cause)
+    if found := re.search(r"Missing mandatory value: (\S+)", text):
+        key = full[1] if full else found[1]
+        return ConfigError(f"`{key}` is not set. Choose an experiment with `experiment=...` or set it.")
     where = f" at `{full[1]}`" if full else ""
     return ConfigError(f"configuration error{where}: {_first_line(error)}")
 

@@ -105,6 +105,14 @@ class SearchSpace:
         parts = [np.ones(b.size) if b.lengths is None else np.array(b.lengths, dtype=np.float64) for b in self.boxes]
         return np.concatenate(parts or [np.empty(0)])
 
+    @property
+    def step_lengths(self) -> np.ndarray:
+        """How far unit steps along the floats move the candidate, relative to one another, shape (size,), float64.
+
+        In coordinates floats * step_lengths all unit steps are equally long.
+        """
+        return self.lengths / self.scale
+
     def to_natural(self, vector: np.ndarray) -> list[np.ndarray]:
         """What people would write for a vector, shape (size,): one array for each box."""
         floats = self.to_point(vector)

@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.core.space import SearchSpace
-from lcsc.searchers.base import Proposal, Task, check_told
+from lcsc.searchers.base import Proposal, Session, Task, check_told
 
 NOISES = ("fresh", "rotating", "common")
 #: Averages over this share of the last iterates are candidates for the winner: noise averages out, drift does not.
 TAILS = (0.0, 1 / 8, 1 / 4, 1 / 2)
+#: The searcher's own recommendation is the average over this share.
+BEST_TAIL = 1 / 4
 FIRST_MOMENT, SECOND_MOMENT, EPSILON = 0.9, 0.99, 1e-12
 
 
-class _Session:
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Where a descent may go, in coordinates whose unit steps are equally long in weight space.
+
+    Args:
+        space: what is varied.
+        center: the start in these coordinates, shape (size,).
+        radius: largest distance from it; None means no limit.
+    """
+
+    space: SearchSpace
+    center: np.ndarray
+    radius: float | None = None
+    lengths: np.ndarray = field(init=False)
+    lower: np.ndarray = field(init=False)
+    upper: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        lengths = self.space.step_lengths
+        object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "lower", self.space.lower * lengths)
+        object.__setattr__(self, "upper", self.space.upper * lengths)
+
+    @classmethod
+    def around(cls, space: SearchSpace, begin: np.ndarray, radius: float | None) -> Region:
+        """The region around a vector of the space."""
+        return cls(space, begin * space.step_lengths, radius)
+
+    def nearest(self, at: np.ndarray) -> np.ndarray:
+        """`at` drawn into the trust region, then into the boxes."""
+        away = at - self.center
+        if self.radius is not None and (size := float(np.linalg.norm(away))) > self.radius:
+            at = self.center + away * (self.radius / size)
+        return np.clip(at, self.lower, self.upper)
+
+    def vector(self, at: np.ndarray) -> np.ndarray:
+        """The space's vector at a place; clipped, because a division rounds."""
+        return np.clip(at / self.lengths, self.space.lower, self.space.upper)
+
+
+class GradientSession:
     """Adam (arXiv:1412.6980) in coordinates whose unit steps are equally long in weight space."""
 
     def __init__(self, settings: Gradient, task: Task, begin: np.ndarray) -> None:
-        self._settings, self._task = settings, task
-        self._lengths = lengths(task.space)
-        self._begin, self._at = begin, begin * self._lengths
-        self._center = self._at.copy()
+        self._settings, self._num_trials, self._begin = settings, task.num_trials, begin
+        self.region = Region.around(task.space, begin, settings.radius)
+        self._at = self.region.center.copy()
         self._first, self._second = np.zeros_like(begin), np.zeros_like(begin)
         self._path: list[np.ndarray] = []
         self._asked, self._failed = 0, 0
@@ -33,7 +74,7 @@ class _Session:
         uid, noise = self._asked, self._settings.noise
         self._asked += 1
         block = None if noise == "common" else uid if noise == "fresh" else uid % self._settings.num_blocks
-        return Proposal(uid, self._at / self._lengths, gradient=True, block=block)
+        return Proposal(uid, self.region.vector(self._at), gradient=True, block=block)
 
     def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
         check_told(uid, value)
@@ -42,53 +83,56 @@ class _Session:
             return
         self._path.append(self._at.copy())
         done = len(self._path)
-        slope = np.asarray(gradient, dtype=np.float64) / self._lengths
+        slope = np.asarray(gradient, dtype=np.float64) / self.region.lengths
         self._first = FIRST_MOMENT * self._first + (1 - FIRST_MOMENT) * slope
         self._second = SECOND_MOMENT * self._second + (1 - SECOND_MOMENT) * slope**2
         first = self._first / (1 - FIRST_MOMENT**done)
         second = self._second / (1 - SECOND_MOMENT**done)
         move = first / (np.sqrt(second) + EPSILON * np.sqrt(second.max(initial=0.0)) + 1e-300)
-        self._at = self._inside(self._at - self._rate() * move)
+        self._at = self.region.nearest(self._at - self._rate() * move)
 
     def _rate(self) -> float:
         """Constant, then falling to `final` of it over the second half of the budget along a half cosine."""
         settings = self._settings
-        share = min(1.0, self._asked / max(1, self._task.num_trials))
+        share = min(1.0, self._asked / max(1, self._num_trials))
         fall = max(0.0, share - settings.hold) / max(1e-9, 1 - settings.hold)
         low = settings.final
         return settings.step_size * 0.5**self._failed * (low + (1 - low) * (1 + np.cos(np.pi * fall)) / 2)
-
-    def _inside(self, at: np.ndarray) -> np.ndarray:
-        """The nearest allowed point: inside the trust region and the boxes."""
-        radius, away = self._settings.radius, at - self._center
-        if radius is not None and (size := float(np.linalg.norm(away))) > radius:
-            at = self._center + away * (radius / size)
-        space = self._task.space
-        return np.clip(at, space.lower * self._lengths, space.upper * self._lengths)
 
     def _back_off(self) -> None:
         """A candidate broke: return to the last one that did not, with half the step and no momentum."""
         self._failed += 1
         self._first[:] = 0
-        self._at = (self._path[-1] if self._path else self._center).copy()
+        self._at = (self._path[-1] if self._path else self.region.center).copy()
 
     def best(self) -> np.ndarray:
-        """The average of the last quarter of the iterates; the newest where there are none."""
-        return self._mean(max(1, round(len(self._path) / 4)))
+        """The average of the last quarter of the iterates; the start where there are none."""
+        return tail_mean(self._path, BEST_TAIL, self.region) if self._path else self._begin
 
     def finalists(self, count: int) -> list[tuple[str, np.ndarray]]:
-        """Averages over the last iterates, and the last one."""
-        sizes = sorted({max(1, round(len(self._path) * share)) for share in TAILS}, reverse=True)
-        names = {size: f"mean of {size} iterates" if size > 1 else "last iterate" for size in sizes}
-        return [(names[size], self._mean(size)) for size in sizes][:count]
-
-    def _mean(self, size: int) -> np.ndarray:
-        return np.mean(self._path[-size:], axis=0) / self._lengths if self._path else self._begin
+        """Averages over the last iterates, and the last one; the start where there are none."""
+        named = tail_means(self._path, "iterate", self.region) if self._path else [("last iterate", self._begin)]
+        return named[:count]
 
 
-def lengths(space: SearchSpace) -> np.ndarray:
-    """How far unit steps along the coordinates move the weights, relative to one another, shape (size,)."""
-    return space.lengths / space.scale
+def tail_mean(path: list[np.ndarray], share: float, region: Region) -> np.ndarray:
+    """The average of the last `share` of a path, at least of its last place, as a vector of the space."""
+    return region.vector(np.mean(path[-max(1, round(len(path) * share)) :], axis=0))
+
+
+def tail_means(path: list[np.ndarray], noun: str, region: Region) -> list[tuple[str, np.ndarray]]:
+    """Labelled averages of the ends of a path, the longest first."""
+    shares = {max(1, round(len(path) * share)): share for share in TAILS}
+    names = {size: f"mean of {size} {noun}s" if size > 1 else f"last {noun}" for size in shares}
+    return [(names[size], tail_mean(path, shares[size], region)) for size in sorted(shares, reverse=True)]
+
+
+def need_gradient(searcher: str, task: Task) -> None:
+    """Raise ConfigError where the problem has no gradient."""
+    if task.no_gradient is not None:
+        raise ConfigError(
+            f"searcher `{searcher}` needs a derivative, and {task.no_gradient}. Use searcher=cma, or another objective."
+        )
 
 
 @register("searcher", "gradient", source="Adam, arXiv:1412.6980, on the exact derivative; see docs/methods.md")
@@ -126,16 +170,12 @@ class Gradient:
         if not 0 <= self.hold <= 1 or not 0 <= self.final <= 1:
             raise ConfigError(f"`searcher.hold` is {self.hold} and `final` {self.final}; both must lie in [0, 1].")
 
-    def start(self, task: Task) -> _Session:
+    def start(self, task: Task) -> Session:
         """Begin at the best start; see `Searcher.start`.
 
         Raises:
             ConfigError: nothing to search, or the problem has no gradient.
         """
         begin = task.begin()
-        if task.no_gradient is not None:
-            raise ConfigError(
-                f"searcher `gradient` needs a derivative, and {task.no_gradient}. "
-                "Use searcher=cma, or another objective."
-            )
-        return _Session(self, task, begin)
+        need_gradient("gradient", task)
+        return GradientSession(self, task, begin)

@@ -1,4 +1,7 @@
-"""Optimizers of nevergrad by the names we vouch for; each passes the contract tests.
+"""Optimizers of nevergrad: those we vouch for pass the contract tests, the others a rehearsal before they start.
+
+A rehearsal asks and tells at the real dimension in a process of its own, so that an optimizer which hangs or crashes is
+refused and takes no search with it.
 
 nevergrad costs seconds to import and is imported by `start` alone. Its state is never pickled (that fails for
 a third of its optimizers): a search is resumed by replaying its own asks and tells from the seed.
@@ -7,9 +10,15 @@ a third of its optimizers): a search is resumed by replaying its own asks and te
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +27,20 @@ from lcsc.core.errors import ConfigError, did_you_mean
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.searchers.base import Proposal, Task, check_told
+
+#: Held to the contract tests, therefore not rehearsed.
+VOUCHED = ("CMA", "DE", "DiagonalCMA", "OnePlusOne", "RandomSearch", "RealSpacePSO", "TBPSA", "TwoPointsDE")
+#: A rehearsal: at most so many trials, twice, in so many seconds; before that Python and nevergrad may load.
+REHEARSAL_TRIALS, REHEARSAL_SECONDS, LOADING_SECONDS = 200, 10.0, 120.0
+READY = "ready"
+CHILD = """
+import json, os, sys
+job = json.loads(sys.stdin.readline())
+sys.path[:] = job["path"]
+from lcsc.searchers.nevergrad import rehearse
+rehearse(job)
+os._exit(0)  # an optimizer's threads may outlive it
+"""
 
 
 @contextlib.contextmanager
@@ -28,12 +51,50 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-class _Session:
+@dataclass(frozen=True)
+class Recipe:
+    """What an optimizer is made of, in plain numbers, so that another process can make the same.
+
+    Args:
+        optimizer: its name in nevergrad's registry.
+        start: in units of the boxes' scale.
+        lower, upper: in that unit; None where there are no bounds.
+        sigma0: length of the first moves, in that unit.
+        state: seed of its random numbers.
+        budget: number of proposals.
+    """
+
+    optimizer: str
+    start: tuple[float, ...]
+    lower: tuple[float, ...] | None
+    upper: tuple[float, ...] | None
+    sigma0: float
+    state: int
+    budget: int
+
+    def make(self) -> Any:
+        """The optimizer, an object of nevergrad."""
+        import nevergrad as ng
+
+        array = ng.p.Array(init=np.array(self.start)).set_mutation(sigma=self.sigma0)
+        if self.lower is not None and self.upper is not None:
+            array = array.set_bounds(np.array(self.lower), np.array(self.upper))
+        array.random_state.seed(self.state)
+        return ng.optimizers.registry[self.optimizer](array, budget=self.budget, num_workers=1)
+
+
+class NevergradSession:
+    """An optimizer of nevergrad, asked for one point at a time."""
+
     def __init__(self, optimizer: Any, scale: np.ndarray) -> None:
         self._optimizer = optimizer
         self._scale = scale
         self._asked: dict[int, Any] = {}
         self._count = 0
+
+    def suggest(self, vector: np.ndarray) -> None:
+        """Make a vector inside the bounds, shape (size,), the next proposal."""
+        self._optimizer.suggest(vector / self._scale)
 
     def ask(self) -> Proposal:
         with _quiet():
@@ -44,8 +105,10 @@ class _Session:
         return Proposal(uid, np.asarray(candidate.value, dtype=np.float64) * self._scale)
 
     def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
+        from nevergrad.common.errors import TellNotAskedNotSupportedError
+
         check_told(uid, value)
-        with _quiet():
+        with _quiet(), contextlib.suppress(TellNotAskedNotSupportedError):  # a suggestion is lost on some
             self._optimizer.tell(self._asked.pop(uid), float(value))
 
     def best(self) -> np.ndarray:
@@ -54,6 +117,81 @@ class _Session:
     def finalists(self, count: int) -> None:
         """The best trials."""
         return
+
+
+def flaw(recipe: Recipe, num_trials: int) -> str | None:
+    """What is wrong with an optimizer, as a clause; None when nothing is.
+
+    It minimizes a bowl twice. Its proposals must be equal to the bit, finite, of the right shape and inside the bounds.
+    """
+    start, walks = np.array(recipe.start), []
+    for _ in range(2):
+        vectors = []
+        try:
+            session = NevergradSession(recipe.make(), np.ones(1))
+            for _ in range(num_trials):
+                proposal = session.ask()
+                vectors.append(proposal.vector)
+                if proposal.vector.shape != start.shape:
+                    return f"it proposes shape {proposal.vector.shape} instead of {start.shape}"
+                if not np.isfinite(proposal.vector).all():
+                    return "it proposes numbers that are not finite"
+                session.tell(proposal.uid, float(((proposal.vector - start - 1) ** 2).sum()))
+            session.best()
+        except Exception as error:
+            return f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:200].rstrip('.')}"
+        walks.append(np.array(vectors))
+    if walks[0].tobytes() != walks[1].tobytes():
+        return "it makes other proposals each time from the same seed"
+    if recipe.lower is not None and ((walks[0] < recipe.lower).any() or (walks[0] > recipe.upper).any()):
+        return "it leaves the bounds"
+    return None
+
+
+def rehearse(job: Mapping[str, Any]) -> None:
+    """The child's part: print `READY` once all is loaded, then what is wrong with the optimizer, as JSON."""
+    import nevergrad  # noqa: F401 - loading it is not the optimizer's fault
+
+    print(READY, flush=True)
+    with contextlib.redirect_stdout(sys.stderr):
+        clause = flaw(Recipe(**job["recipe"]), job["num_trials"])
+    print(json.dumps(clause), flush=True)
+
+
+def verdict(job: Mapping[str, Any], code: str = CHILD, limit: float = REHEARSAL_SECONDS) -> str | None:
+    """Run a rehearsal in a process of its own: what is wrong with the optimizer, as a clause; None when nothing is.
+
+    Args:
+        job: what the process reads from its input, as a line of JSON.
+        code: Python that prints `READY`, then a clause or null as a line of JSON.
+        limit: seconds between the two lines.
+    """
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as child:
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(job), file=child.stdin, flush=True)
+        loaded = _line(child, LOADING_SECONDS) == READY
+        began = time.monotonic()
+        said = _line(child, limit) if loaded else ""
+        seconds = time.monotonic() - began
+        child.kill()
+    if not loaded:
+        return "a process of its own could not load it"
+    if said:
+        return json.loads(said)
+    if seconds >= limit:
+        return f"two rehearsals took longer than {limit:g} s"
+    return f"it brought down its process with code {child.returncode}"
+
+
+def _line(child: subprocess.Popen[str], limit: float) -> str:
+    """What it prints next; empty where it ends before, or is killed because it takes longer than `limit` seconds."""
+    timer = threading.Timer(limit, child.kill)
+    timer.start()
+    line = child.stdout.readline() if child.stdout else ""
+    timer.cancel()
+    return line.strip()
 
 
 @register("searcher", "cma", source="CMA-ES, arXiv:1604.00772, by nevergrad", optimizer="CMA")
@@ -90,12 +228,32 @@ class Nevergrad:
         if not self.sigma0 > 0:
             raise ConfigError(f"`searcher.sigma0` is {self.sigma0}; it must be above 0.")
 
-    def start(self, task: Task) -> _Session:
+    def start(self, task: Task) -> NevergradSession:
         """Begin at the best start; see `Searcher.start`.
 
         Raises:
-            ConfigError: nothing to search, or no such optimizer.
+            ConfigError: nothing to search, no such optimizer, or one that fails its rehearsal.
         """
+        self.check(task)
+        return self.session(task)
+
+    def check(self, task: Task) -> None:
+        """Raise ConfigError where `start` would; an optimizer that we do not vouch for is rehearsed."""
+        recipe = self._recipe(task)
+        if self.optimizer in VOUCHED:
+            return
+        path = [place or os.getcwd() for place in sys.path]
+        job = {"recipe": asdict(recipe), "num_trials": min(task.num_trials, REHEARSAL_TRIALS), "path": path}
+        if clause := verdict(job):
+            raise ConfigError(
+                f"nevergrad's optimizer `{self.optimizer}` is refused: {clause}. Use searcher=cma, or another one."
+            )
+
+    def session(self, task: Task) -> NevergradSession:
+        """As `start`, without a rehearsal."""
+        return NevergradSession(self._recipe(task).make(), task.space.scale)
+
+    def _recipe(self, task: Task) -> Recipe:
         import nevergrad as ng
 
         space, begin = task.space, task.begin()
@@ -103,15 +261,17 @@ class Nevergrad:
             raise ConfigError(
                 f"nevergrad has no optimizer `{self.optimizer}`.{did_you_mean(self.optimizer, ng.optimizers.registry)}"
             )
-        scale = space.scale
-        lower, upper = space.lower / scale, space.upper / scale
+        lower, upper = space.lower / space.scale, space.upper / space.scale
         bounded = np.isfinite(lower) & np.isfinite(upper)
         if (bounded.any() and not bounded.all()) or (np.isfinite(lower) ^ np.isfinite(upper)).any():
             raise ConfigError("some boxes have bounds and some have none. Give all of them both bounds, or none.")
-        start = np.clip(begin / scale, lower, upper)
-        array = ng.p.Array(init=start).set_mutation(sigma=self.sigma0)
-        if bounded.all():
-            array = array.set_bounds(lower, upper)
-        state = SeedRange(task.seed, Purpose.SEARCHER).generator().integers(2**32)
-        array.random_state.seed(int(state))
-        return _Session(ng.optimizers.registry[self.optimizer](array, budget=task.num_trials, num_workers=1), scale)
+        low, high = (tuple(lower.tolist()), tuple(upper.tolist())) if bounded.all() else (None, None)
+        start = tuple(np.clip(begin / space.scale, lower, upper).tolist())
+        state = int(SeedRange(task.seed, Purpose.SEARCHER).generator().integers(2**32))
+        return Recipe(self.optimizer, start, low, high, self.sigma0, state, task.num_trials)
+
+
+@register("searcher", "nevergrad", source="any optimizer of nevergrad, github.com/facebookresearch/nevergrad")
+@dataclass(frozen=True)
+class AnyNevergrad(Nevergrad):
+    """Any black-box optimizer of nevergrad; one that has no name of its own here is rehearsed first."""

@@ -1,0 +1,259 @@
+"""L-BFGS on the exact derivative of the score, on noise that stays put while a curvature is learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lcsc.core.errors import ConfigError
+from lcsc.core.registry import register
+from lcsc.searchers.base import Proposal, Session, Task, check_told
+from lcsc.searchers.gradient import BEST_TAIL, Region, need_gradient, tail_mean, tail_means
+
+NOISES = ("common", "rotating")
+#: Wolfe's conditions: least share of the promised fall, largest share of the slope that may remain.
+FALL, SLOPE = 1e-4, 0.9
+#: Trials of one line search.
+MAX_LINE = 12
+#: A promised fall of this share of the value is none: arithmetic has no more digits.
+TOLERANCE = 1e-15
+#: How much of a step is left after a candidate that broke.
+SHRINK = 0.25
+
+Told = tuple[float, np.ndarray] | None
+Steps = Generator[np.ndarray, Told, "_Place | None"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Somewhere that was scored: place and gradient, shape (size,), in coordinates of equal length, and value."""
+
+    at: np.ndarray
+    value: float
+    slope: np.ndarray
+
+
+class _Curvature:
+    """What the last moves told about the second derivative (Nocedal & Wright, Numerical Optimization, section 7.2)."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        self.shrink: float | None = None  # of the gradient where nothing else is known; None before the first move
+
+    def __bool__(self) -> bool:
+        return bool(self._pairs)
+
+    def forget(self) -> None:
+        """Drop the moves; the size of a step stays known."""
+        self._pairs.clear()
+
+    def learn(self, old: _Place, new: _Place) -> None:
+        """Keep a move, unless the function is not convex along it."""
+        move, turn = new.at - old.at, new.slope - old.slope
+        if move @ turn > 1e-10 * np.linalg.norm(move) * np.linalg.norm(turn):
+            self._pairs = [*self._pairs, (move, turn)][-self._memory :]
+            self.shrink = float(move @ turn / (turn @ turn))
+
+    def newton(self, slope: np.ndarray, free: np.ndarray) -> np.ndarray:
+        """Algorithm 7.4, the two loops, on the `free` coordinates: approximately inverse Hessian @ slope."""
+        pairs = [(move * free, turn * free) for move, turn in self._pairs]
+        pairs = [
+            pair for pair in pairs if pair[0] @ pair[1] > 1e-10 * np.linalg.norm(pair[0]) * np.linalg.norm(pair[1])
+        ]
+        rest, weights = slope * free, []
+        for move, turn in reversed(pairs):
+            weights.append(float(move @ rest / (move @ turn)))
+            rest = rest - weights[-1] * turn
+        rest = rest * (self.shrink or 1.0)
+        for move, turn in pairs:
+            rest = rest + move * (weights.pop() - float(turn @ rest / (move @ turn)))
+        return rest * free
+
+
+class _Session:
+    """The algorithm is a generator of places that is sent what was found there."""
+
+    def __init__(self, settings: Lbfgs, task: Task, begin: np.ndarray) -> None:
+        self._settings, self._begin = settings, begin
+        self._region = Region.around(task.space, begin, settings.radius)
+        self._path: list[np.ndarray] = []  # accepted places of the present noise
+        self._ends: list[np.ndarray] = []  # where the blocks of noise before ended
+        self._asked = self._blocks = self._used = 0
+        self._steps = self._descend()
+        self._want = next(self._steps)
+
+    def ask(self) -> Proposal:
+        self._asked += 1
+        block = self._blocks % self._settings.num_blocks if self._settings.noise == "rotating" else None
+        return Proposal(self._asked - 1, self._region.vector(self._want), gradient=True, block=block)
+
+    def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
+        check_told(uid, value)
+        self._used += 1
+        slope = None if gradient is None else np.asarray(gradient, dtype=np.float64) / self._region.lengths
+        self._want = self._steps.send(None if slope is None else (float(value), slope))
+
+    def best(self) -> np.ndarray:
+        """The lowest place; on rotating noise the average of the last quarter of the blocks' ends."""
+        if self._ends:
+            return tail_mean(self._all_ends(), BEST_TAIL, self._region)
+        return self._region.vector(self._path[-1]) if self._path else self._begin
+
+    def finalists(self, count: int) -> list[tuple[str, np.ndarray]]:
+        """On common noise places along the path, the last first, since early ones fit the noise less.
+
+        On rotating noise averages over the ends of the last blocks.
+        """
+        if self._ends:
+            return tail_means(self._all_ends(), "block end", self._region)[:count]
+        num = len(self._path)
+        if not num:
+            return [("start", self._begin)][:count]
+        places = sorted({num - math.floor(num * share / count) for share in range(count)}, reverse=True)
+        return [(f"iterate {place} of {num}", self._region.vector(self._path[place - 1])) for place in places]
+
+    def _all_ends(self) -> list[np.ndarray]:
+        return [*self._ends, *self._path[-1:]]
+
+    def _descend(self) -> Generator[np.ndarray, Told, None]:
+        """One function after the other, each from where the last one ended; at a minimum the same place again."""
+        at, curvature = self._region.center, _Curvature(self._settings.memory)
+        rotating = self._settings.noise == "rotating"
+        while True:
+            while (told := (yield at)) is None:  # the start may break on some noise only
+                pass
+            place = _Place(at, *told)
+            self._path = self._path or [at]
+            while not rotating or self._used < self._settings.block_trials:
+                new = yield from self._move(place, curvature)
+                if new is None and not curvature:
+                    break
+                if new is None:
+                    curvature.forget()
+                    continue
+                curvature.learn(place, new)
+                place = new
+                self._path.append(place.at)
+            at = place.at
+            if rotating:
+                curvature.forget()
+                self._ends.append(at)
+                self._path, self._used, self._blocks = [], 0, self._blocks + 1
+
+    def _move(self, old: _Place, curvature: _Curvature) -> Steps:
+        """The next place; None where the curvature, or if there is none the slope, leads no further down."""
+        slope, free, normal = self._inner_slope(old)
+        way = -curvature.newton(slope, free)
+        if normal is not None:
+            way = way - (way @ normal) * normal
+        if not way @ slope < 0:
+            curvature.forget()
+            way = -curvature.newton(slope, free)
+        if -float(way @ slope) <= TOLERANCE * abs(old.value):
+            return None
+        first = self._settings.step_size / float(np.linalg.norm(way)) if curvature.shrink is None else 1.0
+        return (yield from self._line(old, slope, way, first))
+
+    def _line(self, old: _Place, slope: np.ndarray, way: np.ndarray, share: float) -> Steps:
+        """A place that fulfils Wolfe's conditions, by bracketing and cubic interpolation.
+
+        Where the way leaves the region its places are drawn back, and a fall is enough.
+        """
+        low, low_place = (0.0, old.value, float(way @ slope)), None
+        high: tuple[float, float | None, float | None] | None = None
+        for _ in range(MAX_LINE):
+            wanted = old.at + share * way
+            at = self._region.nearest(wanted)
+            told = yield at
+            if told is None:
+                high = (share, None, None)
+                share = low[0] + SHRINK * (share - low[0])
+                continue
+            here = _Place(at, *told)
+            end = (share, here.value, float(here.slope @ way))
+            if not here.value <= old.value + FALL * float(slope @ (at - old.at)) or here.value == old.value:
+                high = end
+            elif end[2] >= SLOPE * float(way @ slope) or not np.allclose(at, wanted, rtol=1e-12, atol=0):
+                return here
+            else:
+                low, low_place = end, here
+            share = _between(low, high) if high is not None else share * 4
+        return low_place
+
+    def _inner_slope(self, old: _Place) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """The slope without what points out of the region, which coordinates are free, and the rim's normal."""
+        region, slope = self._region, old.slope
+        stuck = ((old.at <= region.lower) & (slope > 0)) | ((old.at >= region.upper) & (slope < 0))
+        slope, away = np.where(stuck, 0.0, slope), old.at - region.center
+        size = float(np.linalg.norm(away))
+        if region.radius is None or size < region.radius * (1 - 1e-9) or not slope @ away < 0:
+            return slope, ~stuck, None
+        normal = np.where(stuck, 0.0, away)
+        normal = normal / np.linalg.norm(normal)
+        return slope - (slope @ normal) * normal, ~stuck, normal
+
+
+def _between(low: tuple[float, float, float], high: tuple[float, float | None, float | None]) -> float:
+    """The lowest point of the cubic through two ends with their slopes (Nocedal & Wright, equation 3.59).
+
+    The middle where there is none, kept off the ends.
+    """
+    (a, value_a, slope_a), (b, value_b, slope_b) = low, high
+    if value_b is None or slope_b is None:
+        return a + SHRINK * (b - a)
+    one = slope_a + slope_b - 3 * (value_a - value_b) / (a - b)
+    square = one**2 - slope_a * slope_b
+    share = 0.5
+    if 0 <= square < math.inf:
+        two = math.sqrt(square)
+        bottom = slope_b - slope_a + 2 * two
+        share = 1 - (slope_b + two - one) / bottom if bottom else 0.5
+    return a + (b - a) * (min(max(share, 0.1), 0.9) if math.isfinite(share) else 0.5)
+
+
+@register("searcher", "lbfgs", source="L-BFGS, Nocedal & Wright, Numerical Optimization, algorithm 7.4")
+@dataclass(frozen=True)
+class Lbfgs:
+    """L-BFGS on exact derivatives; it needs a fixed function, so all steps, or those of a block, see the same noise.
+
+    Args:
+        step_size: length of the very first move, in coordinates whose unit steps are equally long in weight space.
+        noise: `common` (that of all trials) or `rotating` (`num_blocks` blocks in turn, the curvature learned anew on
+            each).
+        num_blocks: blocks of rotating noise.
+        block_trials: trials on one of them, at least; a line search is not cut off.
+        radius: largest distance from the start in weight space, in the same unit; None means no limit.
+        memory: number of moves that the curvature is learned from.
+    """
+
+    step_size: float = 1.0
+    noise: str = "common"
+    num_blocks: int = 8
+    block_trials: int = 20
+    radius: float | None = None
+    memory: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.step_size > 0 or (self.radius is not None and not self.radius > 0):
+            raise ConfigError(
+                f"`searcher.step_size` is {self.step_size} and `searcher.radius` {self.radius}; both must be above 0."
+            )
+        if self.noise not in NOISES:
+            raise ConfigError(f"`searcher.noise` is `{self.noise}`; it must be one of {', '.join(NOISES)}.")
+        for name in ("num_blocks", "block_trials", "memory"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`searcher.{name}` is {getattr(self, name)}; it must be at least 1.")
+
+    def start(self, task: Task) -> Session:
+        """Begin at the best start; see `Searcher.start`.
+
+        Raises:
+            ConfigError: nothing to search, or the problem has no gradient.
+        """
+        begin = task.begin()
+        need_gradient("lbfgs", task)
+        return _Session(self, task, begin)
