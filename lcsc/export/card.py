@@ -55,6 +55,7 @@ def model_card(info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mappi
         "",
         "Scored on report seeds and reference images that the search never used; the baselines were tuned on the same",
         "search seeds as the winner. The standard error covers the sampling of the generated images.",
+        *_places(report),
         "",
         "## Use",
         "",
@@ -71,6 +72,30 @@ def model_card(info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mappi
         "",
     ]
     if "coef" in recipe:
-        rows = [f"| {step} | {coef:+.6f} |" for step, coef in zip(recipe["steps"], recipe["coef"], strict=True)]
-        lines += ["## Coefficients", "", "| step | coefficient |", "|---|---|", *rows, ""]
+        lines += ["## Coefficients", "", *_coefficients(recipe), ""]
     return "\n".join(lines)
+
+
+def _places(report: Mapping[str, Any]) -> list[str]:
+    """A table of where the models lie; nothing where the run does not say."""
+    points = (report.get("geometry") or {}).get("points") or {}
+    rows = [
+        f"| {'lcsc' if who == 'best' else who} | {p['from_last']:.4g} | {p['sum_abs']:.2f} | {p['max_abs']:.3f} |"
+        for who, p in points.items()
+        if {"from_last", "sum_abs"} <= set(p)
+    ]
+    head = ["", "| model | distance from last | sum of abs(coef) | max abs(coef) |", "|---|---|---|---|"]
+    return [*head, *rows] if rows else []
+
+
+def _coefficients(recipe: Mapping[str, Any]) -> list[str]:
+    """A table with one row a checkpoint and one column for each layer group."""
+    heads, columns = ["coefficient"], [recipe["coef"]]
+    if "groups" in recipe:
+        heads = [f"`{''.join(c for c in name if c not in '`|')}`" for name in recipe["groups"]["names"]]
+        columns = recipe["coef"]
+    rows = [
+        f"| {step} | {' | '.join(f'{coef:+.6f}' for coef in coefs)} |"
+        for step, *coefs in zip(recipe["steps"], *columns, strict=True)
+    ]
+    return [f"| step | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|", *rows]

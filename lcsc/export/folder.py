@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from lcsc.bank import CheckpointBank
-from lcsc.bank.shard_index import open_regular, read_range, strict_json
+from lcsc.bank import CheckpointBank, Layout
+from lcsc.bank.shard_index import open_regular, read_range, shown, strict_json
 from lcsc.core.digests import canonical_json
 from lcsc.core.errors import BankError
 from lcsc.export.stream import Spec
+from lcsc.kernels import Groups
 
 RECIPE_KEY = "lcsc_recipe"
 DIGEST_KEY = "lcsc_recipe_sha256"
@@ -168,6 +170,70 @@ def recipe_header(recipe: Mapping[str, Any]) -> dict[str, str]:
     """Metadata that carries a recipe, with a digest that notices every edit of it."""
     text = canonical_json(recipe)
     return {"format": "pt", RECIPE_KEY: text, DIGEST_KEY: sha256(text.encode()).hexdigest()}
+
+
+def is_sound(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe from a stranger has the types that making a model again relies on."""
+    steps, coef, parents = recipe.get("steps"), recipe.get("coef"), recipe.get("parents")
+    if not (isinstance(steps, list) and steps and isinstance(coef, list) and isinstance(parents, list)):
+        return False
+    rates = recipe.get("rates", [None] * len(steps))
+    grouped = recipe.get("operator") == "linear_grouped"
+    return (
+        type(recipe.get("rank")) in (int, type(None))
+        and recipe.get("dtype", "float32") in ("float32", "bfloat16", "float16", "same")
+        and isinstance(rates, list)
+        and len(steps) == len(rates)
+        and all(type(step) is int for step in steps)
+        and (not grouped or _sound_groups(recipe.get("groups"), len(coef)))
+        and all(_sound_row(row, len(steps)) for row in (coef if grouped else [coef]))
+        and all(rate is None or type(rate) is str for rate in rates)
+        and all(
+            isinstance(parent, dict)
+            and type(parent.get("step")) is int
+            and type(parent.get("rate")) in (str, type(None))
+            and isinstance(parent.get("files"), dict)
+            for parent in parents
+        )
+    )
+
+
+def _sound_row(coef: Any, count: int) -> bool:
+    numbers = isinstance(coef, list) and len(coef) == count
+    return numbers and all(type(c) in (int, float) and math.isfinite(c) for c in coef)
+
+
+def _sound_groups(groups: Any, count: int) -> bool:
+    """Names for `count` layer groups, and segments that take only those."""
+    names, segments = (groups.get("names"), groups.get("segments")) if isinstance(groups, dict) else (None, None)
+    return (
+        isinstance(names, list)
+        and isinstance(segments, list)
+        and len(names) == count
+        and all(type(name) is str for name in names)
+        and all(isinstance(segment, list) and len(segment) == 2 for segment in segments)
+        and all(type(name) is str and type(g) is int and 0 <= g < count for name, g in segments)
+    )
+
+
+def recipe_groups(recipe: Mapping[str, Any], layout: Layout) -> Groups:
+    """The columns of each layer group of a sound recipe: those from a segment's first tensor to the next segment's.
+
+    Recipes name tensors instead of patterns, so that making a model again runs no regular expression of a stranger.
+
+    Raises:
+        BankError: the segments are not tensors of this layout in its order, from the first on.
+    """
+    if recipe["operator"] != "linear_grouped":
+        return Groups((0, layout.num_parameters), (0,), 1)
+    segments, places = recipe["groups"]["segments"], {entry.name: n for n, entry in enumerate(layout.entries)}
+    if unknown := [name for name, _ in segments if name not in places]:
+        raise BankError(f"a layer group of the recipe begins at `{shown(unknown[0])}`, which the checkpoints lack.")
+    at = [places[name] for name, _ in segments]
+    if at[:1] != [0] or at != sorted(set(at)):
+        raise BankError("the layer groups of the recipe do not cover the tensors in order. It was edited.")
+    starts = (*(layout.entries[n].start for n in at), layout.num_parameters)
+    return Groups(starts, tuple(g for _, g in segments), len(recipe["groups"]["names"]))
 
 
 def coefficients_csv(recipe: Mapping[str, Any]) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -23,12 +22,16 @@ from lcsc.bank import CheckpointBank, Selection
 from lcsc.bank.extents import ITEMSIZE, Source, pread_into, raw_dtype, read_source
 from lcsc.bank.safetensors_file import read_safetensors
 from lcsc.bank.shard_index import open_regular, plain_file, read_index, read_range, shown, strict_json
+from lcsc.bank.stream import Pass, run_pass
 from lcsc.core.digests import canonical_json, file_sha256
 from lcsc.core.errors import BankError, ConfigError
-from lcsc.export.folder import CSV, DIGEST_KEY, RECIPE_KEY, coefficients_csv
+from lcsc.export.folder import CSV, DIGEST_KEY, RECIPE_KEY, coefficients_csv, is_sound, recipe_groups
 from lcsc.export.lora import check_rank, combine_adapter
 from lcsc.export.stream import FlatMap, Place, round_to
+from lcsc.kernels import Groups, round_coef
 
+#: whose models can be made again from their recipes
+OPERATORS = ("linear", "linear_grouped", "lora")
 #: most lists and objects in a recipe
 MAX_ITEMS = 1_000_000
 
@@ -140,36 +143,14 @@ def _read_recipe(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     digest = metadata.get(DIGEST_KEY)
     if digest != sha256(text.encode()).hexdigest() and (digest is not None or "schedule" in recipe):
         raise BankError(f"the recipe in the header of `{file}` was edited: its digest is another.")
-    if recipe.get("operator") not in ("linear", "lora") or recipe.get("space", "product") != "product":
-        said = f"operator `{shown(recipe.get('operator'))}`"
-        raise ConfigError(f"`{file}` was made by the {said}, which cannot be made again here; linear and lora can.")
-    if not _sound(recipe):
+    if recipe.get("operator") not in OPERATORS or recipe.get("space", "product") != "product":
+        raise ConfigError(
+            f"`{file}` was made by the operator `{shown(recipe.get('operator'))}`, which cannot be made again here; "
+            f"{', '.join(OPERATORS)} can."
+        )
+    if not is_sound(recipe):
         raise BankError(f"the recipe of `{file}` is none that lcsc writes. It was edited.")
     return recipe
-
-
-def _sound(recipe: Mapping[str, Any]) -> bool:
-    """Whether a recipe from a stranger has the types that the rest relies on."""
-    steps, coef, parents = recipe.get("steps"), recipe.get("coef"), recipe.get("parents")
-    if not (isinstance(steps, list) and steps and isinstance(coef, list) and isinstance(parents, list)):
-        return False
-    rates = recipe.get("rates", [None] * len(steps))
-    return (
-        type(recipe.get("rank")) in (int, type(None))
-        and recipe.get("dtype", "float32") in ("float32", "bfloat16", "float16", "same")
-        and isinstance(rates, list)
-        and len(steps) == len(coef) == len(rates)
-        and all(type(step) is int for step in steps)
-        and all(type(c) in (int, float) and math.isfinite(c) for c in coef)
-        and all(rate is None or type(rate) is str for rate in rates)
-        and all(
-            isinstance(parent, dict)
-            and type(parent.get("step")) is int
-            and type(parent.get("rate")) in (str, type(None))
-            and isinstance(parent.get("files"), dict)
-            for parent in parents
-        )
-    )
 
 
 def _check_index(model: Exported) -> None:
@@ -190,7 +171,7 @@ def _check_index(model: Exported) -> None:
 def _check_texts(model: Exported) -> None:
     if "config_sha256" not in model.recipe:  # a search's export: config.json has no digest there
         return
-    name = "config.json" if model.recipe["operator"] == "linear" else "adapter_config.json"
+    name = "adapter_config.json" if model.recipe["operator"] == "lora" else "config.json"
     config, wanted = model.folder / name, model.recipe["config_sha256"]
     if wanted is not None and (not config.is_file() or file_sha256(config) != wanted):
         raise BankError(f"`{config}` is not the one that was written: its digest is another. Restore it.")
@@ -231,19 +212,21 @@ def _here(bank: CheckpointBank, model: Exported) -> dict[tuple[int, str | None],
 
 
 def _coefficients(bank: CheckpointBank, model: Exported) -> np.ndarray:
-    """The recipe's coefficients for the rows of the bank, float64, shape (K,); 0 for rows that it does not name."""
-    here, recipe, coef_K = _here(bank, model), model.recipe, np.zeros(bank.num_checkpoints)
+    """The recipe's coefficients for the rows of the bank, float64, shape (G, K); 0 for rows that it does not name."""
+    here, recipe = _here(bank, model), model.recipe
+    coef_GS = np.array(recipe["coef"], np.float64).reshape(-1, len(recipe["steps"]))
+    coef_GK = np.zeros((len(coef_GS), bank.num_checkpoints))
     rates = recipe.get("rates", [None] * len(recipe["steps"]))
-    named = dict(zip(zip(recipe["steps"], rates, strict=True), recipe["coef"], strict=True))
+    named = dict(zip(zip(recipe["steps"], rates, strict=True), coef_GS.T, strict=True))
     used = {(parent["step"], parent.get("rate")) for parent in recipe["parents"]}
-    for key in [*used, *(key for key, coef in named.items() if coef)]:
+    for key in [*used, *(key for key, coef_G in named.items() if coef_G.any())]:
         if key not in here:
             raise BankError(
                 f"`{model.folder}` was made of step {key[0]}, which is not in `{bank.path}`. "
                 "Restore it, or give the right checkpoints with bank=PATH."
             )
-        coef_K[here[key]] = named.get(key, 0.0)
-    return coef_K
+        coef_GK[:, here[key]] = named.get(key, 0.0)
+    return coef_GK
 
 
 # --------------------------------------------------------------------------------------------------------- compare
@@ -255,7 +238,8 @@ def _compare(bank: CheckpointBank, models: Sequence[Exported], progress: Callabl
         for model in models:
             _compare_adapter(bank, model)
         return
-    coef_MK = np.stack([_coefficients(bank, model) for model in models])
+    coef_MGK = [_coefficients(bank, model) for model in models]
+    groups_M = [recipe_groups(model.recipe, bank.layout) for model in models]
     for model in models:
         kinds = {name: (source.dtype, source.shape) for name, (_, source) in bank.constant_sources().items()}
         dtype = model.recipe.get("dtype", "float32")
@@ -266,7 +250,7 @@ def _compare(bank: CheckpointBank, models: Sequence[Exported], progress: Callabl
         _check_metadata(model, twins)
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(_Reader(bank, model)) for model in models]
-        for start, out_MC in bank.stream(coef_MK, progress=progress):
+        for start, out_MC in _outputs(bank, coef_MGK, groups_M, progress):
             for reader, out_C in zip(readers, out_MC, strict=True):
                 reader.compare(start, out_C)
     for model in models:
@@ -277,6 +261,30 @@ def _compare(bank: CheckpointBank, models: Sequence[Exported], progress: Callabl
             wanted = read_source(paths, source, bank.rows[-1].base)
             if wanted.tobytes() != read_source(model.files, model.sources[name]).tobytes():
                 raise BankError(_difference(model, name))
+
+
+def _outputs(
+    bank: CheckpointBank,
+    coef_MGK: Sequence[np.ndarray],
+    groups_M: Sequence[Groups],
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """All models in one pass, `(start, out_MC)`: columns are cut wherever any model's layer groups are."""
+    cuts = sorted({start for groups in groups_M for start in groups.starts})
+    if len(cuts) == 2:
+        return bank.stream(np.stack([coef_GK[0] for coef_GK in coef_MGK]), progress=progress)
+    places_M = [np.searchsorted(groups.starts, cuts[:-1], side="right") - 1 for groups in groups_M]
+    coef_MSK = np.stack(
+        [coef[np.array(groups.groups)[at]] for coef, groups, at in zip(coef_MGK, groups_M, places_M, strict=True)]
+    )
+    ids = tuple(range(len(cuts) - 1))
+    if bank.storage == "streamed":
+        work = Pass(bank.rows, bank.layout, round_coef(coef_MSK), cuts, ids, bank.checksums)
+        return run_pass(work, progress=progress)
+    import torch  # rounded rows lie in memory already; so may their combinations
+
+    theta_MP = bank.combine(torch.from_numpy(coef_MSK), groups=Groups(tuple(cuts), ids, len(ids)))
+    return iter([(0, theta_MP.cpu().numpy())])
 
 
 def _difference(model: Exported, name: str) -> str:
@@ -290,7 +298,7 @@ def _compare_adapter(bank: CheckpointBank, model: Exported) -> None:
     """As `_compare`, for a LoRA adapter."""
     check_rank(model.recipe.get("rank"), bank.kind)
     dtype = str(model.recipe.get("dtype", "float32"))
-    adapter = combine_adapter(bank, _coefficients(bank, model), model.recipe.get("rank"), dtype)
+    adapter = combine_adapter(bank, _coefficients(bank, model)[0], model.recipe.get("rank"), dtype)
     _check_parents(bank, model)
     _check_tensors(model, {spec.name: (spec.dtype, spec.shape) for spec in adapter.specs}, {})
     _check_metadata(model, adapter.extra(bank) if "schedule" in model.recipe else {})

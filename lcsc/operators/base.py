@@ -77,3 +77,17 @@ class PullsBack(Protocol):
     def pull_back(self, bank: CheckpointBank, point: Point, grad_P: Tensor) -> dict[str, np.ndarray]:
         """Derivative with respect to the point, box by box, of a number whose derivative by the weights is `grad_P`."""
         ...
+
+
+@runtime_checkable
+class Notes(Protocol):
+    """What an operator offers beside `Operator` when a user should know something before the search."""
+
+    def notes(self, bank: CheckpointBank) -> list[str]:
+        """One line each; `note: ` is put before it."""
+        ...
+
+
+def notes_of(operator: Operator, bank: CheckpointBank) -> list[str]:
+    """The lines to print before a search with `operator`; none for operators that have nothing to say."""
+    return [f"note: {note}" for note in operator.notes(bank)] if isinstance(operator, Notes) else []

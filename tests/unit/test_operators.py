@@ -15,7 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lcsc.bank import CheckpointBank
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.core.registry import discover
+from lcsc.core.space import SearchSpace
 from lcsc.operators import profiles
+from lcsc.operators.base import notes_of
 from lcsc.operators.linear import Linear, whitened_axes
 
 STEPS = (50, 100, 200, 400, 1000)
@@ -149,5 +151,73 @@ def test_foreign_coefficients_are_refused(bank):
         Linear(whitening=2)
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_truncated_point_is_the_nearest_one_in_weight_space(bank, rank):
+    W_KP = bank.matrix().double().numpy()
+    mean_P = W_KP.mean(0)
+    _, spread_K, turn_KP = np.linalg.svd(W_KP - mean_P, full_matrices=False)
+    lost = 100 * (spread_K[rank:] ** 2).sum() / (spread_K**2).sum()
+    linear = Linear(rank=rank)
+    assert f" hold {lost:.3g} % of" in linear.notes(bank)[0]
+    coef_K = np.array([0.7, -0.4, 1.1, -0.9, 0.5])
+    point = linear.point(bank, coef_K)
+    assert point["z"].shape == (rank,)
+    wanted_P = mean_P + turn_KP[:rank].T @ (turn_KP[:rank] @ (coef_K @ W_KP - mean_P))
+    np.testing.assert_allclose(linear.coefficients(bank, point) @ W_KP, wanted_P, atol=1e-9)
+    row_P = torch.empty(W_KP.shape[1])
+    linear.apply(bank, point).write(row_P)
+    np.testing.assert_allclose(row_P.numpy(), wanted_P, atol=1e-6)
+    grad_P = torch.randn(W_KP.shape[1], generator=torch.Generator().manual_seed(3))
+    full = Linear().pull_back(bank, Linear().point(bank, coef_K), grad_P)["z"]
+    np.testing.assert_allclose(linear.pull_back(bank, point, grad_P)["z"], full[:rank], rtol=1e-12)
+
+
+def test_baselines_of_a_truncated_space_are_the_baselines_themselves(bank):
+    linear, full = Linear(rank=2), Linear()
+    space = linear.space(bank)
+    assert (space.size, space.lengths.tolist()) == (2, full.space(bank).lengths[:2].tolist())
+    for small, exact in zip(linear.baselines(bank), full.baselines(bank), strict=True):
+        wanted_K = full.coefficients(bank, exact.point)
+        z = space.to_vector(small.point)
+        there_and_back = (z * space.lengths) / space.lengths  # as a searcher does before it proposes the start again
+        for vector in (z, there_and_back):
+            found_K = linear.coefficients(bank, space.to_point(vector))
+            np.testing.assert_allclose(found_K, wanted_K, atol=2e-12, err_msg=small.label)
+        beside_K = linear.coefficients(bank, space.to_point(z + 1e-6))
+        np.testing.assert_allclose(beside_K, whitened_axes(bank, 0.5).coefficients(z + 1e-6), atol=1e-12)
+    last = next(b for b in linear.baselines(bank) if b.family == "last")
+    row_P = torch.empty(bank.layout.num_parameters)
+    linear.apply(bank, last.point).write(row_P)
+    assert row_P.numpy().tobytes() == bank.matrix()[-1].numpy().tobytes()
+
+
+def test_ranks_that_leave_nothing_out_or_ask_too_much(bank):
+    assert Linear(rank=4).notes(bank) == Linear().notes(bank) == []
+    z = {"z": np.array([1.0, -2.0, 0.5, 3.0])}
+    assert Linear(rank=4).coefficients(bank, z).tolist() == Linear().coefficients(bank, z).tolist()
+    with pytest.raises(ConfigError, match="`operator.rank` is 5, but 5 checkpoints span 4 directions"):
+        Linear(rank=5).space(bank)
+    with pytest.raises(ConfigError, match="`operator.rank` is 0; it must be at least 1"):
+        Linear(rank=0)
+
+
+def test_operators_with_notes_say_them_once(bank):
+    assert notes_of(Linear(rank=1), bank)[0].startswith("note: operator.rank=1 searches the 1 longest of 4 directions")
+    assert notes_of(Silent(), bank) == []
+
+
+class Silent:
+    """An operator with nothing to say."""
+
+    def space(self, bank):
+        return SearchSpace()
+
+    def apply(self, bank, point):
+        return Linear().apply(bank, {"z": np.zeros(bank.num_checkpoints - 1)})
+
+    def baselines(self, bank):
+        return []
+
+
 def test_operators_are_listed():
-    assert "linear" in discover("operator")
+    assert {"linear", "linear_grouped"} <= set(discover("operator"))
