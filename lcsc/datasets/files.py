@@ -38,20 +38,21 @@ class FileDataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W); reads the files."""
-        channels, height, width = self._images.shape[1:]
+        channels, height, width = self._all[0].shape[1:]
         return (channels, height, width)
 
     def images(self) -> Tensor:
         """All images, shape (N, C, H, W), float32 in [-1, 1]; raises what `read` raises."""
-        return self._images
+        return self._all[0]
 
-    def labels(self) -> None:
-        """None: labels are not read, so the reference is cut at random."""
+    def labels(self) -> Tensor | None:
+        """Class of each image, shape (N,), int64; None where there are none, and the reference is cut at random."""
+        return self._all[1]
 
-    def read(self) -> Tensor:
-        """Read all images, shape (N, C, H, W), float32 in [-1, 1]."""
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """Read all images, shape (N, C, H, W), float32 in [-1, 1], and their classes, shape (N,), int64, or None."""
         raise NotImplementedError
 
     @cached_property
-    def _images(self) -> Tensor:
+    def _all(self) -> tuple[Tensor, Tensor | None]:
         return self.read()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from lcsc.core.registry import register
 from lcsc.datasets.files import FileDataset
 from lcsc.datasets.images import decode, existing
+from lcsc.datasets.labels import class_numbers
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 
@@ -22,12 +24,16 @@ class ImageFolder(FileDataset):
     Args:
         path: the folder.
         resize: side of the square images to make (centre crop, antialiased), or None if all have one size.
+        subfolder_labels: whether the first subfolder an image lies in is its class; that needs at least two of them
+            and no image beside them.
     """
+
+    subfolder_labels: bool = True
 
     kind: ClassVar[str] = "image_folder"
 
-    def read(self) -> Tensor:
-        """All images, shape (N, C, H, W), float32 in [-1, 1].
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """All images, shape (N, C, H, W), float32 in [-1, 1], and their classes, numbered in the folders' sorted order.
 
         Raises:
             ConfigError: no such folder, no image in it, an unreadable file, or sizes that differ without `resize`.
@@ -38,4 +44,8 @@ class ImageFolder(FileDataset):
             for f in folder.rglob("*")
             if f.suffix.lower() in SUFFIXES and f.is_file()
         )
-        return decode(files, self.resize, "image_folder")
+        images_NCHW = decode(files, self.resize, "image_folder")
+        parents = [name.split("/")[0] if "/" in name else "" for name, _ in files]
+        if not self.subfolder_labels or "" in parents or len(set(parents)) < 2:
+            return images_NCHW, None
+        return images_NCHW, class_numbers(np.array(parents), len(files), f"`{folder}`")

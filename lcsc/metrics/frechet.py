@@ -66,6 +66,7 @@ class FrechetReference:
 
 
 @register("metric", "fid", source=SOURCE, detector="inception")
+@register("metric", "fid_classifier", source=SOURCE, detector="classifier")
 @register("metric", "fid_digits", source=SOURCE, detector="digits")
 @register("metric", "fid_pixels", source=SOURCE, detector="pixels")
 @dataclass(frozen=True)

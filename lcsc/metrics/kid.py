@@ -55,6 +55,7 @@ class KernelReference:
 
 
 @register("metric", "kid", source=SOURCE, detector="inception")
+@register("metric", "kid_classifier", source=SOURCE, detector="classifier")
 @register("metric", "kid_digits", source=SOURCE, detector="digits")
 @register("metric", "kid_pixels", source=SOURCE, detector="pixels")
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,8 +46,29 @@ class Trainer(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Settings of the loop that cost accuracy or repeatability for speed; a trainer has them by inheriting.
+
+    The defaults change nothing and are left out of `train.json`.
+
+    Args:
+        mixed_precision: `no`, or `bf16` for matrix products and convolutions in bfloat16; weights, optimizer and loss
+            stay float32.
+        channels_last: keep images and convolution weights as NHWC in memory, which tensor cores read faster.
+        compile: `no`, or a backend of torch.compile, usually `inductor`.
+    """
+
+    mixed_precision: str = "no"
+    channels_last: bool = False
+    compile: str = "no"
+
+
 class Recipe(Protocol):
-    """What the loop needs to know about a kind of training: its random draws, its loss and four numbers."""
+    """What the loop needs to know about a kind of training: its random draws, its loss and a few numbers.
+
+    A recipe that also has the fields of `Speed` is trained by them.
+    """
 
     @property
     def num_steps(self) -> int: ...  # optimizer steps

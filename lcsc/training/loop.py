@@ -1,17 +1,20 @@
 """The training loop: what every step does, and how a run stops and continues without a trace.
 
 The batch and the noise of step s follow from (seed, s) alone, so a run that was interrupted, even killed, and
-started again gives the same bits on the same machine as an unbroken one.
+started again gives the same bits on the same machine as an unbroken one; with `compile`, or where the GPU adds in no
+fixed order, the same up to rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -25,7 +28,7 @@ from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import Dataset
 from lcsc.models.base import Model
 from lcsc.models.network import build_network
-from lcsc.training.base import Recipe
+from lcsc.training.base import Recipe, Speed
 from lcsc.training.folder import BankFolder, make_config
 from lcsc.training.progress import reporter
 from lcsc.training.state import Progressed, load_state, save_state
@@ -38,7 +41,7 @@ INIT, DROPOUT = 0, 1  # index of the initial weights' stream; stream of the laye
 
 
 def check_numbers(recipe: Recipe) -> None:
-    """Refuse counts below 1 and rates that are not positive.
+    """Refuse counts below 1, rates that are not positive and unknown ways to be fast.
 
     Raises:
         ConfigError: naming the field.
@@ -50,6 +53,28 @@ def check_numbers(recipe: Recipe) -> None:
         raise ConfigError(f"`learning_rate` is {recipe.learning_rate}; it must be above 0 and finite.")
     if not 0 <= recipe.weight_decay < math.inf:
         raise ConfigError(f"`weight_decay` is {recipe.weight_decay}; it must be 0 or above, and finite.")
+    precision = speed_of(recipe).mixed_precision
+    if precision not in ("no", "bf16"):
+        raise ConfigError(f"`mixed_precision` is `{precision}`; it is `no` or `bf16`.")
+
+
+def speed_of(recipe: Any) -> Speed:
+    """The fields of `Speed` that a recipe has, the defaults for the others."""
+    names = [field.name for field in dataclasses.fields(Speed)]
+    return Speed(**{name: getattr(recipe, name) for name in names if hasattr(recipe, name)})
+
+
+def check_compile(backend: str) -> None:
+    """Refuse a `compile` that torch.compile has no backend for.
+
+    Raises:
+        ConfigError: naming those it has.
+    """
+    if backend == "no":
+        return
+    known = torch.compiler.list_backends(None)
+    if backend not in known:
+        raise ConfigError(f"`compile` is `{backend}`; it is `no` or a backend of torch.compile: {', '.join(known)}.")
 
 
 def checkpoint_steps(num_steps: int, save_every: int) -> tuple[int, ...]:
@@ -80,7 +105,10 @@ def fit(
             f"network takes {channels} channels, dataset `{dataset.name}` has {images_NCHW.shape[1]}. "
             "Set `in_channels` and `out_channels` of the architecture to the dataset's."
         )
+    check_compile(speed_of(recipe).compile)
     config = make_config(recipe, arch=arch, model=model, dataset=dataset, images_NCHW=images_NCHW, seed=seed)
+    usual = dataclasses.asdict(Speed())  # left out, so that banks made before these settings existed still fit
+    config["trainer"] = {k: v for k, v in config["trainer"].items() if k not in usual or v != usual[k]}
     folder = BankFolder(out, config, checkpoint_steps(recipe.num_steps, recipe.save_every))
     folder.check()
     if folder.finished:
@@ -105,6 +133,8 @@ def fit(
             folder.check()  # another process may have begun another bank meanwhile
             folder.create()
         accelerator.wait_for_everyone()
+        stack.enter_context(warnings.catch_warnings())  # diffusers caches a version test; torch.compile warns of it
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         _Session(recipe, accelerator, net, model, images_NCHW, folder, seeds).run(progress)
     return out
 
@@ -124,10 +154,15 @@ class _Session:
     ) -> None:
         self.recipe, self.model, self.folder, self.seeds = recipe, model, folder, seeds
         self.accelerator, self.net, self.images_NCHW = accelerator, net, images_NCHW
+        self.speed = speed_of(recipe)
+        self.memory_format = torch.channels_last if self.speed.channels_last else torch.contiguous_format
+        net.to(memory_format=self.memory_format)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.wrapped, self.prepared = accelerator.prepare(net, self.optimizer)
         self.done = load_state(folder.state_path, net, self.optimizer, folder.digest)
         self.wrapped.train()
+        if self.speed.compile != "no":
+            self.wrapped = torch.compile(self.wrapped, backend=self.speed.compile)
 
     def run(self, progress: bool | None) -> None:
         """Train to the last step; every checkpoint is preceded by the state it can be made from again."""
@@ -164,8 +199,12 @@ class _Session:
         arrays = self.recipe.draw(rng, step, shape_NCHW)
         device = self.accelerator.device
         draws = {name: torch.from_numpy(array[mine]).to(device) for name, array in arrays.items()}
-        images_NCHW = self.images_NCHW[index_N[mine]].to(device)
-        loss = self.recipe.loss(self.wrapped, self.model, images_NCHW, draws).mean()
+        images_NCHW = self.images_NCHW[index_N[mine]].to(device, memory_format=self.memory_format)
+        # A call uses each weight once, so a cache of casts would only hold memory.
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=self.speed.mixed_precision == "bf16", cache_enabled=False
+        ):
+            loss = self.recipe.loss(self.wrapped, self.model, images_NCHW, draws).mean()
         flag = torch.tensor(float(interrupted()), device=device)
         value, stop = self.accelerator.reduce(torch.stack([loss.detach(), flag]), "mean").tolist()
         if not math.isfinite(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -237,6 +238,121 @@ def test_parquet_reads_nested_bytes(tmp_path: Path) -> None:
     path.write_bytes(b"no parquet at all")
     with pytest.raises(ConfigError, match=r"cannot read `.*train.parquet` as parquet"):
         Parquet(path=str(path)).images()
+
+
+# --- labels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["label", "labels", "targets", "Y"])
+def test_npz_finds_images_and_labels_under_any_usual_name(tmp_path: Path, name: str) -> None:
+    labels = np.array([3, 1, 4, 1, 5], dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", **{"pictures": PIXELS_NHWC, name: labels, "other": np.zeros((5, 2)), "n": 5})
+    dataset = Npz(path=str(tmp_path / "a.npz"))
+    np.testing.assert_allclose(dataset.images(), NCHW, atol=1e-6)
+    assert dataset.labels().tolist() == [3, 1, 4, 1, 5]
+    assert dataset.labels().dtype == torch.int64
+    assert dataset.labels() is dataset.labels()
+    assert Npz(path=str(tmp_path / "a.npz"), labels_key=None).labels() is None
+
+
+def test_npz_prefers_images_and_asks_where_it_is_in_doubt(tmp_path: Path) -> None:
+    path, text = tmp_path / "a.npz", np.array(["b", "a", "b", "c", "a"])
+    np.savez(path, images=PIXELS_NHWC, masks=PIXELS_NHWC[..., 0], kind=text, label=np.arange(5), y=np.arange(5))
+    with pytest.raises(ConfigError, match=r"several arrays that could be labels: label, y\. Name one in `dataset.lab"):
+        Npz(path=str(path)).images()
+    dataset = Npz(path=str(path), labels_key="kind")
+    np.testing.assert_allclose(dataset.images(), NCHW, atol=1e-6)
+    assert dataset.labels().tolist() == [1, 0, 1, 2, 0]
+    np.savez(path, a=PIXELS_NHWC, b=PIXELS_NHWC)
+    with pytest.raises(
+        ConfigError, match=r"several arrays that could be images: a, b\. Name one of a, b in `dataset.k"
+    ):
+        Npz(path=str(path)).images()
+    np.savez(path, a=np.zeros(5))
+    with pytest.raises(ConfigError, match=r"has no array of images\. Name one of a in `dataset.key`"):
+        Npz(path=str(path)).images()
+    assert Npz(path=save_npz(tmp_path, PIXELS_NHWC)).labels() is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(4, dtype=int), r"array `labels` of `.*set.npz` has shape \(4,\) for 5 images"),
+        (np.zeros((5, 1), dtype=int), r"has shape \(5, 1\) for 5 images; labels are one number for each image"),
+        (np.zeros(5), "array `labels` of `.*set.npz` holds float64; labels are whole numbers or texts"),
+    ],
+)
+def test_labels_that_do_not_fit(tmp_path: Path, labels: np.ndarray, message: str) -> None:
+    np.savez(tmp_path / "set.npz", images=PIXELS_NHWC, labels=labels)
+    with pytest.raises(ConfigError, match=message):
+        Npz(path=str(tmp_path / "set.npz")).labels()
+    with pytest.raises(ConfigError, match="has no array `label`. Did you mean `labels`?"):
+        Npz(path=str(tmp_path / "set.npz"), labels_key="label").labels()
+
+
+def test_parquet_finds_images_and_labels(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    extra = {"image": png(PIXELS_NHWC[0]), "meta": {"target": "cat"}, "fine_label": 7}
+    rows = [{**extra, "image": png(p), "meta": {"target": t}} for p, t in zip(PIXELS_NHWC, "badac", strict=True)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    dataset = Parquet(path=str(path))
+    np.testing.assert_allclose(dataset.images(), NCHW, atol=1e-6)
+    assert dataset.labels().tolist() == [1, 0, 3, 0, 2]
+    assert Parquet(path=str(path), label_column="fine_label").labels().tolist() == [7] * 5
+    assert Parquet(path=str(path), label_column=None).labels() is None
+    with pytest.raises(ConfigError, match="has no column `fine_labels`. Did you mean `fine_label`?"):
+        Parquet(path=str(path), label_column="fine_labels").labels()
+    pq.write_table(pa.Table.from_pylist([{**row, "label": i or None} for i, row in enumerate(rows)]), path)
+    with pytest.raises(ConfigError, match=r"several columns that could be labels: meta\.target, label"):
+        Parquet(path=str(path)).images()
+    with pytest.raises(ConfigError, match="column `label` of `.*` holds object; labels are whole numbers or texts"):
+        Parquet(path=str(path), label_column="label").labels()
+    pq.write_table(pa.Table.from_pylist([{**row, "thumb": b""} for row in rows]), path)
+    with pytest.raises(ConfigError, match="several columns that could be images: image, thumb"):
+        Parquet(path=str(path)).images()
+
+
+def test_image_folder_takes_subfolders_as_classes(tmp_path: Path) -> None:
+    for name, pixels in zip(["dog/a.png", "cat/b.png", "cat/x/a.png", "dog/b.png"], PIXELS_NHWC, strict=False):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(pixels).save(tmp_path / name)
+    dataset = ImageFolder(path=str(tmp_path))
+    np.testing.assert_allclose(dataset.images(), NCHW[[1, 2, 0, 3]], atol=1e-6)
+    assert dataset.labels().tolist() == [0, 0, 1, 1]
+    assert ImageFolder(path=str(tmp_path), subfolder_labels=False).labels() is None
+    assert ImageFolder(path=str(tmp_path / "cat")).labels() is None  # an image beside the subfolder
+    assert ImageFolder(path=str(tmp_path / "dog")).labels() is None
+
+
+def real(name: str) -> str:
+    """A file of real data, from $LCSC_DATA or shared/data of the checkout; the test skips where there is none."""
+    folder = Path(os.environ.get("LCSC_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / name).is_file():
+        pytest.skip(f"no {name}; LCSC_DATA names the folder it lies in")
+    return str(folder / name)
+
+
+def test_mnist_halves_are_stratified() -> None:
+    dataset = Npz(path=real("mnist10k.npz"), resize=16)
+    assert dataset.images().shape == (10_000, 1, 16, 16)
+    labels = dataset.labels().numpy()
+    assert np.bincount(labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]  # MNIST's test set
+    search, report = split_halves(10_000, 0, labels)
+    assert np.abs(np.bincount(labels[search]) - np.bincount(labels[report])).max() <= 1
+
+
+@pytest.mark.slow
+def test_cifar_is_read_with_its_labels() -> None:
+    pytest.importorskip("pyarrow")
+    dataset = Parquet(path=real("cifar10/test.parquet"), resize=8)
+    assert dataset.images().shape == (10_000, 3, 8, 8)
+    assert np.bincount(dataset.labels().numpy()).tolist() == [1000] * 10
+
+
+# --- halves -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_images", [2, 3, 1797])

@@ -27,10 +27,11 @@ from lcsc.models.consistency import Consistency
 from lcsc.models.direct import Direct
 from lcsc.models.edm import EDM
 from lcsc.models.network import load_network
+from lcsc.training.base import Speed
 from lcsc.training.consistency import ConsistencyTraining, noise_grid
 from lcsc.training.diffusion import Diffusion
 from lcsc.training.gaussian_toy import GaussianToy
-from lcsc.training.loop import checkpoint_steps
+from lcsc.training.loop import checkpoint_steps, speed_of
 
 UNET: dict[str, Any] = {
     "class": "UNet2DModel",
@@ -331,6 +332,68 @@ def test_a_kill_between_state_and_checkpoint_loses_nothing(
     assert (tmp_path / "bank" / ".training" / "state.safetensors").exists()
     assert not checkpoints(tmp_path / "bank")
     assert_same_bits(train(SMALL, tmp_path / "bank"), unbroken)
+
+
+# --- speed ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FastDiffusion(Diffusion, Speed):
+    """A trainer with the loop's settings of speed."""
+
+
+@dataclass(frozen=True)
+class FastConsistency(ConsistencyTraining, Speed):
+    """Likewise; its loss calls the network without gradient first."""
+
+
+PLAIN: dict[str, Any] = UNET | {"config": UNET["config"] | {"dropout": 0.0}}
+
+
+def updates(trainer: type, out: Path, learning_rate: float = 1e-3, **speed: Any) -> Tensor:
+    """Parameters after two steps, as one row."""
+    model = EDM() if issubclass(trainer, Diffusion) else Consistency()
+    given = {"num_steps": 2, "batch_size": 8, "save_every": 2, "learning_rate": learning_rate}
+    weights = checkpoints(train(trainer(**given, **speed), out, arch=PLAIN, model=model))["checkpoint-000002"]
+    return torch.cat([tensor.flatten() for tensor in weights.values()])
+
+
+@pytest.mark.parametrize("trainer", [FastDiffusion, FastConsistency])
+def test_bfloat16_and_channels_last_take_nearly_the_same_steps(trainer: type, tmp_path: Path) -> None:
+    start = updates(trainer, tmp_path / "start", learning_rate=1e-12)
+    exact = updates(trainer, tmp_path / "exact")
+    for name, speed in (("a", {"mixed_precision": "bf16"}), ("b", {"channels_last": True})):
+        row = updates(trainer, tmp_path / name, **speed)
+        assert not torch.equal(row, exact)
+        # Adam's first steps are signs of gradients: a layer without gradient would show as a right angle.
+        assert float(torch.cosine_similarity(row - start, exact - start, dim=0)) > 0.9
+    assert torch.equal(updates(trainer, tmp_path / "again"), exact)
+
+
+@pytest.mark.slow
+def test_compiling_without_optimising_gives_the_same_bits(tmp_path: Path) -> None:
+    exact = updates(FastDiffusion, tmp_path / "exact")
+    assert torch.equal(updates(FastDiffusion, tmp_path / "compiled", compile="eager"), exact)
+
+
+def test_speed_is_in_the_configuration_unless_it_is_the_usual(tmp_path: Path) -> None:
+    usual, fast = (Path(tmp_path / name) for name in ("usual", "fast"))
+    updates(FastDiffusion, usual)
+    updates(FastDiffusion, fast, mixed_precision="bf16")
+    trainers = [json.loads((bank / "train.json").read_text())["config"]["trainer"] for bank in (usual, fast)]
+    assert set(trainers[1]) - set(trainers[0]) == {"mixed_precision"}
+    assert trainers[1]["mixed_precision"] == "bf16"
+    assert speed_of(Diffusion()) == Speed()
+    with pytest.raises(RunError, match="`trainer.mixed_precision`"):
+        updates(FastDiffusion, fast)
+
+
+def test_unknown_speeds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`mixed_precision` is `fp8`; it is `no` or `bf16`"):
+        FastDiffusion(mixed_precision="fp8")
+    with pytest.raises(ConfigError, match="`compile` is `fast`; it is `no` or a backend of torch.compile: .*inductor"):
+        updates(FastDiffusion, tmp_path / "bank", compile="fast")
+    assert not (tmp_path / "bank").exists()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
