@@ -28,6 +28,8 @@ def make_fake_run(
     command: str = "lcsc search experiment=digits",
     samples: bool = True,
     torn: bool = False,
+    groups: tuple[str, ...] = (),
+    descent: bool = False,
 ) -> Path:
     """Write a run directory.
 
@@ -40,6 +42,8 @@ def make_fake_run(
         best: the winner's score on the report seeds.
         samples: whether a finished run has samples.npz.
         torn: end the journal in half a line.
+        groups: layer groups with coefficients of their own.
+        descent: whether every trial has noise of its own, and a finished run says where the score is flat.
 
     Returns:
         `folder`.
@@ -92,8 +96,12 @@ def make_fake_run(
     }
     (folder / "run.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
     records = _search_records(rng, steps, num_trials if done is None else done, best)
+    if descent:
+        records = [r | ({"block": r["uid"]} if r["kind"] == "trial" else {}) for r in records]
     if finished:
         records += _final_records(rng, records, best, num_images_report)
+    if groups:
+        records = [r | _in_groups(r, len(groups)) for r in records]
     records = [{"seq": seq, **record} for seq, record in enumerate(records)]
     lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
     (folder / "journal.jsonl").write_text(lines + ('{"coef": [0.1, 0.' if torn else ""), encoding="utf-8")
@@ -104,7 +112,8 @@ def make_fake_run(
     ]
     (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timed), encoding="utf-8")
     if finished:
-        (folder / "summary.json").write_text(json.dumps(_summary(info, records, timed), indent=2), encoding="utf-8")
+        summary = _summary(info, records, timed, groups) | {"geometry": _geometry(records, descent)}
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
         if samples:
             np.savez_compressed(folder / "samples.npz", **_samples(rng))
     return folder
@@ -174,12 +183,46 @@ def _final_records(
     return finals
 
 
-def _summary(info: dict[str, Any], records: list[dict[str, Any]], timed: list[dict[str, Any]]) -> dict[str, Any]:
+def _in_groups(record: dict[str, Any], num_groups: int) -> dict[str, Any]:
+    """Coefficients (G, K): a baseline's the same in all groups, others turned by one checkpoint from group to group."""
+    if record.get("coef") is None:
+        return {}
+    moved = record["kind"] == "trial" or record.get("who") == "best"
+    return {"coef": [np.roll(record["coef"], g if moved else 0).tolist() for g in range(num_groups)]}
+
+
+def _geometry(records: list[dict[str, Any]], descent: bool) -> dict[str, Any]:
+    """Shares that fall by a factor from direction to direction; the last three directions are flat."""
+    reports = {r["who"]: np.atleast_2d(np.array(r["coef"])) for r in records if r["kind"] == "report"}
+    D = reports["best"].shape[1] - 1
+    points = {
+        who: {"sum_abs": np.abs(coef).sum(1).max(), "max_abs": np.abs(coef).max(), "from_last": 0.5 * place,
+              "from_last_relative": 0.1 * place}
+        for place, (who, coef) in enumerate(reports.items())
+    }  # fmt: skip
+    share_D = 0.8 ** np.arange(D)
+    share_D[-3:] *= 0.05
+    share_D /= share_D.sum()
+    along = 0.95 ** np.arange(D) / (0.95 ** np.arange(D)).sum()
+    slope = {"num_gradients": 120, "num_directions": D, "num_carrying": 21, "num_flat": 3, "way_flat": along[-3:].sum(),
+             "energy": share_D.tolist(), "along": along.tolist()}  # fmt: skip
+    bank = {"last_to_mean": 5.0, "last_to_first": 12.5, "effective_rank": 7.25, "num_directions": D, "num_short": 3}
+    way = {"length": 2.5, "effective_rank": 11.5, "along": along.tolist(), "outside": 0.0}
+    section = {"points": points, "bank": bank | {"spread": share_D.tolist()}, "way": way}
+    return section | ({"slope": slope} if descent else {})
+
+
+def _summary(
+    info: dict[str, Any], records: list[dict[str, Any]], timed: list[dict[str, Any]], groups: tuple[str, ...]
+) -> dict[str, Any]:
     reports = {r["who"]: {key: r[key] for key in ("value", "se", "label")} for r in records if r["kind"] == "report"}
     winner = next(r for r in records if r["kind"] == "report")
     baselines = {who: row for who, row in reports.items() if who != "best"}
     rival = min(baselines, key=lambda who: baselines[who]["value"])
     ratio = reports["best"]["value"] / baselines[rival]["value"]
+    steps, coef = info["bank"]["steps"], winner["coef"]
+    named = [({"group": name}, coef_K) for name, coef_K in zip(groups, coef, strict=True)] if groups else [({}, coef)]
+    coefficients = [n | {"step": s, "coef": c} for n, coef_K in named for s, c in zip(steps, coef_K, strict=True)]
     return {
         "experiment": info["name"],
         "operator": "linear",
@@ -194,7 +237,7 @@ def _summary(info: dict[str, Any], records: list[dict[str, Any]], timed: list[di
         "wall_seconds": sum(row["seconds"] for row in timed),
         "floor": FLOOR,
         "report": {"best": reports["best"], "baselines": baselines, "best_baseline": rival, "ratio": ratio},
-        "coefficients": [{"step": s, "coef": c} for s, c in zip(info["bank"]["steps"], winner["coef"], strict=True)],
+        "coefficients": coefficients,
         "export": "best",
     }
 

@@ -93,7 +93,7 @@ def grouped(paths: Iterable[Path | str]) -> list[Group]:
         groups.append(Group(_title(key), "Scored in the same way: ranked by value, lower is better.", ranked))
     waiting = [_row(run) for run in runs if not run.finished]
     if waiting:
-        text = "Not ranked: the values are the best so far on the search seeds, which flatter."
+        text = "Not ranked: the values are the best so far, not on the report seeds: they flatter."
         groups.append(Group("unfinished", text, waiting))
     return groups
 

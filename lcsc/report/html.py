@@ -15,7 +15,7 @@ from lcsc.core.files import write_bytes
 from lcsc.report.compare import compare_runs, comparison_text
 from lcsc.report.page import render
 from lcsc.report.run import Run
-from lcsc.report.tables import html_table, score_rows, status_line
+from lcsc.report.tables import html_table, place_notes, place_rows, score_rows, status_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +27,8 @@ __all__ = ["compare_runs", "comparison_text", "write_report"]
 def write_report(run_dir: Path | str) -> Path:
     """Draw a run, finished or not, into `<run_dir>/report/`; an older report is replaced file by file.
 
-    Writes report.html, and beside it convergence, coefficients and scores as PNG and CSV and samples.png; what the run
-    does not have (yet) is left out. The same run gives the same bytes.
+    Writes report.html, and beside it convergence, coefficients, scores and geometry as PNG and CSV, and samples.png;
+    what the run does not have (yet) is left out. The same run gives the same bytes.
 
     Returns:
         The path of report.html.
@@ -57,6 +57,7 @@ def _tables(run: Run) -> dict[str, bytes]:
     columns = ["kind", "uid", "label", "value", "best_so_far", "status"]
     convergence = pd.concat([part.reindex(columns=columns).astype(object) for part in rows])
     frames = {"convergence.csv": convergence, "coefficients.csv": run.coefficients(), "scores.csv": run.report_table()}
+    frames["geometry.csv"] = run.directions()
     return {name: _csv(frame) for name, frame in frames.items() if not frame.empty}
 
 
@@ -66,9 +67,10 @@ def _csv(frame: DataFrame) -> bytes:
 
 def _pictures(run: Run, tables: Mapping[str, bytes]) -> dict[str, bytes]:
     """PNG files by name."""
-    from lcsc.report import grids, plots, style
+    from lcsc.report import directions, grids, plots, style
 
     draw = {"convergence": plots.convergence, "coefficients": plots.coefficients, "scores": plots.scores}
+    draw["geometry"] = directions.geometry
     wanted = [name for name in draw if name == "convergence" or f"{name}.csv" in tables]
     pictures = {name: style.png(draw[name](run)) for name in wanted}
     images = read_samples(run)
@@ -104,7 +106,8 @@ def read_samples(run: Run) -> dict[str, np.ndarray]:
 
 def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
     head, rows = score_rows(run)
-    embedded = dict.fromkeys(("scores", "convergence", "coefficients", "samples"), "")
+    place_head, places = place_rows(run)
+    embedded = dict.fromkeys(("scores", "convergence", "coefficients", "geometry", "samples"), "")
     embedded |= {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()}
     config = io.StringIO()
     json.dump(run.info["config"], config, indent=2, ensure_ascii=False, sort_keys=True)
@@ -115,6 +118,8 @@ def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
         result=status_line(run),
         finished=run.finished,
         scores=html_table(head, rows, strong=0) if rows else "",
+        places=html_table(place_head, places, strong=0) if places else "",
+        notes=place_notes(run),
         pictures=embedded,
         facts=_facts(run),
         config=config.getvalue(),
@@ -155,6 +160,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("operator", (config.get("operator") or {}).get("name")),
         ("trials", f"{len(trials)}{f', of them {failed} failed' if failed else ''}"),
         ("images sampled", f"{sampled:,.0f}"),
+        ("images saved by racing", f"{summary['images_saved']:,}" if summary.get("images_saved") else None),
         ("time", f"{seconds:,.0f} s in scoring"),
         ("checkpoints", f"{len(steps)}, steps {steps[0]} to {steps[-1]}" if steps else None),
         ("parameters", f"{bank['num_parameters']:,}" if isinstance(bank.get("num_parameters"), int) else None),

@@ -60,7 +60,7 @@ REPORT = """{% extends "shell" %}
 <p class="faint">{{ under }}</p>
 <div class="result">{{ result }}</div>
 {% if not finished %}<p>The search is not finished. What follows is its state when this page was written; the scores
-are search-seed scores, which flatter whatever was chosen by them.</p>{% endif %}
+are not those of the report seeds, and flatter whatever was chosen by them.</p>{% endif %}
 
 <h2>Scores</h2>
 {% if scores %}{{ scores }}
@@ -75,6 +75,14 @@ baseline; each baseline was tuned on the same search seeds.</p>
 
 {% if pictures.coefficients %}<h2>Coefficients</h2>
 <img src="{{ pictures.coefficients }}" alt="coefficient of each checkpoint against its training step">{% endif %}
+
+{% if places %}<h2>Where the winner lies</h2>
+{{ places }}
+{% for note in notes %}<p class="faint">{{ note }}</p>
+{% endfor %}
+{% if pictures.geometry %}<img src="{{ pictures.geometry }}"
+  alt="share of the slope or of the spread along each direction, and of the winner's way">{% endif %}
+{% endif %}
 
 {% if pictures.samples %}<h2>Samples</h2>
 <img src="{{ pictures.samples }}" alt="real images, and samples of three models from the same noise">{% endif %}

@@ -14,6 +14,7 @@ from lcsc.report.style import (
     BLUE,
     FAINT,
     FAMILY_COLORS,
+    GROUP_COLORS,
     INK,
     ORANGE,
     circumstances,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from lcsc.report.run import Run
 
+LEGEND_ROWS = 15  # as many fit beside a plot at full size
 LOG_FROM = 5.0  # a wider range of scores gets a logarithmic axis
 
 #: Where a curve ends: height, name, score, colour, whether it is set bold.
@@ -40,13 +42,18 @@ End = tuple[float, str, str, str, bool]
 
 @styled
 def coefficients(run: Run) -> Figure:
-    """Coefficient of each checkpoint against its training step; the best EMA's and the best baseline's as lines."""
+    """Coefficient of each checkpoint against its training step; the best EMA's and the best baseline's as lines.
+
+    Where each layer group has coefficients of its own, a line for each group, and the best EMA's.
+    """
     frame = run.coefficients()
     figure = new_figure(4.4, "Coefficient of each checkpoint")
     ax = figure.add_axes((0.08, 0.13, 0.89, 0.62))
     ax.grid(axis="y")
     if frame.empty:
         return empty(figure, ax, "no coefficients to show yet")
+    if "group" in frame:
+        return _draw_groups(figure, ax, run, frame)
     step, coef = frame["step"].to_numpy(), frame["coef"].to_numpy()
     label, rival = _names(run)
     ax.axhline(0, color=INK, linewidth=0.9)
@@ -71,14 +78,44 @@ def coefficients(run: Run) -> Figure:
     return figure
 
 
+def _draw_groups(figure: Figure, ax: Axes, run: Run, frame: DataFrame) -> Figure:
+    """A line for each layer group, told apart by colour and dashes, and its name at the right."""
+    ax.set_position((0.08, 0.13, 0.685, 0.68))
+    ax.axhline(0, color=INK, linewidth=0.9)
+    for index, name in enumerate(run.groups):
+        part = frame[frame["group"] == name]
+        color, dash = GROUP_COLORS[index % len(GROUP_COLORS)], "-" if index < len(GROUP_COLORS) else "--"
+        ax.plot(part["step"], part["coef"], dash, color=color, marker="o", markersize=3.2, linewidth=1.6,
+                label=short(name, 24))  # fmt: skip
+    ema = run.tuned("ema")
+    if ema is not None:  # the same in all groups: baselines know no groups
+        ax.plot(run.steps, frame["ema_coef"].to_numpy()[: len(run.steps)], ":", color=INK, linewidth=1.8,
+                label=short(ema["label"], 24))  # fmt: skip
+    ax.set_xlabel("training step of the checkpoint")
+    ax.set_ylabel("coefficient")
+    ax.margins(x=0.02, y=0.1)
+    where = {"loc": "upper left", "bbox_to_anchor": (0.775, 0.825), "borderaxespad": 0.0}
+    size = min(9.0, 9.0 * LEGEND_ROWS / (len(run.groups) + 1))
+    figure.legend(**where, frameon=False, fontsize=size, handlelength=1.8)
+    coef, label = frame["coef"].to_numpy(), _names(run)[0]
+    subtitle(figure, f"{label} · {len(run.groups)} layer groups, each with sum 1 · {(coef < 0).sum()} of {coef.size} "
+                      f"negative · largest {np.abs(coef).max():.2f}")  # fmt: skip
+    return figure
+
+
 @styled
 def convergence(run: Run) -> Figure:
-    """Every trial and the best so far on the search seeds; at the right, what became of it on the report seeds."""
+    """Every trial and the best so far; at the right, what became of it on the report seeds.
+
+    Trials of a black-box search share the search seeds; those of a descent have fresh seeds each, and it says so.
+    """
     trials, baselines, report = run.trials(), run.baselines(), run.report_table()
     metric = printable(str(run.info["metric"]))
     figure = new_figure(5.2, f"{metric} against number of trials")
     done = not report.empty
-    seeds = "dots and lines: search seeds" + (" · band: report seeds ± 1 standard error" if done else "")
+    common = run.noise == "search seeds"
+    seeds = "dots and lines: search seeds" if common else f"trials: {run.noise} · baselines: search seeds"
+    seeds += " · band: report seeds ± 1 standard error" if done else ""
     subtitle(figure, f"lower is better · {circumstances(run)} · {seeds}")
     ax = figure.add_axes((0.09, 0.115, 0.475 if done else 0.54, 0.745))
     strip = figure.add_axes((0.578, 0.115, 0.058, 0.745), sharey=ax) if done else None

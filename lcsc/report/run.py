@@ -102,6 +102,30 @@ class Run:
         return next((record["value"] for record in self._records("floor")), None)
 
     @property
+    def noise(self) -> str:
+        """What the trials were scored on: "search seeds", which all share, "fresh seeds" (a descent's), or both."""
+        fresh = {record.get("block") is not None for record in self._records("trial")}
+        return {(True,): "fresh seeds", (False, True): "search and fresh seeds"}.get(
+            tuple(sorted(fresh)), "search seeds"
+        )
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Where the winner lies (`lcsc.search.geometry`); empty until the search is finished, and in old runs."""
+        return (self.summary or {}).get("geometry") or {}
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the layer groups where each has coefficients of its own, else empty."""
+        best = self.best
+        if best is None or not _is_nested(best.get("coef")):
+            return ()
+        rows = (self.summary or {}).get("coefficients") or []
+        named = tuple(dict.fromkeys(str(row["group"]) for row in rows if "group" in row))
+        count = len(best["coef"])
+        return named if len(named) == count else tuple(f"group {g + 1}" for g in range(count))
+
+    @property
     def best(self) -> Record | None:
         """The winner's report record; of an unfinished run the best trial on the search seeds, None before one."""
         if self.finished:
@@ -174,7 +198,8 @@ class Run:
     def coefficients(self) -> DataFrame:
         """The best candidate's coefficients, the best baseline's and the best EMA's, one row a checkpoint.
 
-        Columns step, coef, baseline_coef, ema_coef.
+        Columns step, coef, baseline_coef, ema_coef. Where each layer group has coefficients of its own there is a row
+        for each group and checkpoint, and a first column `group`.
 
         Empty while there is no trial, and for operators whose candidates are no combination of checkpoints. The best
         baseline is the best on the report seeds; of an unfinished run, on the search seeds. NaN where there is none.
@@ -188,14 +213,44 @@ class Run:
         best, rival, ema = self.best, self._best_baseline(), self.tuned("ema")
         if best is None or best.get("coef") is None:
             return pd.DataFrame(columns=columns)
-        coefs = [best["coef"], rival.get("coef") if rival else None, ema.get("coef") if ema else None]
-        for coef in coefs:
-            if coef is not None and len(coef) != len(self.steps):
-                raise RunError(
-                    f"a record of `{self.path}` has {len(coef)} coefficients for {len(self.steps)} checkpoints."
-                )
-        rows = [[float("nan")] * len(self.steps) if coef is None else coef for coef in coefs]
-        return pd.DataFrame(dict(zip(columns, [self.steps, *rows], strict=True)))
+        groups = self.groups
+        rows = [self._flat(record, max(len(groups), 1)) for record in (best, rival, ema)]
+        steps = [step for _ in groups or (None,) for step in self.steps]
+        frame = pd.DataFrame(dict(zip(columns, [steps, *rows], strict=True)))
+        if groups:
+            frame.insert(0, "group", [name for name in groups for _ in self.steps])
+        return frame
+
+    def _flat(self, record: Record | None, num_groups: int) -> list[float]:
+        """A record's coefficients group after group, NaN where it has none; one row stands for all groups."""
+        coef = (record or {}).get("coef")
+        rows = [[float("nan")] * len(self.steps)] if coef is None else coef if _is_nested(coef) else [coef]
+        rows = rows * num_groups if len(rows) == 1 else rows
+        if wrong := [len(row) for row in rows if len(row) != len(self.steps)]:
+            raise RunError(f"a record of `{self.path}` has {wrong[0]} coefficients for {len(self.steps)} checkpoints.")
+        if len(rows) != num_groups:
+            raise RunError(f"a record of `{self.path}` has {len(rows)} layer groups, the winner has {num_groups}.")
+        return [value for row in rows for value in row]
+
+    def directions(self) -> DataFrame:
+        """Directions of the search, one a row: direction (from 1), slope or spread, way, flat.
+
+        Where trials have gradients `slope` is a direction's share of the squared slope of the score, steepest first;
+        else `spread` is its share of the checkpoints' squared distances from their mean, longest first. `way` is the
+        share of the winner's squared distance from the best baseline, NaN where it is that baseline. `flat` marks
+        directions along which the score, or the weights, hardly change. Empty until the search is finished.
+        """
+        import pandas as pd
+
+        slope, bank, way = (self.geometry.get(key) or {} for key in ("slope", "bank", "way"))
+        name, share, along = "spread", bank.get("spread") or [], way.get("along")
+        if "energy" in slope:
+            name, share, along = "slope", slope["energy"], slope.get("along")
+        num_flat = slope["num_flat"] if name == "slope" else bank.get("num_short", 0)
+        frame = pd.DataFrame({"direction": range(1, len(share) + 1), name: share})
+        frame["way"] = float("nan") if along is None else along
+        frame["flat"] = frame["direction"] > len(share) - num_flat
+        return frame.astype({name: "float64", "way": "float64"})
 
     def tuned(self, family: str) -> Record | None:
         """The baseline of a family that was best on the search seeds, None when there is none yet."""
@@ -261,7 +316,15 @@ def _check(record: Record) -> None:
 
 
 def _is_numbers(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(item, int | float) for item in value))
+    rows = value if _is_nested(value) else [value]
+    return value is None or all(
+        isinstance(row, list) and all(isinstance(item, int | float) for item in row) for row in rows
+    )
+
+
+def _is_nested(coef: Any) -> bool:
+    """Whether coefficients come in layer groups, (G, K)."""
+    return isinstance(coef, list) and bool(coef) and isinstance(coef[0], list)
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -34,6 +34,8 @@ FAMILY_COLORS = {
     "uniform": GREEN,
     "wsm": "#CC79A7",
 }
+#: of layer groups, in their order
+GROUP_COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#8c8c8c")
 STYLE = {
     "font.family": ["DejaVu Sans"],
     "font.size": 10,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: What a table prints where there is no number.
 NOTHING = "–"
+#: A winner whose squared way has less than this share outside of the checkpoints' plane lies in it, but for rounding.
+OUTSIDE = 1e-3
 
 
 def decimals_of(value: float, se: float | None) -> int:
@@ -48,11 +50,14 @@ def result_line(summary: Mapping[str, Any]) -> str:
     if summary.get("floor") is not None:
         decimals = decimals_of(best["value"], best.get("se"))
         parts.append(f"floor {summary['floor']:.{decimals}f} (real vs real)")
+    saved = summary.get("images_saved")
+    if saved:
+        parts.append(f"racing saved {saved:,} of {saved + summary['images_sampled']:,} images")
     return printable(" · ".join(parts))
 
 
 def progress_line(run: Run) -> str:
-    """The state of an unfinished run in one line; its scores are search-seed scores and say so."""
+    """The state of an unfinished run in one line; its scores are not those of the report seeds and say so."""
     trials, baselines = run.trials(), run.baselines()
     total = (run.info["config"].get("search") or {}).get("num_trials")
     parts = [f"unfinished: {len(trials)}{f' of {total}' if total else ''} trials"]
@@ -62,7 +67,7 @@ def progress_line(run: Run) -> str:
         rival = baselines.loc[baselines["value"].idxmin()]
         parts.append(f"best baseline {number(rival['value'])} ({display_label(rival['family'], rival['label'])})")
     if len(parts) > 1:
-        parts.append("search seeds, not final")
+        parts.append("search seeds, not final" if run.noise == "search seeds" else f"trials on {run.noise}, not final")
     return printable(" · ".join(parts))
 
 
@@ -92,10 +97,80 @@ def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
+def place_rows(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table "where the winner lies", as text, in the order of the final scores.
+
+    No rows for a run that does not say; columns that it does not have are left out.
+    """
+    points = run.geometry.get("points") or {}
+    farthest = max((point.get("from_last") or 0.0 for point in points.values()), default=0.0)
+    columns = {
+        "from_last": ("from last", decimals_of(farthest, None)),
+        "from_last_relative": ("/ last to mean", 2),
+        "sum_abs": ("sum |coef|", 2),
+        "max_abs": ("max |coef|", 3),
+    }
+    shown = {key: look for key, look in columns.items() if any(key in point for point in points.values())}
+
+    def text(value: float | None, decimals: int) -> str:
+        return NOTHING if value is None else f"{value:,.{decimals}f}"
+
+    rows = [
+        [
+            display_label(row["who"], row["label"]),
+            *(text(points[row["who"]].get(key), digits) for key, (_, digits) in shown.items()),
+        ]
+        for row in run.report_table().to_dict("records")
+        if row["who"] in points
+    ]
+    return ["", *(head for head, _ in shown.values())], rows if shown else []
+
+
+def place_notes(run: Run) -> list[str]:
+    """What the table "where the winner lies" leaves to say, in sentences: the bank's shape, and what is not pinned."""
+    bank, way, slope = (run.geometry.get(key) or {} for key in ("bank", "way", "slope"))
+    notes = []
+    if bank:
+        text = f"From the last checkpoint to the mean of all it is {number(bank['last_to_mean'])}, to the first "
+        text += f"{number(bank['last_to_first'])}. The checkpoints' effective rank is "
+        notes.append(f"{text}{bank['effective_rank']:.1f} of {bank['num_directions']}.")
+    if way:
+        text = f"The winner is {number(way['length'])} away from the best baseline; its way has an effective rank of "
+        text += f"{way['effective_rank']:.1f}."
+        if way["outside"] > OUTSIDE:
+            text += f" {100 * way['outside']:.2g} % of its square is no combination of whole checkpoints."
+        notes.append(text)
+    if slope:
+        notes.append(_slope_note(slope))
+    if bank.get("num_short"):
+        text = f"{bank['num_short']} of {bank['num_directions']} directions of the checkpoints are shorter than "
+        notes.append(f"{text}1/1000 of the longest: coefficients along them hardly change the weights.")
+    return notes
+
+
+def _slope_note(slope: Mapping[str, Any]) -> str:
+    total = slope["num_directions"]
+    if "energy" not in slope:
+        text = f"{slope['num_gradients']} gradients are too few to tell which of {total} directions"
+        return f"{text} the score depends on; that takes {2 * total}."
+    text = f"{slope['num_carrying']} of {total} directions carry 99 % of the score's squared slope"
+    share = slope.get("way_flat")
+    if not slope["num_flat"] or share is None:
+        return f"{text}; {slope['num_flat'] or 'none'} of them {'are' if slope['num_flat'] > 1 else 'is'} flat."
+    flat = f"{slope['num_flat']} are flat" if slope["num_flat"] > 1 else "1 is flat"
+    text = f"{text}, {flat} (under 1 % of the mean). {100 * share:.2g} % of the winner's squared way lies along flat"
+    return f"{text} ones, where the score hardly changed: other coefficients are as good."
+
+
 def report_text(run: Run) -> str:
-    """The table of final scores for a terminal; of an unfinished run, its progress in one line."""
+    """The tables of final scores and of where the winner lies, for a terminal; of an unfinished run, its progress."""
     head, rows = score_rows(run)
-    return text_table(head, rows) if rows else progress_line(run)
+    if not rows:
+        return progress_line(run)
+    blocks, (place_head, places) = [text_table(head, rows)], place_rows(run)
+    if places:
+        blocks.append(text_table(place_head, places) + "".join(f"\n{note}" for note in place_notes(run)))
+    return "\n\n".join(blocks)
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:

@@ -13,6 +13,8 @@ from lcsc.core.files import write_bytes, write_json
 from lcsc.core.seeds import Purpose
 from lcsc.export.model import export_model
 from lcsc.objectives.sample_quality import SampleQuality
+from lcsc.operators.base import notes_of
+from lcsc.search.geometry import geometry
 from lcsc.search.journal import Journal, read_records
 from lcsc.search.loop import Outcome, Problem, Search
 from lcsc.search.progress import Progress, say
@@ -51,8 +53,31 @@ def run_search(
     bank = problem.bank
     bank.load()  # damaged numbers show up here, before anything is written
     problem.searcher.start(problem.task())  # refuses a task it cannot work on
-    prints = fingerprints(problem)
-    info = {
+    info = _info(problem, name, command)
+    run, state = open_run_dir(runs_dir, run_dir, info, (lambda _: None) if quiet else say)
+    if state == "finished":
+        if not quiet:
+            say(f"{run.path} is finished already; nothing to do")
+        return run.path
+    if not quiet:
+        begins = f"{'continuing' if state == 'resumed' else 'searching in'} {run.path}"
+        for line in (*bank.lines, *notes_of(problem.operator, bank), begins):
+            say(line)
+    with Progress(name, 0, quiet) as progress, Journal(run.path, progress.note) as journal:
+        search = Search(problem, journal, progress)
+        progress.expect(search.num_steps())
+        outcome = search.run()
+        _save_samples(problem, search, outcome, run.path)
+        where = _geometry(problem, outcome, run.path)
+        _export_best(problem, search, outcome, run, where)
+    write_json(run.path / "summary.json", {**_summary(problem, search, outcome, run), "geometry": where})
+    return run.path
+
+
+def _info(problem: Problem, name: str, command: str) -> dict[str, Any]:
+    """What run.json says of a search."""
+    bank, prints = problem.bank, fingerprints(problem)
+    return {
         "name": name,
         "lcsc_version": prints["versions"]["lcsc"],
         "command": command,
@@ -66,22 +91,6 @@ def run_search(
         "nfe": prints["evaluator"].get("nfe"),
         "metric": problem.objective.name,
     }
-    run, state = open_run_dir(runs_dir, run_dir, info, (lambda _: None) if quiet else say)
-    if state == "finished":
-        if not quiet:
-            say(f"{run.path} is finished already; nothing to do")
-        return run.path
-    if not quiet:
-        for line in (*bank.lines, f"{'continuing' if state == 'resumed' else 'searching in'} {run.path}"):
-            say(line)
-    with Progress(name, 0, quiet) as progress, Journal(run.path, progress.note) as journal:
-        search = Search(problem, journal, progress)
-        progress.expect(search.num_steps())
-        outcome = search.run()
-        _save_samples(problem, search, outcome, run.path)
-        _export_best(problem, search, outcome, run)
-    write_json(run.path / "summary.json", _summary(problem, outcome, run))
-    return run.path
 
 
 def _save_samples(problem: Problem, search: Search, outcome: Outcome, folder: Path) -> None:
@@ -106,7 +115,15 @@ def _save_samples(problem: Problem, search: Search, outcome: Outcome, folder: Pa
     write_bytes(folder / "samples.npz", buffer.getvalue())
 
 
-def _export_best(problem: Problem, search: Search, outcome: Outcome, run: RunDir) -> None:
+def _geometry(problem: Problem, outcome: Outcome, folder: Path) -> dict[str, Any]:
+    """Where the winner and the reported baselines lie; see `lcsc.search.geometry`."""
+    records, _ = read_records(folder / "journal.jsonl")
+    trials = [record for record in records if record["kind"] == "trial"]
+    rival = _report_section(outcome).get("best_baseline")
+    return geometry(problem.bank, problem.operator, outcome.reports, trials, rival)
+
+
+def _export_best(problem: Problem, search: Search, outcome: Outcome, run: RunDir, where: dict[str, Any]) -> None:
     """best/: the winner as a diffusers folder, its score proven by loading it back."""
     target = run.path / "best"
     if target.exists():  # written before an interruption; it appeared complete or not at all
@@ -120,7 +137,7 @@ def _export_best(problem: Problem, search: Search, outcome: Outcome, run: RunDir
         expected=outcome.reports[0],
         to=target,
         info=run.info,
-        report=_report_section(outcome),
+        report={**_report_section(outcome), "geometry": where},
     )
 
 
@@ -136,10 +153,25 @@ def _report_section(outcome: Outcome) -> dict[str, Any]:
     return section
 
 
-def _summary(problem: Problem, outcome: Outcome, run: RunDir) -> dict[str, Any]:
+def _coefficients(problem: Problem, search: Search, outcome: Outcome) -> list[dict[str, Any]]:
+    """The winner's coefficients, one row a checkpoint, or one a layer group and checkpoint; empty where it has none."""
+    best, steps = outcome.reports[0], problem.bank.steps
+    coef = best.get("coef")
+    if coef is None:
+        return []
+    if not isinstance(coef[0], list):
+        return [{"step": step, "coef": value} for step, value in zip(steps, coef, strict=True)]
+    names = problem.operator.apply(problem.bank, search.point(best)).recipe["groups"]["names"]
+    return [
+        {"group": name, "step": step, "coef": value}
+        for name, coef_K in zip(names, coef, strict=True)
+        for step, value in zip(steps, coef_K, strict=True)
+    ]
+
+
+def _summary(problem: Problem, search: Search, outcome: Outcome, run: RunDir) -> dict[str, Any]:
     records, _ = read_records(run.path / "journal.jsonl")
     config = run.info["config"]
-    coef = outcome.reports[0].get("coef")
     return {
         "experiment": run.info["name"],
         "operator": config["operator"]["name"],
@@ -147,18 +179,17 @@ def _summary(problem: Problem, outcome: Outcome, run: RunDir) -> dict[str, Any]:
         "num_trials": sum(record["kind"] == "trial" for record in records),
         "num_failed": outcome.num_failed,
         "num_checkpoints": problem.bank.num_checkpoints,
-        "num_coefficients": problem.operator.space(problem.bank).size,
+        "num_coefficients": search.space.size,
         "nfe": run.info["nfe"],
         "metric": run.info["metric"],
         "detector": run.info["fingerprints"]["evaluator"].get("detector"),
         "images_sampled": outcome.images_sampled,
+        "images_saved": outcome.images_saved,
         "image_forwards": outcome.image_forwards,
         "wall_seconds": round(_wall_seconds(run.path), 1),
         "floor": outcome.floor,
         "report": _report_section(outcome),
-        "coefficients": []
-        if coef is None
-        else [{"step": s, "coef": c} for s, c in zip(problem.bank.steps, coef, strict=True)],
+        "coefficients": _coefficients(problem, search, outcome),
         "export": "best",
     }
 

@@ -17,11 +17,21 @@ from helpers_fake_run import FLOOR, make_fake_run, read_records
 from PIL import Image
 
 from lcsc.core.errors import RunError
-from lcsc.report import grids, plots
+from lcsc.report import directions, grids, plots
 from lcsc.report.compare import compare_runs, comparison_text, grouped
 from lcsc.report.html import write_report
 from lcsc.report.run import Run, open_run
-from lcsc.report.tables import display_label, html_table, number, report_text, result_line, status_line, text_table
+from lcsc.report.tables import (
+    display_label,
+    html_table,
+    number,
+    place_notes,
+    place_rows,
+    report_text,
+    result_line,
+    status_line,
+    text_table,
+)
 
 EVIL = "<script>alert(1)</script>"
 
@@ -31,6 +41,12 @@ def finished(tmp_path_factory):
     path = make_fake_run(tmp_path_factory.mktemp("runs") / "finished", num_trials=60)
     write_report(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def grouped_descent(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "grouped"
+    return make_fake_run(path, num_trials=60, groups=("down", "mid", "up"), descent=True)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +168,49 @@ def test_a_view_follows_the_journal(tmp_path):
     assert run.coefficients().empty  # this trial is no combination of checkpoints
 
 
+def test_coefficients_of_layer_groups_have_a_row_for_each_group_and_checkpoint(grouped_descent):
+    run, (winner, *_) = Run.open(grouped_descent), read_records(grouped_descent, "report")
+    frame = run.coefficients()
+    assert list(frame.columns) == ["group", "step", "coef", "baseline_coef", "ema_coef"]
+    assert run.groups == ("down", "mid", "up")
+    for name, coef_K in zip(run.groups, winner["coef"], strict=True):
+        part = frame[frame["group"] == name]
+        assert part["coef"].tolist() == coef_K
+        assert tuple(part["step"]) == run.steps
+        assert part["ema_coef"].tolist() == frame["ema_coef"][:40].tolist()
+    (ax,) = run.plot_coefficients().axes
+    _, *lines = ax.lines
+    assert [line.get_label() for line in lines] == ["down", "mid", "up", "EMA half-life 320 steps"]
+    np.testing.assert_array_equal([line.get_ydata() for line in lines[:3]], winner["coef"])
+
+
+def test_layer_groups_of_a_running_search_have_numbers(tmp_path):
+    path = make_fake_run(tmp_path / "run", finished=False, num_trials=3, groups=("down", "up"))
+    assert Run.open(path).groups == ("group 1", "group 2")
+    edit_records(path, lambda r: r | {"coef": [r["coef"][0]] * 3} if r.get("family") == "ema" else r)
+    with pytest.raises(RunError, match="has 3 layer groups, the winner has 2"):
+        Run.open(path).coefficients()
+    edit_records(path, lambda r: r | {"coef": r["coef"][0]} if r.get("family") == "ema" else r)  # flat: for all groups
+    assert Run.open(path).coefficients()["ema_coef"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "noise"),
+    [((None, None), "search seeds"), ((0, 1), "fresh seeds"), ((None, 3), "search and fresh seeds")],
+)
+def test_a_run_knows_whose_noise_its_trials_saw(tmp_path, blocks, noise):
+    path = make_fake_run(tmp_path / "run", finished=False, num_trials=2)
+    edit_records(path, lambda r: r | {"block": blocks[r["uid"]]} if r.get("kind") == "trial" else r)
+    run = Run.open(path)
+    assert run.noise == noise
+    assert status_line(run).endswith(
+        "search seeds, not final" if noise == "search seeds" else f"trials on {noise}, not final"
+    )
+    texts = " ".join(text.get_text() for text in run.plot_convergence().texts)
+    assert ("dots and lines: search seeds" in texts) == (noise == "search seeds")
+    assert (f"trials: {noise} · baselines: search seeds" in texts) == (noise != "search seeds")
+
+
 # ---- damage
 
 
@@ -173,6 +232,7 @@ def test_torn_last_line_is_left_out(tmp_path, cut):
         (b'{"seq": 4, "kind": "floor", "value": NaN}', "NaN is not a score"),
         (b'{"seq": 4, "kind": "floor", "value": "low"}', "`value` is 'low', not a number"),
         (b'{"seq": 4, "kind": "floor", "value": 1, "coef": "x"}', "`coef` is not a list of numbers"),
+        (b'{"seq": 4, "kind": "floor", "value": 1, "coef": [[1], "x"]}', "`coef` is not a list of numbers"),
     ],
 )
 def test_broken_line_elsewhere_is_refused_by_number(tmp_path, line, reason):
@@ -259,6 +319,9 @@ def test_result_line():
     assert result_line({"report": report, "floor": 9.79}) == f"{line} · floor 9.8 (real vs real)"
     assert result_line({"report": report, "floor": None}) == line
     assert result_line({"report": {"best": best, "baselines": {}}, "floor": None}) == "lcsc 81.8 ± 1.9"
+    raced = {"report": report, "images_saved": 120_000, "images_sampled": 280_000}
+    assert result_line(raced) == f"{line} · racing saved 120,000 of 400,000 images"
+    assert result_line(raced | {"images_saved": 0}) == line
 
 
 def test_tables_align_and_escape():
@@ -285,8 +348,61 @@ def test_report_text_is_the_table_of_scores(finished):
         "0.2277 ± 0.0040",
         "4,000",
     ]
-    assert len(lines) == 2 + 7
+    assert lines[2 + 7] == ""  # then where the winner lies
     assert display_label("last", "step 1000") == "last checkpoint (step 1000)"
+
+
+def test_table_of_where_the_winner_lies_is_in_the_order_of_the_scores(finished):
+    run = Run.open(finished)
+    places = run.geometry["points"]
+    lines = report_text(run).split("\n")[10:]
+    assert re.split(r"\s{2,}", lines[0].strip()) == ["from last", "/ last to mean", "sum |coef|", "max |coef|"]
+    assert [re.split(r"\s{2,}", line)[1:3] for line in lines[2:9]] == [
+        [f"{places[who]['from_last']:.3f}", f"{places[who]['from_last_relative']:.2f}"]
+        for who in run.report_table()["who"]
+    ]
+    assert re.split(r"\s{2,}", lines[2])[3] == f"{np.abs(run.coefficients()['coef']).sum():.2f}"
+    assert lines[9:] == place_notes(run)
+    assert "slope" not in " ".join(place_notes(run))  # a black-box search cannot know
+
+
+def test_notes_say_how_much_of_the_way_is_flat(grouped_descent, tmp_path):
+    run = Run.open(grouped_descent)
+    slope = run.geometry["slope"]
+    note = "21 of 39 directions carry 99 % of the score's squared slope, 3 are flat (under 1 % of the mean). "
+    note += f"{100 * slope['way_flat']:.2g} % of the winner's squared way lies along flat ones, where the score hardly "
+    assert place_notes(run) == [
+        "From the last checkpoint to the mean of all it is 5.000, to the first 12.50. The checkpoints' effective rank "
+        "is 7.2 of 39.",
+        "The winner is 2.500 away from the best baseline; its way has an effective rank of 11.5.",
+        f"{note}changed: other coefficients are as good.",
+        "3 of 39 directions of the checkpoints are shorter than 1/1000 of the longest: coefficients along them hardly "
+        "change the weights.",
+    ]
+    path = make_fake_run(tmp_path / "run", num_trials=3)
+    few = {"num_gradients": 30, "num_directions": 39}
+    edit_geometry(path, {"slope": few, "way": {"length": 2.0, "effective_rank": 3.0, "along": [1.0], "outside": 0.25}})
+    assert place_notes(Run.open(path)) == [
+        "The winner is 2.000 away from the best baseline; its way has an effective rank of 3.0. 25 % of its square is "
+        "no combination of whole checkpoints.",
+        "30 gradients are too few to tell which of 39 directions the score depends on; that takes 78.",
+    ]
+    edit_geometry(path, {"slope": few | {"energy": [0.5, 0.5], "num_carrying": 2, "num_flat": 0}})
+    assert place_notes(Run.open(path)) == [
+        "2 of 39 directions carry 99 % of the score's squared slope; none of them is flat."
+    ]
+
+
+def test_runs_that_do_not_say_where_the_winner_lies_have_no_such_table(tmp_path):
+    path = make_fake_run(tmp_path / "run", num_trials=3)
+    edit_geometry(path, None)
+    run = Run.open(path)
+    assert run.directions().empty
+    assert (place_rows(run)[1], place_notes(run)) == ([], [])
+    assert "Where the winner lies" not in write_report(path).read_text(encoding="utf-8")
+    assert not (path / "report" / "geometry.png").exists()
+    edit_geometry(path, {"points": {"best": {"sum_abs": 2.0, "max_abs": 1.0}}})  # weights that cannot be compared
+    assert place_rows(run) == (["", "sum |coef|", "max |coef|"], [["LCSC (trial 1)", "2.00", "1.000"]])
 
 
 # ---- pictures
@@ -350,6 +466,20 @@ def test_score_bars_start_at_zero(finished):
     assert ax.get_xscale() == "linear"
 
 
+def test_geometry_plot_draws_the_shares_and_marks_what_is_flat(finished, grouped_descent):
+    for path, key in ((finished, "spread"), (grouped_descent, "slope")):
+        run = Run.open(path)
+        frame = run.directions()
+        assert list(frame.columns) == ["direction", key, "way", "flat"]
+        (ax,) = directions.geometry(run).axes
+        low = ax.get_ylim()[0]
+        bars, way = ax.patches, ax.lines[0].get_ydata()
+        np.testing.assert_allclose([bar.get_y() + bar.get_height() for bar in bars], np.maximum(frame[key], low))
+        np.testing.assert_allclose(way, np.maximum(frame["way"], low))
+        colors = [bar.get_facecolor() for bar in bars]
+        assert [color == colors[-1] for color in colors] == frame["flat"].tolist() == [False] * 36 + [True] * 3
+
+
 def test_tile_repeats_pixels_in_reading_order():
     images = np.linspace(-1, 1, 4 * 4, dtype=np.float32).reshape(4, 1, 2, 2)
     canvas = grids.tile(images, rows=2, pixels=8)  # each pixel twice, gap 1
@@ -383,7 +513,9 @@ assert not {{"matplotlib.pyplot", "torch"}} & set(sys.modules)
 
 def test_report_files_hold_the_numbers_of_the_journal(finished):
     folder, run = finished / "report", Run.open(finished)
-    names = [f"{name}.{kind}" for name in ("coefficients", "convergence", "scores") for kind in ("csv", "png")]
+    names = [
+        f"{name}.{kind}" for name in ("coefficients", "convergence", "geometry", "scores") for kind in ("csv", "png")
+    ]
     assert sorted(file.name for file in folder.iterdir()) == sorted([*names, "report.html", "samples.png"])
     coefficients = read_table(folder / "coefficients.csv")
     winner = read_records(finished, "report")[0]
@@ -404,7 +536,7 @@ def test_report_files_hold_the_numbers_of_the_journal(finished):
     )
 
 
-@pytest.mark.parametrize("name", ["coefficients", "convergence", "scores", "samples"])
+@pytest.mark.parametrize("name", ["coefficients", "convergence", "geometry", "scores", "samples"])
 def test_pictures_are_sharp_at_900_pixels_and_not_blank(finished, name):
     image = Image.open(finished / "report" / f"{name}.png")
     image.load()
@@ -417,9 +549,10 @@ def test_pictures_are_sharp_at_900_pixels_and_not_blank(finished, name):
 def test_page_is_one_file_with_its_pictures_inside(finished):
     page = (finished / "report" / "report.html").read_text(encoding="utf-8")
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 4
+    assert len(sources) == 5
     inside = [base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True) for source in sources]
-    files = [finished / "report" / f"{name}.png" for name in ("scores", "convergence", "coefficients", "samples")]
+    pictures = ("scores", "convergence", "coefficients", "geometry", "samples")
+    files = [finished / "report" / f"{name}.png" for name in pictures]
     assert inside == [file.read_bytes() for file in files]
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
     assert "lcsc 81.8 ± 1.8 · best baseline 204.9 ± 3.0 (EMA half-life 320 steps)" in page
@@ -429,8 +562,9 @@ def test_page_is_one_file_with_its_pictures_inside(finished):
     for fact in (digest, "torch 2.13.0", "lcsc search experiment=digits", images, config):
         assert fact in page
     assert [
-        page.count(f"<h2>{h}</h2>") for h in ("Scores", "Convergence", "Coefficients", "Samples", "Circumstances")
-    ] == [1] * 5
+        page.count(f"<h2>{h}</h2>")
+        for h in ("Scores", "Convergence", "Coefficients", "Where the winner lies", "Samples", "Circumstances")
+    ] == [1] * 6
 
 
 def test_same_run_same_bytes_and_an_old_report_is_replaced(finished):
@@ -522,6 +656,11 @@ def test_comparison_of_nothing_or_of_no_run_writes_nothing(tmp_path):
 def edit_records(path, change):
     records = [json.loads(line) for line in io.StringIO((path / "journal.jsonl").read_text(encoding="utf-8"))]
     (path / "journal.jsonl").write_text("".join(json.dumps(change(r)) + "\n" for r in records), encoding="utf-8")
+
+
+def edit_geometry(path, geometry):
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8")) | {"geometry": geometry}
+    (path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
 
 
 def read_table(path):
