@@ -43,15 +43,12 @@ def model_card(info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mappi
         "---",
         f"# {info['name']}: {len(info['bank']['steps'])} checkpoints combined by lcsc",
         "",
-        f"{metric} **{best['value']:.4g} ± {best['se']:.2g}** at {info['nfe']} network evaluations an image. {export}",
+        f"{metric} **{best['value']:.4g}{_se(best, ' ± ')}** at {info['nfe']} network evaluations an image. {export}",
         "",
         "| model | " + metric + " | ± SE | setting |",
         "|---|---|---|---|",
-        f"| **lcsc** | **{best['value']:.4g}** | {best['se']:.2g} | {best['label']} |",
-        *(
-            f"| {who} | {row['value']:.4g} | {row['se']:.2g} | {row['label']} |"
-            for who, row in report["baselines"].items()
-        ),
+        f"| **lcsc** | **{best['value']:.4g}** | {_se(best)} | {best['label']} |",
+        *(f"| {who} | {row['value']:.4g} | {_se(row)} | {row['label']} |" for who, row in report["baselines"].items()),
         "",
         "Scored on report seeds and reference images that the search never used; the baselines were tuned on the same",
         "search seeds as the winner. The standard error covers the sampling of the generated images.",
@@ -86,6 +83,11 @@ def _places(report: Mapping[str, Any]) -> list[str]:
     ]
     head = ["", "| model | distance from last | sum of abs(coef) | max abs(coef) |", "|---|---|---|---|"]
     return [*head, *rows] if rows else []
+
+
+def _se(row: Mapping[str, Any], before: str = "") -> str:
+    """A row's standard error, nothing where the objective gives none."""
+    return "" if row["se"] is None else f"{before}{row['se']:.2g}"
 
 
 def _coefficients(recipe: Mapping[str, Any]) -> list[str]:

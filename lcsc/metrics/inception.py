@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from lcsc.core.digests import file_sha256
 from lcsc.core.errors import ConfigError, MissingExtraError
@@ -34,6 +37,10 @@ WANTED = (
 class InceptionDetector:
     """The 2048 pool features of Inception-v3 that FID is defined on; needs its weights file and `lcsc[fidelity]`.
 
+    Its input is rounded to uint8, which has no derivative. Where one is wanted it is passed straight through
+    (arXiv:1308.3432): the features are those of the rounded images to the last bit, the derivative is that of
+    the network at the rounded images, as if nothing had been rounded.
+
     Args:
         weights_path: the weights file.
         weights_digest: first hex digits, at least 8, of the file's SHA-256; checked before the file is unpickled.
@@ -43,7 +50,7 @@ class InceptionDetector:
     weights_digest: str = WEIGHTS_DIGEST
 
     name: ClassVar[str] = "inception"
-    differentiable: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
     num_features: ClassVar[int] = 2048
 
     @functools.cached_property
@@ -76,14 +83,50 @@ class InceptionDetector:
         fits = images_NCHW.ndim == 4 and images_NCHW.shape[1] in (1, 3)
         require_images(images_NCHW, self.name, "(N, 1 or 3, H, W)", fits)
         net = self._net.to(images_NCHW.device)
-        features: Tensor = net(to_uint8(images_NCHW)).float()
+        shown_NCHW = to_uint8(images_NCHW)
+        if torch.is_grad_enabled() and images_NCHW.requires_grad:
+            with straight_through(net, to_bytes(images_NCHW)):
+                return net(shown_NCHW).float()  # type: ignore[no-any-return]
+        features: Tensor = net(shown_NCHW).float()
         return features
+
+
+def to_bytes(images_NCHW: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 255] as float32, differentiable, same shape."""
+    unit = (images_NCHW.float().clamp(-1, 1) + 1) / 2
+    return unit * 255
 
 
 def to_uint8(images_NCHW: Tensor) -> Tensor:
     """[-1, 1] -> uint8 RGB, shape (N, 3, H, W), truncated as torchmetrics does with normalize=True."""
-    unit = (images_NCHW.float().clamp(-1, 1) + 1) / 2
-    return (unit * 255).byte().expand(-1, 3, -1, -1)
+    return to_bytes(images_NCHW).byte().expand(-1, 3, -1, -1)
+
+
+@contextlib.contextmanager
+def straight_through(net: Any, bytes_NCHW: Tensor) -> Iterator[None]:
+    """Inside, what `net` makes of the images rounded passes its derivative on to `bytes_NCHW`.
+
+    The network insists on uint8 and goes from there to its first convolution by a resize and a scaling, both linear. So
+    the library's own forward pass runs as it is, and a term that is exactly zero, with the derivative of these two
+    steps, is added in front of that convolution.
+
+    Args:
+        net: torchmetrics' NoTrainInceptionV3 with its default, antialiased resize.
+        bytes_NCHW: the images before rounding, in [0, 255], 1 or 3 channels.
+    """
+
+    def add_path(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (scaled_NCHW,) = inputs
+        bytes_N3HW = bytes_NCHW.to(scaled_NCHW.dtype).expand(-1, 3, -1, -1)
+        size = scaled_NCHW.shape[-2:]
+        path_NCHW = interpolate(bytes_N3HW, size=size, mode="bilinear", align_corners=False, antialias=True) / 128
+        return (scaled_NCHW + (path_NCHW - path_NCHW.detach()),)
+
+    handle = net.Conv2d_1a_3x3.register_forward_pre_hook(add_path)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def checked_weights(path: str | None, digest: str) -> str:

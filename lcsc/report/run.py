@@ -183,7 +183,7 @@ class Run:
         rows = []
         for record in records:
             row = {key: record.get(key) for key in ("who", "label", "value", "se")}
-            row["ratio"] = record["value"] / rival if rival and record["value"] is not None else None
+            row["ratio"] = record["value"] / rival if rival and rival > 0 and record["value"] is not None else None
             row["num_images"] = record.get("num_images")
             for name in others:
                 other = (record.get("others") or {}).get(name, {})

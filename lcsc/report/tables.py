@@ -46,7 +46,8 @@ def result_line(summary: Mapping[str, Any]) -> str:
     rival = report.get("baselines", {}).get(report.get("best_baseline"))
     if rival:
         label = display_label(report["best_baseline"], rival["label"])
-        parts += [f"best baseline {number(rival['value'], rival.get('se'))} ({label})", f"ratio {report['ratio']:.2f}"]
+        parts.append(f"best baseline {number(rival['value'], rival.get('se'))} ({label})")
+        parts += [f"ratio {report['ratio']:.2f}"] if "ratio" in report else []
     if summary.get("floor") is not None:
         decimals = decimals_of(best["value"], best.get("se"))
         parts.append(f"floor {summary['floor']:.{decimals}f} (real vs real)")

@@ -149,7 +149,9 @@ def _report_section(outcome: Outcome) -> dict[str, Any]:
     if baselines:
         # the strongest baseline on the report seeds: hardest on us, and never chosen by luck of the search seeds
         name = min(baselines, key=lambda who: baselines[who]["value"])
-        section |= {"best_baseline": name, "ratio": best["value"] / baselines[name]["value"]}
+        section["best_baseline"], rival = name, baselines[name]["value"]
+        if rival > 0:  # a ratio of signed scores says nothing
+            section["ratio"] = best["value"] / rival
     return section
 
 

@@ -17,6 +17,9 @@ from lcsc.search.loop import Budget, Problem
 #: Distributions whose version can change a score.
 VERSIONS = ("lcsc", "torch", "numpy", "scipy", "diffusers", "nevergrad", "safetensors")
 
+#: Kinds of parts that an objective may hold, in a field of that name; beside them `other_metrics`.
+PARTS = ("model", "sampler", "metric", "dataset")
+
 
 def open_bank(config: Mapping[str, Any]) -> CheckpointBank:
     """The bank of a configuration's `bank` section."""
@@ -27,16 +30,16 @@ def open_bank(config: Mapping[str, Any]) -> CheckpointBank:
 
 
 def build_objective(config: Mapping[str, Any]) -> Objective:
-    """The objective of a configuration, with its model, sampler, metrics and data set."""
-    return registry.build(
-        "objective",
-        config["objective"],
-        model=registry.build("model", config["model"]),
-        sampler=registry.build("sampler", config["sampler"]),
-        metric=registry.build("metric", config["metric"]),
-        dataset=registry.build("dataset", config["dataset"]),
-        other_metrics=tuple(registry.build("metric", other) for other in config["other_metrics"]),
-    )
+    """The objective of a configuration, with those of `PARTS` that it has an internal field for.
+
+    The others are not even built, so what an objective does not use need not fit it.
+    """
+    cls = registry.part("objective", str(config["objective"]["name"])).cls
+    wanted = {f.name for f in dataclasses.fields(cls) if f.init and f.metadata.get("internal")}
+    parts: dict[str, Any] = {kind: registry.build(kind, config[kind]) for kind in PARTS if kind in wanted}
+    if "other_metrics" in wanted:
+        parts["other_metrics"] = tuple(registry.build("metric", other) for other in config["other_metrics"])
+    return registry.build("objective", config["objective"], **parts)  # type: ignore[no-any-return]
 
 
 def build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def build_problem(config: Mapping[str, Any]) -> Problem:
 def describe_problem(problem: Problem) -> dict[str, Any]:
     """The plain configuration that `build_problem` makes `problem` of again; a run is found by it."""
     objective = problem.objective
-    kinds = [kind for kind in ("model", "sampler", "metric", "dataset") if hasattr(objective, kind)]
+    kinds = [kind for kind in PARTS if hasattr(objective, kind)]
     return {
         "seed": problem.seed,
         "bank": problem.bank.config,

@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.datasets.base import Dataset
-from lcsc.models.base import Model, per_image
+from lcsc.models.base import Model
+from lcsc.models.losses import consistency_loss, neighbours, noise_grid
+from lcsc.training.base import Speed
 from lcsc.training.loop import check_numbers, fit
 
 
 @register("trainer", "consistency", source="arXiv:2310.14189, Table 1")
 @dataclass(frozen=True)
-class ConsistencyTraining:
+class ConsistencyTraining(Speed):
     """Improved consistency training with AdamW at a constant rate; raw weights, no average, are saved.
 
     Two neighbouring noise levels get the same noise; the network at the larger one learns the output at the
@@ -107,38 +107,14 @@ class ConsistencyTraining:
         """`sigma` and the next smaller `sigma_below`, (N,), and unit normal `noise` (N, C, H, W), float32."""
         intervals = self.num_intervals(step)
         grid, cumulative = noise_grid(intervals, self.sigma_min, self.sigma_max, self.rho, self.p_mean, self.p_std)
-        uniform_N = rng.random(shape_NCHW[0])
-        below_N = np.minimum(np.searchsorted(cumulative, uniform_N, side="right"), intervals - 1)
+        above_N, below_N = neighbours(rng.random(shape_NCHW[0]), grid, cumulative)
         noise_NCHW = rng.standard_normal(shape_NCHW, dtype=np.float32)
-        return {"sigma": grid[below_N + 1], "sigma_below": grid[below_N], "noise": noise_NCHW}
+        return {"sigma": above_N, "sigma_below": below_N, "noise": noise_NCHW}
 
     def loss(self, net: nn.Module, model: Model, images_NCHW: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
         """Pseudo-Huber distance of the two outputs over the gap of their noise levels, shape (N,).
 
-        Table 1 of arXiv:2310.14189: weight 1 / (sigma_{i+1} - sigma_i) and c = huber sqrt(d).
+        Table 1 of arXiv:2310.14189; see `lcsc.models.losses.consistency_loss`.
         """
-        above_N, below_N, noise_NCHW = draws["sigma"], draws["sigma_below"], draws["noise"]
-        with torch.no_grad():
-            target_NCHW = model.denoise(net, images_NCHW + per_image(below_N) * noise_NCHW, below_N)
-        output_NCHW = model.denoise(net, images_NCHW + per_image(above_N) * noise_NCHW, above_N)
-        c = self.huber * math.sqrt(images_NCHW[0].numel())
-        squared_N = (output_NCHW - target_NCHW).square().flatten(1).sum(1)
-        return ((squared_N + c**2).sqrt() - c) / (above_N - below_N)
-
-
-@lru_cache(maxsize=16)
-def noise_grid(
-    intervals: int, sigma_min: float, sigma_max: float, rho: float, p_mean: float, p_std: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending noise levels, float32 (intervals + 1,), and the cumulative probabilities of the intervals (intervals,).
-
-    Levels as in arXiv:2206.00364, Eq. 5; probabilities as in Table 1 of arXiv:2310.14189, the mass that a normal
-    distribution of ln(sigma) puts between two neighbours.
-    """
-    from scipy.special import ndtr
-
-    ramp = np.linspace(0, 1, intervals + 1)
-    grid = (sigma_min ** (1 / rho) + ramp * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
-    mass = np.diff(ndtr((np.log(grid) - p_mean) / p_std))
-    cumulative = np.cumsum(mass / mass.sum())
-    return grid.astype(np.float32), cumulative
+        sigmas = draws["sigma"], draws["sigma_below"]
+        return consistency_loss(net, model, images_NCHW, draws["noise"], sigmas, self.huber)

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.datasets.base import Dataset
-from lcsc.models.base import Model, per_image
+from lcsc.models.base import Model
+from lcsc.models.losses import denoising_loss
+from lcsc.training.base import Speed
 from lcsc.training.loop import check_numbers, fit
 
 
 @register("trainer", "diffusion", source="arXiv:2206.00364, Eq. 8 and Table 1")
 @dataclass(frozen=True)
-class Diffusion:
+class Diffusion(Speed):
     """Trains a denoiser with EDM's loss and AdamW at a constant rate; raw weights, no average, are saved.
 
     ln(sigma) ~ N(p_mean, p_std^2), and the squared error is weighted with
@@ -82,7 +84,4 @@ class Diffusion:
 
     def loss(self, net: nn.Module, model: Model, images_NCHW: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
         """Weighted mean squared error of each image, shape (N,): Eq. 8 with the mean over pixels."""
-        sigma_N = draws["sigma"]
-        denoised_NCHW = model.denoise(net, images_NCHW + per_image(sigma_N) * draws["noise"], sigma_N)
-        weight_N = (sigma_N**2 + self.sigma_data**2) / (sigma_N * self.sigma_data) ** 2
-        return weight_N * (denoised_NCHW - images_NCHW).square().flatten(1).mean(1)
+        return denoising_loss(net, model, images_NCHW, draws["noise"], draws["sigma"], self.sigma_data)

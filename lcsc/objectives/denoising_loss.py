@@ -1,0 +1,245 @@
+"""Losses on real images that are held out, and the first of them: the denoising loss."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lcsc.core.digests import value_digest
+from lcsc.core.errors import ConfigError, EvaluationError
+from lcsc.core.registry import register
+from lcsc.core.seeds import Purpose, SeedRange
+from lcsc.datasets.base import Dataset
+from lcsc.datasets.split import split_halves
+from lcsc.models.base import Model
+from lcsc.models.flat import LiveModel
+from lcsc.models.losses import denoising_loss
+from lcsc.objectives.base import Score, Slope
+from lcsc.operators.base import Candidate
+
+#: Streams of a purpose: the noise of an image, its noise level, the order of the images.
+NOISE, LEVEL, ORDER = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """A mean of losses of single real images; a subclass says what the loss of an image is.
+
+    The images are cut into a search half and a report half as for `sample_quality`. Image i of (seed, purpose) is a
+    real image with noise and a noise level that depend on (seed, purpose, i) alone; every real image of the half comes
+    up once before any comes up again.
+
+    Args:
+        model: how the network becomes a denoiser.
+        dataset: the real images.
+        batch_size: images per network call.
+        split_seed: of the cut of the images.
+        device: torch device; `auto` takes the GPU where there is one.
+    """
+
+    model: Model = field(metadata={"internal": True})
+    dataset: Dataset = field(metadata={"internal": True})
+    batch_size: int = 500
+    split_seed: int = 0
+    device: str = "auto"
+
+    #: name of the number
+    name: ClassVar[str]
+    #: network evaluations of one image in a score, and in a slope (a backward pass counts two)
+    forwards: ClassVar[tuple[int, int]]
+    #: fewest images with a spread
+    min_images: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"`objective.batch_size` is {self.batch_size}; it must be at least 1.")
+
+    def draw_levels(self, uniform_N: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Noise levels, float32 (N,) each, at uniform numbers in [0, 1), shape (N,)."""
+        raise NotImplementedError
+
+    def losses(self, net: nn.Module, images_NCHW: Tensor, noise_NCHW: Tensor, sigmas: tuple[Tensor, ...]) -> Tensor:
+        """Loss of each image, shape (N,), differentiable by the network's weights; `sigmas` are `draw_levels`'."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values that the loss of an image depends on, beside model and images."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, full: bool = False
+    ) -> Score:
+        """See `Objective.__call__`; the standard error is that of a mean over real images, by their spread."""
+        live = self._live(candidate)
+        rows_N = self._rows(seed, purpose, images)
+        losses_N = torch.cat(list(self._batches(live, seed, purpose, images))).double().cpu().numpy()
+        value = _checked(float(losses_N.mean()))
+        return Score(value, len(images), self.forwards[0], grouped_se(losses_N, rows_N) if full else None)
+
+    def slope(self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range) -> Slope:
+        """Backward through one batch after the other, so memory is that of one batch.
+
+        Raises:
+            EvaluationError: the candidate diverged.
+        """
+        live, total = self._live(candidate), 0.0
+        with live.collecting() as grad_P:
+            for losses_N in self._batches(live, seed, purpose, images):
+                total += float(losses_N.detach().double().sum())
+                (losses_N.sum() / len(images)).backward()  # type: ignore[no-untyped-call]
+        value = _checked(total / len(images))
+        if not torch.isfinite(grad_P).all():
+            raise EvaluationError("the derivative of the loss is not finite; the candidate diverged.")
+        return Slope(value, grad_P, self.forwards[1] * len(images))
+
+    @property
+    def no_gradient(self) -> None:
+        """See `Differentiable.no_gradient`."""
+        return
+
+    def floor(self) -> None:
+        """None: the least loss of a finite set of images is not known."""
+        return
+
+    def circumstances(self) -> dict[str, Any]:
+        """Loss, images and model; `detector` is what turns an image into a number here."""
+        settings = self.settings()
+        return {
+            "metric": self.name,
+            "detector": self.name,
+            "detector_digest": value_digest({"name": self.name, "model": repr(self.model), **settings}),
+            "nfe": self.forwards[0],
+            "model": repr(self.model),
+            "dataset": repr(self.dataset),
+            "split_seed": self.split_seed,
+            **settings,
+        }
+
+    def _batches(self, live: LiveModel, seed: int, purpose: Purpose, images: range) -> Iterator[Tensor]:
+        """Losses of the images, batch by batch."""
+        rows_N, real_NCHW = self._rows(seed, purpose, images), self.dataset.images()
+        noise_NCHW, uniform_N = _draws(SeedRange(seed, purpose), images, tuple(self.dataset.image_shape))
+        levels = [torch.from_numpy(level_N) for level_N in self.draw_levels(uniform_N)]
+        for start in range(0, len(images), self.batch_size):
+            here = slice(start, start + self.batch_size)
+            drawn = (
+                real_NCHW[torch.from_numpy(rows_N[here])],
+                noise_NCHW[here],
+                *(level_N[here] for level_N in levels),
+            )
+            clean_NCHW, noise, *sigmas = (tensor.to(live.theta_P.device) for tensor in drawn)
+            yield self.losses(live.net, clean_NCHW, noise, tuple(sigmas))
+
+    def _rows(self, seed: int, purpose: Purpose, images: range) -> np.ndarray:
+        """Which real image each image is, int64 (N,): pass after pass over the half, each in an order of its own."""
+        half_H = self._halves[purpose is Purpose.REPORT]
+        seeds, places_N = SeedRange(seed, purpose), np.asarray(images)
+        rows_N = np.empty(len(places_N), dtype=np.int64)
+        for turn in np.unique(places_N // len(half_H)):
+            mine = places_N // len(half_H) == turn
+            order = seeds.generator(int(turn), ORDER).permutation(len(half_H))
+            rows_N[mine] = half_H[order[places_N[mine] % len(half_H)]]
+        return rows_N
+
+    @functools.cached_property
+    def _halves(self) -> tuple[np.ndarray, np.ndarray]:
+        labels_N = self.dataset.labels()
+        labels = None if labels_N is None else labels_N.numpy()
+        return split_halves(len(self.dataset.images()), self.split_seed, labels)
+
+    def _live(self, candidate: Candidate) -> LiveModel:
+        """The live network with the candidate's weights; kept while candidates share their layout."""
+        cached = self.__dict__.get("_live_cache")
+        if cached is None or cached[0] is not candidate.layout:
+            chosen = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+            live = LiveModel(candidate.arch, candidate.layout, candidate.constants, torch.device(chosen))
+            cached = self.__dict__["_live_cache"] = (candidate.layout, live)
+        live = cached[1]
+        candidate.write(live.theta_P)
+        if not torch.isfinite(live.theta_P).all():
+            raise EvaluationError("the combined weights hold NaN or Inf; the coefficients are too large for float32.")
+        return live
+
+
+@register("objective", "denoising_loss", source="arXiv:2206.00364, Eq. 2, 8 and Table 1")
+@dataclass(frozen=True)
+class DenoisingLoss(HeldOutLoss):
+    """EDM's weighted denoising loss on held-out images: no sampling, no detector, one network call an image.
+
+    ln(sigma) ~ N(p_mean, p_std^2), and the squared error is weighted with
+    lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. The loss is smooth and cheap, but a lower loss is
+    no promise of better images.
+
+    Args:
+        p_mean, p_std: mean and standard deviation of ln(sigma).
+        sigma_data: standard deviation of the images; must be the model's, where the model has one.
+    """
+
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_data: float = 0.5
+
+    name: ClassVar[str] = "denoising_loss"
+    forwards: ClassVar[tuple[int, int]] = (1, 3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 < self.p_std < math.inf and 0 < self.sigma_data < math.inf and math.isfinite(self.p_mean)):
+            raise ConfigError(
+                f"`objective.p_mean`, `p_std` and `sigma_data` are {self.p_mean}, {self.p_std}, {self.sigma_data}; "
+                "the first must be finite, the others above 0 and finite."
+            )
+        theirs = getattr(self.model, "sigma_data", self.sigma_data)
+        if theirs != self.sigma_data:
+            raise ConfigError(
+                f"`objective.sigma_data` is {self.sigma_data}, the model has {theirs}; give both the same."
+            )
+
+    def draw_levels(self, uniform_N: np.ndarray) -> tuple[np.ndarray]:
+        """Log-normal noise levels."""
+        from scipy.special import ndtri
+
+        return (np.exp(self.p_mean + self.p_std * ndtri(uniform_N)).astype(np.float32),)
+
+    def losses(self, net: nn.Module, images_NCHW: Tensor, noise_NCHW: Tensor, sigmas: tuple[Tensor, ...]) -> Tensor:
+        """See `lcsc.models.losses.denoising_loss`."""
+        return denoising_loss(net, self.model, images_NCHW, noise_NCHW, sigmas[0], self.sigma_data)
+
+    def settings(self) -> dict[str, Any]:
+        """Distribution of the noise levels and the weight's `sigma_data`."""
+        return {"p_mean": self.p_mean, "p_std": self.p_std, "sigma_data": self.sigma_data}
+
+
+def grouped_se(losses_N: np.ndarray, groups_N: np.ndarray) -> float | None:
+    """Standard error of the mean when losses of one group (noisy versions of one real image) go together.
+
+    sqrt(G / (G - 1) sum_g (sum over g of (loss - mean))^2) / N, the linearised error of a mean over G groups; with one
+    loss a group it is the usual s / sqrt(N). None for a single group.
+    """
+    _, inverse_N = np.unique(groups_N, return_inverse=True)
+    sums_G = np.bincount(inverse_N, losses_N - losses_N.mean())
+    if len(sums_G) < 2:
+        return None
+    return float(np.sqrt(len(sums_G) / (len(sums_G) - 1) * (sums_G**2).sum()) / len(losses_N))
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(seeds: SeedRange, images: range, shape: tuple[int, ...]) -> tuple[Tensor, np.ndarray]:
+    """Unit normal noise (N, C, H, W), and a uniform number in (0, 1) an image, float64 (N,)."""
+    # the middle of one of 2^52 cells is never 0 or 1, where a normal quantile is infinite
+    uniform_N = np.array([(int(seeds.generator(i, LEVEL).integers(2**52)) + 0.5) / 2**52 for i in images])
+    return torch.from_numpy(seeds.normal(images, shape, NOISE)), uniform_N
+
+
+def _checked(value: float) -> float:
+    if not math.isfinite(value):
+        raise EvaluationError(f"the loss is {value}; the candidate diverged.")
+    return value
