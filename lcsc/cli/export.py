@@ -10,6 +10,7 @@ import numpy as np
 from lcsc.cli.settings import need, parse_words
 from lcsc.core.errors import RunError
 from lcsc.export.model import export_model
+from lcsc.objectives.base import tuned
 from lcsc.report.run import Run
 from lcsc.search.journal import read_records
 from lcsc.search.setup import build_problem
@@ -41,13 +42,13 @@ def export_run(path: Path, to: Path, format: str = "diffusers", max_shard_size: 
         )
     records, _ = read_records(path / "journal.jsonl")
     best = next(record for record in records if record["kind"] == "report" and record["who"] == "best")
-    space = problem.operator.space(problem.bank)
+    point = problem.space().to_point(np.array(best["vector"]))
     return export_model(
         bank=problem.bank,
         operator=problem.operator,
-        objective=problem.objective,
+        objective=tuned(problem.objective, point),
         seed=problem.seed,
-        point=space.to_point(np.array(best["vector"])),
+        point=point,
         expected=best,
         info=run.info,
         report=run.summary["report"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
@@ -28,10 +29,18 @@ class BankConfig:
     device: str = "auto"
 
 
-#: Budget as a config section: the same fields and defaults, mutable for OmegaConf.
-BudgetConfig = dataclasses.make_dataclass(
-    "BudgetConfig", [(f.name, int, dataclasses.field(default=f.default)) for f in dataclasses.fields(Budget)]
-)
+def _budget_config() -> type:
+    """Budget as a config section: the same fields, types and defaults, mutable for OmegaConf."""
+    hints = typing.get_type_hints(Budget)
+    fields: list[Any] = []
+    for f in dataclasses.fields(Budget):
+        # a mapping that may gain keys from the command line has to be untyped; Budget checks it
+        kind = Any if f.default is None else hints[f.name]
+        fields.append((f.name, kind, dataclasses.field(default=f.default, default_factory=f.default_factory)))  # type: ignore[call-overload]
+    return dataclasses.make_dataclass("BudgetConfig", fields)
+
+
+BudgetConfig = _budget_config()
 
 
 @dataclasses.dataclass

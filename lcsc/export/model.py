@@ -21,6 +21,7 @@ from lcsc.export.weights import read_weights, write_weights
 from lcsc.models.network import load_network
 from lcsc.objectives.base import Objective
 from lcsc.operators.base import Candidate, Operator
+from lcsc.samplers.times import Retimed
 
 #: Largest relative difference between the artefact's score and the run's. On the machine of the search they are equal
 #: to the last bit; other processors and thread counts sum in another order.
@@ -66,7 +67,7 @@ def export_model(
         "parents": [dict(parent) for parent in bank.parents],
         "lcsc_version": importlib.metadata.version("lcsc"),
         "run_id": info["run_id"],
-        "evaluator": info["fingerprints"]["evaluator"],
+        "evaluator": {**info["fingerprints"]["evaluator"], **_levels(objective)},
         "score": {"value": expected["value"], "se": expected["se"], "num_images": expected["num_images"]},
     }
     with new_directory(to) as folder:
@@ -82,6 +83,14 @@ def export_model(
         sentence = f"Loaded back from these files it scores {value:.6g}, {same}."
         (folder / "README.md").write_text(model_card(info, recipe, report, sentence), encoding="utf-8")
     return value
+
+
+def _levels(objective: Objective) -> dict[str, Any]:
+    """The noise levels that were searched with the weights, by sampler; they are part of what was scored."""
+    members = getattr(objective, "members", (objective,))
+    samplers = [getattr(member, "sampler", None) for member in members]
+    found = {str(sampler.nfe()): sampler.levels() for sampler in samplers if isinstance(sampler, Retimed)}
+    return {"levels": found} if found else {}
 
 
 def _score_again(candidate: Candidate, objective: Objective, seed: int, expected: Mapping[str, Any]) -> float:

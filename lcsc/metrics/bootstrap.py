@@ -42,13 +42,19 @@ def bootstrap_se(
             "Cut the images into more blocks (10 or more) or raise the number of resamples."
         )
     draws_RB = rng.integers(len(states), size=(num_resamples, len(states)))
+    return float(np.std(resampled_scores(metric, states, reference, draws_RB), ddof=1))
+
+
+def resampled_scores(
+    metric: Metric[State, Reference], states: Sequence[State], reference: Reference, draws_RB: np.ndarray
+) -> list[float]:
+    """The score of each resample, where resample r is made of the blocks `draws_RB[r]`; R floats."""
     compute_resampled = getattr(metric, "compute_resampled", None)
-    if compute_resampled is not None:
-        counts_RB = np.stack([np.bincount(draws, minlength=len(states)) for draws in draws_RB])
-        values = compute_resampled(states, reference, counts_RB)
-    else:
-        values = [_score(metric, states, reference, draws) for draws in draws_RB]
-    return float(np.std(values, ddof=1))
+    if compute_resampled is None:
+        return [_score(metric, states, reference, draws) for draws in draws_RB]
+    counts_RB = np.stack([np.bincount(draws, minlength=len(states)) for draws in draws_RB])
+    values: list[float] = compute_resampled(states, reference, counts_RB)
+    return values
 
 
 def _score(

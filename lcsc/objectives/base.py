@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
+
+from lcsc.core.errors import ConfigError
 from lcsc.core.seeds import Purpose
+from lcsc.core.space import Point, SearchSpace
 from lcsc.operators.base import Candidate, PullsBack
 
 if TYPE_CHECKING:
@@ -45,10 +49,25 @@ class Slope:
         value: the score; lower is better.
         grad_P: derivative with respect to the candidate's flat weights, float32, shape (P,).
         image_forwards: what it cost in network evaluations of one image; a backward pass counts two.
+        own: derivative with respect to the objective's own boxes, by name (`Tunable`).
     """
 
     value: float
     grad_P: Tensor
+    image_forwards: int
+    own: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Images of one candidate, cut into blocks and summed up block by block.
+
+    Args:
+        states: one mergeable state a block, in the order of the images.
+        image_forwards: what they cost in network evaluations of one image.
+    """
+
+    states: tuple[Any, ...]
     image_forwards: int
 
 
@@ -101,6 +120,74 @@ class Differentiable(Protocol):
             EvaluationError: the candidate produced something that cannot be scored.
         """
         ...
+
+
+@runtime_checkable
+class Raceable(Protocol):
+    """What an objective offers beside `Objective` when it can score a few images first and add more later.
+
+    A score is then a function of block states: the value of two lists of states joined is the score of their images
+    together.
+    """
+
+    def block_states(
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, num_blocks: int
+    ) -> Blocks:
+        """`images` of `(seed, purpose)` as `num_blocks` blocks of nearly equal size; fewer where images are fewer.
+
+        Raises:
+            EvaluationError: the candidate produced something that cannot be scored.
+        """
+        ...
+
+    def merge_states(self, states: Sequence[Any]) -> Any:
+        """The state of several blocks, at least one, as one block."""
+        ...
+
+    def value_of(self, states: Sequence[Any], purpose: Purpose) -> float:
+        """The score of all blocks together.
+
+        Raises:
+            EvaluationError: they cannot be scored.
+        """
+        ...
+
+    def resampled(self, states: Sequence[Any], purpose: Purpose) -> np.ndarray:
+        """Scores of bootstrap resamples of the blocks, shape (R,), float64.
+
+        Equally many blocks are drawn alike, so resample r of two candidates holds the same images.
+        """
+        ...
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """What an objective offers beside `Objective` when something of its own can be searched along with the weights."""
+
+    def space(self) -> SearchSpace:
+        """Boxes of its own, all idle at zero; empty where there is nothing to vary."""
+        ...
+
+    def at(self, point: Point) -> Objective:
+        """The objective with its own boxes at `point`, which may hold other boxes too."""
+        ...
+
+
+def joint_space(space: SearchSpace, objective: Objective) -> SearchSpace:
+    """An operator's space with the objective's own boxes behind it.
+
+    Raises:
+        ConfigError: both have a box of one name.
+    """
+    own = objective.space() if isinstance(objective, Tunable) else SearchSpace()
+    if twice := {box.name for box in space.boxes} & {box.name for box in own.boxes}:
+        raise ConfigError(f"operator and objective both search a box `{sorted(twice)[0]}`; rename one.")
+    return SearchSpace((*space.boxes, *own.boxes))
+
+
+def tuned(objective: Objective, point: Point) -> Objective:
+    """The objective at a point of the joint space."""
+    return objective.at(point) if isinstance(objective, Tunable) else objective
 
 
 def why_no_gradient(objective: Objective, operator: object) -> str | None:

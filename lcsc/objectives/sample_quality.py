@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -14,21 +17,27 @@ from torch.utils.checkpoint import checkpoint
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import ImageNoise, Purpose, SeedRange
+from lcsc.core.space import Point, SearchSpace
 from lcsc.datasets.base import Dataset
 from lcsc.datasets.split import split_halves
 from lcsc.metrics.base import DifferentiableMetric, Metric
 from lcsc.metrics.bootstrap import bootstrap_se
+from lcsc.metrics.paired import paired_scores
 from lcsc.models.base import Model
 from lcsc.models.flat import LiveModel
-from lcsc.objectives.base import Score, Slope
+from lcsc.objectives.base import Blocks, Score, Slope
 from lcsc.operators.base import Candidate
 from lcsc.samplers.base import Sampler
+from lcsc.samplers.times import Retimed, times_box
 
 #: Blocks of images that the bootstrap resamples.
 NUM_BLOCKS = 20
 
+SOURCE = "LCSC, arXiv:2404.02241; protocol in docs/honest_numbers.md"
 
-@register("objective", "sample_quality", source="LCSC, arXiv:2404.02241; protocol in docs/honest_numbers.md")
+
+@register("objective", "sample_quality", source=SOURCE)
+@register("objective", "sample_quality_small", source=SOURCE, recompute=False)  # for networks that take little memory
 @dataclass(frozen=True)
 class SampleQuality:
     """Distance between generated images and real ones.
@@ -63,6 +72,12 @@ class SampleQuality:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"`objective.batch_size` is {self.batch_size}; it must be at least 1.")
+        if self.metric.higher_is_better:
+            raise ConfigError(
+                f"`metric` is `{self.metric.name}`, which is better when higher; an objective is minimised. "
+                "List it under `other_metrics`, and in `search.guards` if it should veto winners."
+            )
+        self.__dict__["_caches"] = {"reference": {}}  # shared by copies with another sampler
         digest = self.metric.load_detector().digest  # a missing weights file shows up here, before anything is done
         for other in self.other_metrics:
             if other.load_detector().digest != digest:
@@ -85,17 +100,32 @@ class SampleQuality:
         self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, full: bool = False
     ) -> Score:
         """See `Objective.__call__`."""
-        live = self._live(candidate)
-        candidate.write(live.theta_P)
-        if not torch.isfinite(live.theta_P).all():
-            raise EvaluationError("the combined weights hold NaN or Inf; the coefficients are too large for float32.")
-        features_ND = torch.cat([self._features(batch) for batch in self._batches(live, seed, purpose, images)])
-        half = "report" if purpose is Purpose.REPORT else "search"
+        features_ND, half = self._sampled(candidate, seed, purpose, images), _half(purpose)
         metrics = (self.metric, *self.other_metrics) if full else (self.metric,)
         rows = {metric.name: self._measure(metric, features_ND, half, full) for metric in metrics}
         value, se = rows.pop(self.metric.name)
         others = {name: {"value": other, "se": error} for name, (other, error) in rows.items() if error is not None}
         return Score(value, len(images), self.sampler.nfe(), se, others)
+
+    @torch.no_grad()
+    def block_states(
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, num_blocks: int
+    ) -> Blocks:
+        """See `Raceable.block_states`."""
+        features_ND = self._sampled(candidate, seed, purpose, images)
+        return Blocks(tuple(_blocks(self.metric, features_ND, num_blocks)), len(images) * self.sampler.nfe())
+
+    def merge_states(self, states: Sequence[Any]) -> Any:
+        """See `Raceable.merge_states`."""
+        return functools.reduce(self.metric.merge, states)
+
+    def value_of(self, states: Sequence[Any], purpose: Purpose) -> float:
+        """See `Raceable.value_of`."""
+        return self.metric.compute(self.merge_states(states), self._reference(self.metric, _half(purpose)))
+
+    def resampled(self, states: Sequence[Any], purpose: Purpose) -> np.ndarray:
+        """See `Raceable.resampled`; the Fréchet distance is resampled to first order (`lcsc.metrics.paired`)."""
+        return paired_scores(self.metric, states, self._reference(self.metric, _half(purpose)))
 
     @torch.no_grad()
     def images(self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int) -> Tensor:
@@ -106,7 +136,7 @@ class SampleQuality:
 
     def floor(self) -> float:
         """Search half scored against the report half: what real images reach."""
-        features_ND = self._features(self._reference_images("search"))
+        features_ND = self._features(self._reference_images("search").to(self.torch_device))
         return self._measure(self.metric, features_ND, "report", full=False)[0]
 
     def circumstances(self) -> dict[str, Any]:
@@ -122,6 +152,15 @@ class SampleQuality:
             "dataset": repr(self.dataset),
             "split_seed": self.split_seed,
         }
+
+    def space(self) -> SearchSpace:
+        """See `Tunable.space`: offsets of the sampler's levels where `sampler.search_times` asks for them."""
+        box = times_box(self.sampler)
+        return SearchSpace(() if box is None else (box,))
+
+    def at(self, point: Point) -> SampleQuality:
+        """See `Tunable.at`."""
+        return with_sampler(self, Retimed(self.sampler, point["times"])) if self.space().boxes else self
 
     @functools.cached_property
     def torch_device(self) -> torch.device:
@@ -148,10 +187,10 @@ class SampleQuality:
         """
         live = self._live(candidate)
         candidate.write(live.theta_P)
-        half = "report" if purpose is Purpose.REPORT else "search"
-        reference = self._reference(self.metric, half)
+        reference = self._reference(self.metric, _half(purpose))
         detector = self.metric.load_detector()
-        with live.collecting() as grad_P:
+        moved = self.sampler if isinstance(self.sampler, Retimed) else None
+        with live.collecting() as grad_P, moved.collecting() if moved else contextlib.nullcontext() as grad_T:
             batches = [
                 checkpoint(detector.features, batch, use_reentrant=False)
                 for batch in self._batches(live, seed, purpose, images, self.recompute)
@@ -165,7 +204,16 @@ class SampleQuality:
                 batch.backward(derivative(batch.detach()).to(batch.dtype))
         if not torch.isfinite(grad_P).all():
             raise EvaluationError("the derivative of the score is not finite; the candidate diverged.")
-        return Slope(value, grad_P, (4 if self.recompute else 3) * len(images) * self.sampler.nfe())
+        cost = (4 if self.recompute else 3) * len(images) * self.sampler.nfe()
+        return Slope(value, grad_P, cost, {} if grad_T is None else {"times": grad_T})
+
+    def _sampled(self, candidate: Candidate, seed: int, purpose: Purpose, images: range) -> Tensor:
+        """Features of the candidate's images, shape (N, D)."""
+        live = self._live(candidate)
+        candidate.write(live.theta_P)
+        if not torch.isfinite(live.theta_P).all():
+            raise EvaluationError("the combined weights hold NaN or Inf; the coefficients are too large for float32.")
+        return torch.cat([self._features(batch) for batch in self._batches(live, seed, purpose, images)])
 
     def _batches(
         self, live: LiveModel, seed: int, purpose: Purpose, images: range, recompute: bool = False
@@ -191,10 +239,10 @@ class SampleQuality:
 
     def _live(self, candidate: Candidate) -> LiveModel:
         """The live network for the candidate's layout; kept while candidates share it."""
-        cached = self.__dict__.get("_live_cache")
+        cached = self.__dict__["_caches"].get("live")
         if cached is None or cached[0] is not candidate.layout:
             live = LiveModel(candidate.arch, candidate.layout, candidate.constants, self.torch_device)
-            cached = self.__dict__["_live_cache"] = (candidate.layout, live)
+            cached = self.__dict__["_caches"]["live"] = (candidate.layout, live)
         return cached[1]
 
     @torch.no_grad()
@@ -209,7 +257,7 @@ class SampleQuality:
         return images_NCHW[torch.from_numpy(search if half == "search" else report)]
 
     def _reference(self, metric: Metric, half: str) -> Any:
-        cache = self.__dict__.setdefault("_reference_cache", {})
+        cache = self.__dict__["_caches"]["reference"]
         if (metric.name, half) not in cache:
             features_ND = self._features(self._reference_images(half).to(self.torch_device))
             cache[metric.name, half] = metric.reference(metric.update(metric.zeros(), features_ND))
@@ -217,10 +265,7 @@ class SampleQuality:
 
     def _measure(self, metric: Metric, features_ND: Tensor, half: str, full: bool) -> tuple[float, float | None]:
         reference = self._reference(metric, half)
-        blocks = [
-            metric.update(metric.zeros(), block)
-            for block in features_ND.tensor_split(min(NUM_BLOCKS, len(features_ND)))
-        ]
+        blocks = _blocks(metric, features_ND, NUM_BLOCKS)
         value = metric.compute(functools.reduce(metric.merge, blocks), reference)
         if not full:
             return value, None
@@ -228,6 +273,23 @@ class SampleQuality:
         return value, bootstrap_se(metric, blocks, reference, rng=rng)
 
 
-@functools.lru_cache(maxsize=4)
+def with_sampler(quality: SampleQuality, sampler: Sampler) -> SampleQuality:
+    """The same with another sampler; the live network and the reference's features are shared, not made again."""
+    other = copy.copy(quality)
+    other.__dict__["sampler"] = sampler
+    return other
+
+
+def _half(purpose: Purpose) -> str:
+    return "report" if purpose is Purpose.REPORT else "search"
+
+
+def _blocks(metric: Metric, features_ND: Tensor, num_blocks: int) -> list[Any]:
+    """One state for each block of images; the blocks are of nearly equal size."""
+    blocks = features_ND.tensor_split(min(num_blocks, len(features_ND)))
+    return [metric.update(metric.zeros(), block) for block in blocks]
+
+
+@functools.lru_cache(maxsize=8)
 def _initial_noise(seeds: SeedRange, images: range, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(seeds.normal(images, shape))

@@ -54,6 +54,9 @@ def compare_runs(paths: Iterable[Path | str], to: Path | str) -> Path:
     """
     import pandas as pd
 
+    from lcsc.report.front import front_files
+
+    paths = list(paths)
     groups = grouped(paths)
     rows = [{"group": index, **row} for index, group in enumerate(groups, start=1) for row in group.rows]
     shown = [{"title": g.title, "sentence": g.sentence, "table": html_table(HEAD, _cells(g), NUM_LEFT)} for g in groups]
@@ -62,6 +65,8 @@ def compare_runs(paths: Iterable[Path | str], to: Path | str) -> Path:
     folder = Path(to)
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "comparison.csv", table)
+    for name, data in front_files([Run.open(path) for path in paths]).items():
+        write_bytes(folder / name, data)
     write_bytes(folder / "comparison.html", page)
     return folder / "comparison.html"
 

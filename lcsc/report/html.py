@@ -27,8 +27,8 @@ __all__ = ["compare_runs", "comparison_text", "write_report"]
 def write_report(run_dir: Path | str) -> Path:
     """Draw a run, finished or not, into `<run_dir>/report/`; an older report is replaced file by file.
 
-    Writes report.html, and beside it convergence, coefficients, scores and geometry as PNG and CSV, and samples.png;
-    what the run does not have (yet) is left out. The same run gives the same bytes.
+    Writes report.html, and beside it convergence, coefficients, scores, geometry and, for several network calls, front
+    as PNG and CSV, and samples.png; what the run does not have (yet) is left out. The same run gives the same bytes.
 
     Returns:
         The path of report.html.
@@ -37,8 +37,12 @@ def write_report(run_dir: Path | str) -> Path:
         RunError: no run directory, or a damaged one; nothing is written then.
     """
     run = Run.open(run_dir)
+    from lcsc.report.front import front_files
+
     files = _tables(run)
     pictures = _pictures(run, files)
+    for name, data in front_files([run]).items():
+        (pictures if name.endswith(".png") else files)[name.removesuffix(".png")] = data
     page = _page(run, pictures)
     folder = run.path / "report"
     folder.mkdir(exist_ok=True)
@@ -107,7 +111,7 @@ def read_samples(run: Run) -> dict[str, np.ndarray]:
 def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
     head, rows = score_rows(run)
     place_head, places = place_rows(run)
-    embedded = dict.fromkeys(("scores", "convergence", "coefficients", "geometry", "samples"), "")
+    embedded = dict.fromkeys(("scores", "front", "convergence", "coefficients", "geometry", "samples"), "")
     embedded |= {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()}
     config = io.StringIO()
     json.dump(run.info["config"], config, indent=2, ensure_ascii=False, sort_keys=True)

@@ -69,6 +69,8 @@ of the reference images that neither the search nor the choice of the winner has
 baseline; each baseline was tuned on the same search seeds.</p>
 {% else %}<p>The winner and the baselines are not scored on the report seeds yet.</p>{% endif %}
 {% if pictures.scores %}<img src="{{ pictures.scores }}" alt="bar chart of the final scores">{% endif %}
+{% if pictures.front %}<h2>Quality against network calls</h2>
+<img src="{{ pictures.front }}" alt="scores against network calls an image, winner and baselines">{% endif %}
 
 <h2>Convergence</h2>
 <img src="{{ pictures.convergence }}" alt="scores against number of trials, with the baselines as lines">

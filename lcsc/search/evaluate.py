@@ -12,7 +12,7 @@ from lcsc.bank import CheckpointBank
 from lcsc.core.errors import EvaluationError
 from lcsc.core.seeds import Purpose
 from lcsc.core.space import SearchSpace
-from lcsc.objectives.base import Objective
+from lcsc.objectives.base import Objective, tuned
 from lcsc.operators.base import Candidate, Operator
 
 
@@ -33,43 +33,48 @@ class Evaluator:
     def score(self, vector: np.ndarray, purpose: Purpose, images: range, full: bool = False) -> dict[str, Any]:
         """Value; `full` adds the standard error and the other metrics."""
         candidate = self.candidate(vector)
-        head = _head(candidate)
+        head = head_of(candidate)
         try:
-            score = self.objective(candidate, seed=self.seed, purpose=purpose, images=images, full=full)
+            score = tuned(self.objective, self.space.to_point(vector))(
+                candidate, seed=self.seed, purpose=purpose, images=images, full=full
+            )
         except EvaluationError as error:
-            return _failed(head, str(error))
+            return failed_row(head, str(error))
         if not math.isfinite(score.value):
-            return _failed(head, f"the score is {score.value}")
+            return failed_row(head, f"the score is {score.value}")
         tail = {"se": score.se, "others": dict(score.others), "num_images": score.num_images} if full else {}
-        return _done(head, score.value, score.image_forwards, tail)
+        return done_row(head, score.value, score.image_forwards, tail)
 
     def slope(self, vector: np.ndarray, purpose: Purpose, images: range) -> dict[str, Any]:
         """Value and derivative with respect to the vector, under `gradient`."""
         candidate = self.candidate(vector)
-        head = _head(candidate)
+        head = head_of(candidate)
         try:
-            slope = self.objective.slope(  # type: ignore[attr-defined]
+            slope = tuned(self.objective, self.space.to_point(vector)).slope(  # type: ignore[attr-defined]
                 candidate, seed=self.seed, purpose=purpose, images=images
             )
             pulled = self.operator.pull_back(  # type: ignore[attr-defined]
                 self.bank, self.space.to_point(vector), slope.grad_P
             )
         except EvaluationError as error:
-            return _failed(head, str(error), gradient=None)
-        gradient = self.space.to_vector(pulled)
+            return failed_row(head, str(error), gradient=None)
+        gradient = self.space.to_vector({**pulled, **slope.own})
         if not math.isfinite(slope.value) or not np.isfinite(gradient).all():
             reason = f"the score is {slope.value}, its derivative reaches {np.abs(gradient).max()}"
-            return _failed(head, reason, gradient=None)
-        return _done(head, slope.value, slope.image_forwards, {"gradient": gradient.tolist()})
+            return failed_row(head, reason, gradient=None)
+        return done_row(head, slope.value, slope.image_forwards, {"gradient": gradient.tolist()})
 
 
-def _head(candidate: Candidate) -> dict[str, Any]:
+def head_of(candidate: Candidate) -> dict[str, Any]:
+    """What a row says of the candidate itself."""
     return {"coef": candidate.recipe["coef"]} if "coef" in candidate.recipe else {}
 
 
-def _failed(head: dict[str, Any], reason: str, **tail: Any) -> dict[str, Any]:
+def failed_row(head: dict[str, Any], reason: str, **tail: Any) -> dict[str, Any]:
+    """The row of a candidate that could not be scored."""
     return {**head, "value": None, "status": "failed", "reason": reason, **tail}
 
 
-def _done(head: dict[str, Any], value: float, cost: int, tail: dict[str, Any]) -> dict[str, Any]:
+def done_row(head: dict[str, Any], value: float, cost: int, tail: dict[str, Any]) -> dict[str, Any]:
+    """The row of a scored candidate."""
     return {**head, "value": value, "status": "ok", "reason": None, "image_forwards": cost, **tail}

@@ -30,7 +30,12 @@ ROUNDING = 1e-7
 
 
 def geometry(
-    bank: CheckpointBank, operator: Operator, reports: Sequence[Record], trials: Sequence[Record], rival: str | None
+    bank: CheckpointBank,
+    operator: Operator,
+    reports: Sequence[Record],
+    trials: Sequence[Record],
+    rival: str | None,
+    space: SearchSpace | None = None,
 ) -> dict[str, Any]:
     """The `geometry` section of summary.json: plain values; what an operator or a search does not have is left out.
 
@@ -41,13 +46,15 @@ def geometry(
         reports: report records of the winner and of the baselines.
         trials: all trial records; those with a `gradient` tell where the score is flat.
         rival: `who` of the best baseline, from which the winner's way is measured; None where there is none.
+        space: what was searched, where that is more than the operator's space.
 
     Returns:
         `points`: for each of `reports` sum and maximum of |coef|, distance from the last checkpoint, and that in units
         of last checkpoint to mean. `bank`: see `bank_shape`. `way`: the winner's distance from `rival`, its effective
         rank and its share along each direction of the bank. `slope`: see `slope_shape`.
     """
-    space, records = operator.space(bank), {record["who"]: record for record in reports}
+    space = operator.space(bank) if space is None else space
+    records = {record["who"]: record for record in reports}
     points: dict[str, dict[str, float | None]] = {
         who: {**coefficient_size(record["coef"])} if "coef" in record else {} for who, record in records.items()
     }

@@ -99,7 +99,7 @@ class Journal:
         else:
             began = time.monotonic()
             record = {**head, **compute()}
-            self._append(record, time.monotonic() - began, images)
+            self._append(record, time.monotonic() - began, record.get("images", images))
         self._cursor += 1
         return record
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from lcsc.bank import CheckpointBank
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.seeds import Purpose
 from lcsc.core.space import Point, SearchSpace
-from lcsc.objectives.base import Objective, why_no_gradient
+from lcsc.objectives.base import Objective, joint_space, why_no_gradient
 from lcsc.operators.base import Baseline, Operator
 from lcsc.search.evaluate import Evaluator
+from lcsc.search.guards import Watch, check_guards
 from lcsc.search.journal import Journal, Record
 from lcsc.search.progress import Progress
+from lcsc.search.racing import Racer, check_race
 from lcsc.searchers.base import Proposal, Searcher, Session, Start, Task
 
 #: Consecutive failed trials after which the search stops: something is wrong with more than one candidate.
@@ -33,6 +36,12 @@ class Budget:
         num_images: images a trial.
         num_finalists: best trials scored again on the select seeds.
         num_images_select, num_images_report: images of those, and of the final scores.
+        prefixes: sizes of a race, increasing and below `num_images`: trials are scored on so many images first and
+            dropped when they cannot win. Empty scores all trials on all images.
+        drop_level: a trial is dropped when it beats the best one in less than this share of the paired bootstrap
+            resamples of the images so far.
+        guards: further metrics that veto a finalist, and the relative share by which each may be worse than the best
+            baseline's, such as `{recall_digits: 0.05}`; None for no guards.
     """
 
     num_trials: int = 300
@@ -40,11 +49,27 @@ class Budget:
     num_finalists: int = 10
     num_images_select: int = 2000
     num_images_report: int = 4000
+    prefixes: list[int] = field(default_factory=list)
+    drop_level: float = 0.05
+    guards: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if name.startswith("num_") and value < 1:
                 raise ConfigError(f"`search.{name}` is {value}; it must be at least 1.")
+        sizes = [0, *self.prefixes, self.num_images]
+        if any(a >= b for a, b in itertools.pairwise(sizes)):
+            raise ConfigError(
+                f"`search.prefixes` is {self.prefixes}; it must increase, from above 0 to below `search.num_images`, "
+                f"which is {self.num_images}."
+            )
+        if not 0 < self.drop_level < 0.5:
+            raise ConfigError(f"`search.drop_level` is {self.drop_level}; it must lie between 0 and 0.5.")
+        if not isinstance(self.guards, dict | None):
+            raise ConfigError(f"`search.guards` is `{self.guards}`; write shares by name: {{recall_digits: 0.05}}.")
+        for name, share in (self.guards or {}).items():
+            if not isinstance(share, int | float) or not share >= 0:
+                raise ConfigError(f"`search.guards.{name}` is `{share}`; a share is a number of at least 0.")
 
 
 @dataclass(frozen=True)
@@ -66,10 +91,17 @@ class Problem:
                     f"`search.{name}` is {num}: too few images for `{self.objective.name}`; it needs at least {least}."
                 )
 
+        check_race(self.objective, self.budget.prefixes)
+        check_guards(self.objective, self.budget.guards or {})
+
+    def space(self) -> SearchSpace:
+        """What is varied: the operator's boxes, then the objective's own."""
+        return joint_space(self.operator.space(self.bank), self.objective)
+
     def task(self, starts: tuple[Start, ...] = ()) -> Task:
         """What the searcher is given."""
         reason = why_no_gradient(self.objective, self.operator)
-        return Task(self.operator.space(self.bank), self.budget.num_trials, self.seed, starts, reason)
+        return Task(self.space(), self.budget.num_trials, self.seed, starts, reason)
 
 
 @dataclass(frozen=True)
@@ -82,6 +114,7 @@ class Outcome:
     images_sampled: int
     image_forwards: int
     num_failed: int
+    images_saved: int = 0
 
 
 class Search:
@@ -89,9 +122,12 @@ class Search:
 
     def __init__(self, problem: Problem, journal: Journal, progress: Progress) -> None:
         self.problem, self.journal, self.progress = problem, journal, progress
-        self.space: SearchSpace = problem.operator.space(problem.bank)
+        self.space: SearchSpace = problem.space()
         self.evaluator = Evaluator(problem.bank, problem.operator, problem.objective, self.space, problem.seed)
-        self.images = self.forwards = 0
+        sizes = (*problem.budget.prefixes, problem.budget.num_images)
+        self.racer = Racer(self.evaluator, sizes, problem.budget.drop_level) if problem.budget.prefixes else None
+        self.images = self.forwards = self.saved = 0
+        self._told_unraced = False
 
     def run(self) -> Outcome:
         """Run, or continue, to the end.
@@ -109,27 +145,44 @@ class Search:
         session = self.problem.searcher.start(self.problem.task(starts))
         trials = self._trials(session, baselines, floor)
         winner = self._select(session, trials, starts)
+        own = self._own(winner)
+        if any(value.any() for value in own.values()):  # what helps the winner beside its weights, baselines get too
+            baselines += self._baselines(own, ", settings of the winner")
+            tuned = _best_of_family(baselines)
         reports = [self._report("best", winner["label"], winner)]
         reports += [self._report(family, record["label"], record) for family, record in tuned.items()]
         failed = sum(trial["status"] != "ok" for trial in trials)
-        return Outcome(winner, reports, floor, self.images, self.forwards, failed)
+        return Outcome(winner, reports, floor, self.images, self.forwards, failed, self.saved)
 
-    def _step(
-        self, kind: str, key: Mapping[str, Any], vector: list[float], purpose: Purpose, num: int, full: bool = False
-    ) -> Record:
+    def _step(self, kind: str, key: Mapping[str, Any], num: int, score: Callable[[np.ndarray], Record]) -> Record:
+        """Score `key["vector"]` on `num` images, unless the journal holds it already."""
         self.images += num
-        replayed, at = self.journal.replaying, np.array(vector)
-        record = self.journal.step(kind, key, lambda: self.evaluator.score(at, purpose, range(num), full), num)
+        replayed = self.journal.replaying
+        record = self.journal.step(kind, key, lambda: score(np.array(key["vector"])), num)
         self.forwards += record.get("image_forwards", 0)
         self.progress.step(kind, None, num, replayed)
         return record
 
-    def _baselines(self) -> list[Record]:
-        records = []
+    def _own(self, record: Record) -> dict[str, np.ndarray]:
+        """What a record's point says about the objective's own boxes, such as the sampler's times."""
+        theirs = {box.name for box in self.problem.operator.space(self.problem.bank).boxes}
+        return {name: value for name, value in self.point(record).items() if name not in theirs}
+
+    def _baselines(self, own: Point | None = None, suffix: str = "") -> list[Record]:
+        """Score the operator's baselines, with the objective's own boxes idle or as they are in `own`."""
+        records, num = [], self.problem.budget.num_images
+        idle = {**self.space.to_point(np.zeros(self.space.size)), **(own or {})}
+
+        def score(vector: np.ndarray) -> Record:
+            return self.racer.full(vector) if self.racer else self.evaluator.score(vector, Purpose.SEARCH, range(num))
+
         for baseline in self.problem.operator.baselines(self.problem.bank):
-            vector = self.space.to_vector(baseline.point).tolist()
-            key = {"family": baseline.family, "label": baseline.label, "vector": vector}
-            records.append(self._step("baseline", key, vector, Purpose.SEARCH, self.problem.budget.num_images))
+            vector = self.space.to_vector({**idle, **baseline.point}).tolist()
+            key = {"family": baseline.family, "label": baseline.label + suffix, "vector": vector}
+            record = self._step("baseline", key, num, score)
+            records.append(record)
+            if self.racer:
+                self.racer.hear(np.array(vector), record["value"])
             best = min((r for r in records if r["value"] is not None), key=lambda r: r["value"], default=None)
             if best:
                 self.progress.baseline(f"{best['label']} {best['value']:.2f}")
@@ -162,10 +215,13 @@ class Search:
         purpose, images = Purpose.SEARCH, range(num)
         if block is not None:
             purpose, images = Purpose.FRESH, range(block * num, (block + 1) * num)
+        common = block is None and num == self.problem.budget.num_images
+        racer = self.racer if common and not proposal.gradient else None
+        self._say_unraced(racer)
 
-        def score() -> dict[str, Any]:
-            row = evaluate(vector, purpose, images)
-            if floor is None or row["value"] is None or row["value"] >= floor:
+        def score() -> Record:
+            row = racer.race(vector) if racer else evaluate(vector, purpose, images)
+            if floor is None or row["value"] is None or row["value"] >= floor or "dropped_at" in row:
                 return row
             again = self.evaluator.score(vector, Purpose.RECHECK, range(num))
             if again["value"] is None:
@@ -179,35 +235,71 @@ class Search:
         own = {key: value for key, value in own.items() if value is not None}
         key = {"uid": proposal.uid, "vector": vector.tolist(), **own}
         record = self.journal.step("trial", key, score, num)
-        spent = num * (2 if "recheck" in record else 1)
-        self.images += spent
+        sampled = record.get("images", num)
+        if self.racer and common and "dropped_at" not in record:
+            self.racer.hear(vector, record["value"])
+        spent = sampled + (num if "recheck" in record else 0)
+        self.images, self.saved = self.images + spent, self.saved + num - sampled
         self.forwards += record.get("image_forwards", 0)
         self.progress.step("trial", record["value"], spent, replayed)
         return record
 
+    def _say_unraced(self, racer: Racer | None) -> None:
+        """Once, that `search.prefixes` is not for proposals on noise of their own or with a derivative."""
+        if self.racer and not racer and not self._told_unraced:
+            self.progress.note("note: the searcher's gradients and trials on noise of their own are not raced")
+            self._told_unraced = True
+
     def _select(self, session: Session, trials: list[Record], starts: tuple[Start, ...]) -> Record:
         """Score the finalists and the best baseline on the select seeds; the winner is the best there."""
-        ranked = sorted((t for t in trials if t["value"] is not None), key=lambda t: (t["value"], t["uid"]))
-        if not ranked:
+        if all(trial["value"] is None for trial in trials):
             raise EvaluationError(
                 f"no trial of {len(trials)} could be scored: {trials[-1]['reason'] if trials else 'none ran'}."
             )
-        count = self.problem.budget.num_finalists
-        finalists = session.finalists(count)
-        if finalists is None:
-            finalists = [(f"trial {trial['uid']}", np.array(trial["vector"])) for trial in ranked[:count]]
-        finalists += [(start.label, start.vector) for start in starts[:1]]  # a search may fail to beat where it began
+        finalists = list(enumerate(self._finalists(session, trials)))
+        watch, num = self._watch(starts), self.problem.budget.num_images_select
+        if starts:  # a search may fail to beat where it began; guards compare with it, so it comes first
+            rival = (len(finalists), (starts[0].label, starts[0].vector))
+            finalists = [rival, *finalists] if watch else [*finalists, rival]
+
+        def score(vector: np.ndarray) -> Record:
+            row = self.evaluator.score(vector, Purpose.SELECT, range(num), full=watch is not None)
+            return watch.judged(row) if watch else row
+
         scored: list[tuple[float, int, Record]] = []
-        for place, (label, vector) in enumerate(finalists):
-            key, num = {"label": label, "vector": vector.tolist()}, self.problem.budget.num_images_select
-            record = self._step("select", key, key["vector"], Purpose.SELECT, num)
+        for place, (label, vector) in finalists:
+            record = self._step("select", {"label": label, "vector": vector.tolist()}, num, score)
+            if watch and watch.rival is None:
+                watch.rival = record
+            if "vetoed" in record:
+                self.progress.note(f"{label} is vetoed: {record['vetoed']}")
+                continue
             scored.append((math.inf if record["value"] is None else record["value"], place, record))
         return min(scored)[2]
+
+    def _watch(self, starts: tuple[Start, ...]) -> Watch | None:
+        guards = self.problem.budget.guards
+        if guards and not starts:
+            self.progress.note("note: no baseline could be scored, so `search.guards` has nothing to compare with")
+        return Watch(self.problem.objective, guards) if guards and starts else None
+
+    def _finalists(self, session: Session, trials: list[Record]) -> list[tuple[str, np.ndarray]]:
+        """The searcher's choice, else the best trials; none that was dropped from a race."""
+        count = self.problem.budget.num_finalists
+        dropped = {tuple(trial["vector"]) for trial in trials if "dropped_at" in trial}
+        chosen = [row for row in session.finalists(count) or () if tuple(row[1].tolist()) not in dropped]
+        if chosen:
+            return chosen
+        ranked = sorted((t for t in trials if t["value"] is not None), key=lambda t: (t["value"], t["uid"]))
+        ranked = [trial for trial in ranked if tuple(trial["vector"]) not in dropped]
+        return [(f"trial {trial['uid']}", np.array(trial["vector"])) for trial in ranked[:count]]
 
     def _report(self, who: str, label: str, record: Record) -> Record:
         num = self.problem.budget.num_images_report
         key = {"who": who, "label": label, "vector": record["vector"]}
-        report = self._step("report", key, record["vector"], Purpose.REPORT, num, full=True)
+        report = self._step(
+            "report", key, num, lambda vector: self.evaluator.score(vector, Purpose.REPORT, range(num), full=True)
+        )
         if report["value"] is None:
             raise EvaluationError(f"`{who}` ({label}) could not be scored on the report seeds: {report['reason']}")
         return report

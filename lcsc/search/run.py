@@ -12,7 +12,7 @@ import numpy as np
 from lcsc.core.files import write_bytes, write_json
 from lcsc.core.seeds import Purpose
 from lcsc.export.model import export_model
-from lcsc.objectives.sample_quality import SampleQuality
+from lcsc.objectives.base import tuned
 from lcsc.operators.base import notes_of
 from lcsc.search.geometry import geometry
 from lcsc.search.journal import Journal, read_records
@@ -96,20 +96,22 @@ def _info(problem: Problem, name: str, command: str) -> dict[str, Any]:
 def _save_samples(problem: Problem, search: Search, outcome: Outcome, folder: Path) -> None:
     """Images of the winner, the last checkpoint, best EMA and best baseline (same noise), and the data."""
     objective = problem.objective
-    if not isinstance(objective, SampleQuality):
+    if not hasattr(objective, "images"):
         return
     records = {record["who"]: record for record in outcome.reports}
     wanted = {"best", "last", "ema", str(_report_section(outcome).get("best_baseline"))}
     images = {
-        who: objective.images(
+        who: tuned(objective, search.point(records[who]))
+        .images(  # type: ignore[attr-defined]
             problem.operator.apply(problem.bank, search.point(records[who])),
             seed=problem.seed,
             purpose=Purpose.REPORT,
             num_images=NUM_SAMPLES,
-        ).numpy()
+        )
+        .numpy()
         for who in sorted(wanted & set(records))
     }
-    images["real"] = objective.dataset.images()[:NUM_SAMPLES].numpy()
+    images["real"] = objective.dataset.images()[:NUM_SAMPLES].numpy()  # type: ignore[attr-defined]
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **images)  # type: ignore[arg-type]
     write_bytes(folder / "samples.npz", buffer.getvalue())
@@ -120,7 +122,7 @@ def _geometry(problem: Problem, outcome: Outcome, folder: Path) -> dict[str, Any
     records, _ = read_records(folder / "journal.jsonl")
     trials = [record for record in records if record["kind"] == "trial"]
     rival = _report_section(outcome).get("best_baseline")
-    return geometry(problem.bank, problem.operator, outcome.reports, trials, rival)
+    return geometry(problem.bank, problem.operator, outcome.reports, trials, rival, problem.space())
 
 
 def _export_best(problem: Problem, search: Search, outcome: Outcome, run: RunDir, where: dict[str, Any]) -> None:
@@ -131,7 +133,7 @@ def _export_best(problem: Problem, search: Search, outcome: Outcome, run: RunDir
     export_model(
         bank=problem.bank,
         operator=problem.operator,
-        objective=problem.objective,
+        objective=tuned(problem.objective, search.point(outcome.winner)),
         seed=problem.seed,
         point=search.point(outcome.winner),
         expected=outcome.reports[0],

@@ -23,6 +23,7 @@ from lcsc.core.seeds import ImageNoise, Purpose, SeedRange
 from lcsc.models.direct import Direct
 from lcsc.models.edm import EDM
 from lcsc.models.gaussian import GaussianDenoiser
+from lcsc.samplers.base import with_nfe
 from lcsc.samplers.consistency import ConsistencySampler
 from lcsc.samplers.schedule import karras_sigmas
 
@@ -284,3 +285,40 @@ def test_consistency_fields_are_checked(sigmas: list[float], sigma_min: float) -
         ConfigError, match=r"sampler `consistency` has `sigmas` \[.*\] and `sigma_min` .*each below the one"
     ):
         ConsistencySampler(sigmas=sigmas, sigma_min=sigma_min)
+
+
+@pytest.mark.parametrize(
+    ("name", "possible"),
+    [
+        ("euler", [1, 2, 7]),
+        ("heun", [1, 3, 7]),
+        ("dpmpp_2m", [1, 2, 7]),
+        ("ddim", [1, 2, 8]),
+        ("consistency", [1, 2, 7]),
+    ],
+)
+def test_a_sampler_at_another_number_of_calls(name: str, possible: list[int]) -> None:
+    sampler = registry.build("sampler", name)
+    for nfe in possible:
+        found = with_nfe(sampler, nfe)
+        assert (found.nfe(), found.sigma_max) == (nfe, pytest.approx(sampler.sigma_max))
+    assert with_nfe(sampler, sampler.nfe()) is sampler
+
+
+def test_consistency_takes_the_levels_of_the_edm_schedule() -> None:
+    sampler = ConsistencySampler(sigmas=[60.0, 2.0], sigma_min=0.01, search_times=True)
+    assert with_nfe(sampler, 2) is sampler
+    found = with_nfe(sampler, 3)
+    assert found == ConsistencySampler(karras_sigmas(4, 0.01, 60.0, 7.0)[:3], 0.01, True)
+    assert with_nfe(sampler, 1).sigmas == [60.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "nfe", "near"),
+    [("heun", 4, "3 and 5"), ("heun", 2, "1 and 3"), ("ddim", 7, "5 and 8"), ("ddim", 1001, "1000")],
+)
+def test_a_number_of_calls_that_cannot_be_had_is_refused(name: str, nfe: int, near: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"`{name}` cannot make images with {nfe} network calls; .* with is {near}\\."
+    ):
+        with_nfe(registry.build("sampler", name), nfe)

@@ -106,11 +106,11 @@ def test_a_failed_trial_costs_one_evaluation_and_never_wins(tmp_path, bad, reaso
 
 def test_a_failure_is_told_as_the_worst_value_and_nothing_else(tmp_path, monkeypatch):
     told = []
-    from lcsc.searchers import nevergrad
+    from lcsc.searchers.nevergrad import NevergradSession
 
-    real = nevergrad._Session.tell
+    real = NevergradSession.tell
     monkeypatch.setattr(
-        nevergrad._Session, "tell", lambda self, uid, value, _: told.append(value) or real(self, uid, value)
+        NevergradSession, "tell", lambda self, uid, value, _: told.append(value) or real(self, uid, value)
     )
     _, records = search(tmp_path, Scripted({(Purpose.SEARCH, BASELINES): math.nan}))
     values = [record["value"] for record in of_kind(records, "trial")]
@@ -180,8 +180,124 @@ def test_images_are_counted_once_also_when_continued(tmp_path):
     assert again == first
 
 
+@dataclass(frozen=True)
+class Other:
+    """A further metric, as far as a guard looks at it."""
+
+    name: str
+    higher_is_better: bool
+
+
+@dataclass
+class Guarded(Scripted):
+    """Scores `variety` (higher is better) and `spread` (lower is better) beside the distance."""
+
+    found: dict = field(default_factory=dict)
+    other_metrics: tuple = (Other("variety", True), Other("spread", False))
+
+    def __call__(self, candidate, *, seed, purpose, images, full=False):
+        score = super().__call__(candidate, seed=seed, purpose=purpose, images=images, full=full)
+        index = sum(p is purpose for p, _ in self.calls) - 1
+        rows = {"variety": 0.5, "spread": 2.0} | self.found.get((purpose, index), {})
+        return Score(score.value, score.num_images, 1, score.se, {k: {"value": v, "se": 0.1} for k, v in rows.items()})
+
+
+def test_a_guard_vetoes_what_loses_too_much_and_says_so(tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
+    rows = {1: {"variety": 0.47}, 2: {"variety": 0.48}, 3: {"spread": 2.3}}  # call 0 is the best baseline
+    objective = Guarded(found={(Purpose.SELECT, index): row for index, row in rows.items()})
+    objective.spoil = {(Purpose.SELECT, index): value for index, value in enumerate([9.0, 1.0, 4.0, 2.0])}
+    outcome, records = search(tmp_path, objective, guards={"variety": 0.05, "spread": 0.1})
+    baseline, lost, fine, wide = of_kind(records, "select")
+    assert baseline["label"] == "near"
+    assert lost["vetoed"] == "`variety` is 0.47, the best baseline's 0.5; 0.05 of it is allowed"
+    assert wide["vetoed"] == "`spread` is 2.3, the best baseline's 2; 0.1 of it is allowed"
+    assert "vetoed" not in fine
+    assert "vetoed" not in baseline
+    assert outcome.winner["label"] == fine["label"]
+    assert fine["others"]["variety"]["value"] == 0.48
+    assert notes == [f"{record['label']} is vetoed: {record['vetoed']}" for record in (lost, wide)]
+    assert search(tmp_path, Guarded(), guards={"variety": 0.05, "spread": 0.1})[0] == outcome  # replayed
+
+
+def test_the_best_baseline_is_never_vetoed(tmp_path):
+    found = {(Purpose.SELECT, 0): {"variety": 0.5, "spread": -1.0}}  # shares are of the size, also below zero
+    found |= {(Purpose.SELECT, index): {"variety": 0.9, "spread": -0.8} for index in (1, 2, 3)}
+    spoil = {(Purpose.SELECT, 0): 9.0}
+    outcome, records = search(tmp_path, Guarded(spoil, found=found), guards={"spread": 0.1})
+    assert [("vetoed" in record) for record in of_kind(records, "select")] == [False, True, True, True]
+    assert outcome.winner["label"] == "near"
+
+
+def test_guards_cost_nothing_where_none_is_set(tmp_path):
+    _, records = search(tmp_path, Guarded())
+    assert all("others" not in record for record in of_kind(records, "select"))
+    assert of_kind(records, "select")[-1]["label"] == "near"
+
+
+def test_a_guard_covers_a_metric_at_all_numbers_of_calls(tmp_path):
+    found = {(Purpose.SELECT, 0): {"variety@1": 0.5, "variety@2": 0.5}}
+    found |= {(Purpose.SELECT, index): {"variety@1": 0.6, "variety@2": 0.3} for index in (1, 2, 3)}
+    _, records = search(tmp_path, Guarded(found=found), guards={"variety": 0.05})
+    assert [record.get("vetoed", "")[:18] for record in of_kind(records, "select")] == [
+        "",
+        *["`variety@2` is 0.3,"[:18]] * 3,
+    ]
+
+
+def test_guards_without_a_scored_baseline_are_said_to_be_idle(tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
+    monkeypatch.setattr(Line, "baselines", lambda self, bank: [])
+    search(tmp_path, Guarded(), guards={"variety": 0.05})
+    assert notes == ["note: no baseline could be scored, so `search.guards` has nothing to compare with"]
+
+
+def test_unknown_guards_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"names `varety`, .* \(`spread`, `variety`\)\. Did you mean `variety`"):
+        search(tmp_path, Guarded(), guards={"varety": 0.05})
+    with pytest.raises(ConfigError, match=r"names `kid`, which is none of the `other_metrics` \(none is configured\)"):
+        search(tmp_path, Scripted(), guards={"kid": 0.05})
+
+
 def test_budgets_are_checked(tmp_path):
     with pytest.raises(ConfigError, match=r"`search\.num_trials` is 0; it must be at least 1"):
         Budget(num_trials=0)
     with pytest.raises(ConfigError, match=r"`search\.num_images_select` is 1: too few images for `distance`"):
         search(tmp_path, Scripted(), num_images_select=1)
+
+
+@dataclass
+class Knob(Scripted):
+    """An objective with a setting of its own, best at 1, that is worth more than the weights."""
+
+    knob: float = 0.0
+
+    def space(self):
+        return SearchSpace((Box("knob", 1, level=1),))
+
+    def at(self, point):
+        return Knob(self.spoil, self.calls, self.floor_value, knob=float(point["knob"][0]))
+
+    def __call__(self, candidate, **how):
+        score = super().__call__(candidate, **how)
+        return Score(score.value + 10 * (self.knob - 1) ** 2, score.num_images, 1, score.se)
+
+
+def test_baselines_get_the_winners_settings_of_the_objective(tmp_path):
+    outcome, records = search(tmp_path, Knob(), num_trials=60)
+    knob = outcome.winner["vector"][2]
+    assert knob > 0.1
+    winner, first, second = outcome.reports
+    assert (first["label"], second["label"]) == ("near, settings of the winner", "other, settings of the winner")
+    assert (first["vector"], second["vector"]) == ([1.0, 1.0, knob], [2.0, 2.0, knob])
+    assert first["value"] == pytest.approx(math.hypot(1, 1) + 1 + 10 * (knob - 1) ** 2)
+    before = [record["vector"][2] for record in of_kind(records, "baseline")]
+    assert before == [0, 0, 0, knob, knob, knob]
+
+
+def test_a_winner_with_idle_settings_costs_no_second_round_of_baselines(tmp_path):
+    outcome, records = search(tmp_path, Knob({(Purpose.SELECT, i): 99.0 for i in range(3)}))
+    assert outcome.winner["label"] == "near"
+    assert len(of_kind(records, "baseline")) == 3

@@ -1,0 +1,161 @@
+"""Racing: score a candidate on a few images first, and go on only while it may still be the best.
+
+Prefixes are nested ranges of the same images, so nothing is sampled twice and all candidates meet the same noise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lcsc.core.errors import ConfigError, EvaluationError
+from lcsc.core.seeds import Purpose
+from lcsc.metrics.paired import chance_better
+from lcsc.objectives.base import Objective, Raceable, tuned
+from lcsc.search.evaluate import Evaluator, done_row, failed_row, head_of
+
+#: Blocks of images at every size; the bootstrap resamples them.
+NUM_BLOCKS = 20
+
+Row = dict[str, Any]
+
+
+def check_race(objective: Objective, prefixes: Sequence[int]) -> None:
+    """Raise ConfigError when an objective cannot be raced over `prefixes`."""
+    if not prefixes:
+        return
+    if not isinstance(objective, Raceable):
+        raise ConfigError(
+            f"`search.prefixes` is {list(prefixes)}, but objective `{objective.name}` cannot score a part of its "
+            "images. Leave the setting out."
+        )
+    least = max(NUM_BLOCKS, objective.min_images)
+    if prefixes[0] < least:
+        raise ConfigError(f"`search.prefixes` begins with {prefixes[0]}; a race needs at least {least} images.")
+
+
+class Racer:
+    """Scores candidates in one and the same way, whether they are dropped or not.
+
+    The incumbent is the best candidate that was scored on all images. A candidate that is worse than the incumbent on
+    the first images is dropped when it would be better in less than `drop_level` of the paired bootstrap resamples of
+    these images.
+
+    Args:
+        evaluator: makes candidates; its objective is `Raceable`.
+        sizes: numbers of images, increasing; the last one is the full size.
+        drop_level: share of resamples.
+    """
+
+    def __init__(self, evaluator: Evaluator, sizes: Sequence[int], drop_level: float) -> None:
+        self._evaluator, self._sizes, self._level = evaluator, tuple(sizes), drop_level
+        self._best: tuple[np.ndarray, float] | None = None
+        self._rival: _Course | None = None
+        self._last: _Course | None = None
+
+    def full(self, vector: np.ndarray) -> Row:
+        """The row of a candidate on all images, whatever its rank."""
+        return self._score(vector, may_drop=False)
+
+    def race(self, vector: np.ndarray) -> Row:
+        """The row of a candidate on all images, or up to where it was dropped.
+
+        A dropped candidate's value is an estimate of its full score: the incumbent's, plus the difference on the
+        images both have seen (many scores depend on the number of images, so the prefix score itself misleads).
+        """
+        return self._score(vector, may_drop=True)
+
+    def hear(self, vector: np.ndarray, value: float | None) -> None:
+        """What a candidate scored on all images; the best one heard of is the incumbent.
+
+        A recorded value will do: the incumbent's images are sampled again when they are first needed.
+        """
+        if value is None or (self._best is not None and value >= self._best[1]):
+            return
+        self._best, last = (vector, value), self._last
+        self._rival = last if last is not None and np.array_equal(last.vector, vector) else None
+
+    def _score(self, vector: np.ndarray, may_drop: bool) -> Row:
+        course = self._last = _Course(self._evaluator, vector, self._sizes)
+        for stage in range(len(self._sizes)):
+            try:
+                value = course.reach(stage)
+            except EvaluationError as error:
+                return self._row(course, stage, failed_row(course.head, str(error)))
+            if not math.isfinite(value):
+                return self._row(course, stage, failed_row(course.head, f"the score is {value}"))
+            estimate = self._beaten(course, stage) if may_drop else None
+            if estimate is not None:
+                tail = {"dropped_at": self._sizes[stage], "prefix_value": value}
+                return self._row(course, stage, done_row(course.head, estimate, course.image_forwards, tail))
+        return self._row(course, len(self._sizes) - 1, done_row(course.head, value, course.image_forwards, {}))
+
+    def _row(self, course: _Course, stage: int, row: Row) -> Row:
+        return {**row, "images": self._sizes[stage]}
+
+    def _beaten(self, course: _Course, stage: int) -> float | None:
+        """The estimate of the full score of a candidate to be dropped, None while it may go on."""
+        if self._best is None or stage == len(self._sizes) - 1:
+            return None
+        vector, full = self._best
+        self._rival = rival = self._rival or _Course(self._evaluator, vector, self._sizes)
+        behind = course.values[stage] - rival.reach(stage)
+        if behind <= 0 or chance_better(course.resamples[stage], rival.resamples[stage]) >= self._level:
+            return None
+        return full + behind
+
+
+class _Course:
+    """One candidate on the way from size to size.
+
+    Every size has the same number of blocks: the old ones are merged to about the size of the new, so memory does not
+    grow with the images, and equal stages are cut alike for all candidates.
+    """
+
+    def __init__(self, evaluator: Evaluator, vector: np.ndarray, sizes: Sequence[int]) -> None:
+        self._candidate, self.vector = evaluator.candidate(vector), vector
+        self._evaluator, self._sizes = evaluator, sizes
+        self._states: tuple[Any, ...] = ()
+        self.head = head_of(self._candidate)
+        self.image_forwards = 0
+        self.values: list[float] = []
+        self.resamples: list[np.ndarray] = []
+
+    def reach(self, stage: int) -> float:
+        """The score on the first `sizes[stage]` images."""
+        while len(self.values) <= stage:
+            self._extend(len(self.values))
+        return self.values[stage]
+
+    def _extend(self, stage: int) -> None:
+        objective = tuned(self._evaluator.objective, self._evaluator.space.to_point(self.vector))
+        purpose = Purpose.SEARCH
+        assert isinstance(objective, Raceable)
+        begin, end = self._sizes[stage - 1] if stage else 0, self._sizes[stage]
+        kept = min(max(round(NUM_BLOCKS * begin / end), 1), NUM_BLOCKS - 1) if stage else 0
+        new = objective.block_states(
+            self._candidate,
+            seed=self._evaluator.seed,
+            purpose=purpose,
+            images=range(begin, end),
+            num_blocks=NUM_BLOCKS - kept,
+        )
+        self.image_forwards += new.image_forwards
+        old = [objective.merge_states(self._states[a:b]) for a, b in _groups(len(self._states), kept)]
+        self._states = (*old, *new.states)
+        value = objective.value_of(self._states, purpose)
+        if stage < len(self._sizes) - 1:
+            self.resamples.append(objective.resampled(self._states, purpose))
+        else:
+            self._states = ()
+        self.values.append(value)
+
+
+def _groups(num: int, num_groups: int) -> list[tuple[int, int]]:
+    """`num` neighbours as `num_groups` runs of nearly equal length: their first places and those behind their last."""
+    edges = [num * group // num_groups for group in range(num_groups + 1)] if num_groups else []
+    return list(itertools.pairwise(edges))

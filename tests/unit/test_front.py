@@ -1,0 +1,168 @@
+"""Quality against NFE: points against the journal, lines against arithmetic, the picture against both."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers_fake_run import FLOOR, make_fake_run, read_records
+from PIL import Image
+
+from lcsc.report.front import JOINT, OWN, draw, front_files, fronts
+from lcsc.report.run import Run
+
+FACTORS = {1: 2.5, 2: 1.6, 8: 0.7}
+
+
+def joint_run(folder, factors=FACTORS, **settings):
+    """A run whose objective scored at several NFEs: each report record has `fid_digits@n` among the others."""
+    path = make_fake_run(folder, num_trials=5, samples=False, **settings)
+    info = json.loads((path / "run.json").read_text())
+    calls = "+".join(map(str, factors))
+    info |= {"metric": f"fid_digits@{calls}", "nfe": calls}
+    (path / "run.json").write_text(json.dumps(info))
+    lines = []
+    for record in map(json.loads, (path / "journal.jsonl").read_text().splitlines()):
+        if record["kind"] == "report":
+            at = {f"fid_digits@{n}": {"value": record["value"] * f, "se": record["se"] * f} for n, f in factors.items()}
+            record["others"] = {**at, **{f"kid_digits@{n}": {"value": 0.1, "se": 0.01} for n in factors}}
+        lines.append(json.dumps(record) + "\n")
+    (path / "journal.jsonl").write_text("".join(lines))
+    return path
+
+
+def own_run(folder, nfe, best, **settings):
+    return make_fake_run(folder, nfe=nfe, best=best, num_trials=5, samples=False, **settings)
+
+
+@pytest.fixture
+def one(tmp_path):
+    return joint_run(tmp_path / "joint")
+
+
+@pytest.fixture
+def several(tmp_path):
+    return [own_run(tmp_path / f"own{n}", n, best) for n, best in ((1, 190.0), (2, 120.0), (8, 60.0))]
+
+
+def opened(paths):
+    return [Run.open(path) for path in paths]
+
+
+def test_one_run_with_several_nfes_is_a_front(one):
+    (front,) = fronts(opened([one]))
+    records = read_records(one, "report")
+    assert (front.metric, front.floor) == ("fid_digits", FLOOR)
+    assert len(front.points) == 3 * len(records)
+    assert set(front.points["coefficients"]) == {JOINT}
+    for record in records:
+        part = front.points[front.points["who"] == record["who"]]
+        assert part["nfe"].tolist() == list(FACTORS)
+        assert part["value"].tolist() == [record["value"] * f for f in FACTORS.values()]
+        assert part["se"].tolist() == [record["se"] * f for f in FACTORS.values()]
+        assert set(part["label"]) == {record["label"]}
+
+
+def test_runs_at_different_nfes_are_a_front(several):
+    (front,) = fronts(opened(several))
+    best = front.lines().query("who == 'best'")
+    assert best["nfe"].tolist() == [1, 2, 8]
+    assert best["value"].tolist() == [190.0, 120.0, 60.0]
+    assert set(best["coefficients"]) == {OWN}
+
+
+def test_of_a_baseline_tuned_twice_the_better_counts(one, several):
+    (front,) = fronts(opened([one, *several]))
+    lines = front.lines()
+    ema = lines[lines["who"] == "ema"].set_index("nfe")["value"]
+    for n, factor in FACTORS.items():
+        tuned = next(r["value"] for r in read_records(one, "report") if r["who"] == "ema")
+        assert ema[n] == min(tuned, tuned * factor)  # the made-up runs tune the same EMA at every NFE
+    best = lines[lines["who"] == "best"]
+    assert best.groupby("coefficients").size().to_dict() == {JOINT: 3, OWN: 3}
+
+
+def test_seeds_are_averaged_with_the_error_among_them(tmp_path):
+    values = {1: (100.0, 110.0, 120.0), 4: (50.0,)}
+    paths = [own_run(tmp_path / f"{n}-{i}", n, v, seed=i) for n, vs in values.items() for i, v in enumerate(vs)]
+    best = fronts(opened(paths))[0].lines().query("who == 'best'").set_index("nfe")
+    assert best.loc[1, ["value", "num_runs"]].tolist() == [110.0, 3]
+    assert best.loc[1, "se"] == pytest.approx(np.std(values[1], ddof=1) / np.sqrt(3), rel=1e-12)
+    assert best.loc[4, ["value", "se", "num_runs"]].tolist() == [50.0, 1.5, 1]
+
+
+def test_what_was_not_scored_alike_shares_no_front(several, tmp_path):
+    strange = [own_run(tmp_path / f"s{n}", n, 70.0, detector_digest="0" * 64) for n in (2, 4)]
+    alone = own_run(tmp_path / "alone", 3, 70.0, num_images_report=500)
+    unfinished = own_run(tmp_path / "unfinished", 5, 1.0, finished=False)
+    found = fronts(opened([*several, *strange, alone, unfinished]))
+    assert [sorted(set(front.points["nfe"])) for front in found] == [[1, 2, 8], [2, 4]]
+    assert sorted(front_files(opened([*several, *strange]))) == [
+        "front.csv",
+        "front.png",
+        "front_2.csv",
+        "front_2.png",
+    ]
+    assert front_files(opened([alone])) == {}
+
+
+def test_the_sentence_names_the_fewest_calls_that_do(several):
+    (front,) = fronts(opened(several))
+    rival = front.lines().query("who != 'best' and nfe == 8")["value"].min()
+    assert 190.0 < rival < 210.0
+    assert front.sentence() == "LCSC at 1 NFE is at least as good as the best baseline at 8"
+    (shorter,) = fronts(opened(several[1:]))
+    assert shorter.sentence() == "LCSC at 2 NFE is at least as good as the best baseline at 8"
+
+
+def test_no_sentence_where_the_baseline_wins(tmp_path):
+    (front,) = fronts(opened([own_run(tmp_path / f"{n}", n, 900.0) for n in (1, 2)]))
+    assert front.sentence() == ""
+
+
+def test_the_files_hold_the_points_and_the_picture(one, several):
+    files = front_files(opened([one, *several]))
+    table = pd.read_csv(io.BytesIO(files["front.csv"]))
+    pd.testing.assert_frame_equal(table, fronts(opened([one, *several]))[0].points, check_dtype=False)
+    assert Image.open(io.BytesIO(files["front.png"])).size == (1800, 1000)
+    assert files == front_files(opened([one, *several]))
+
+
+def test_the_picture_draws_the_lines_with_their_errors(one, several):
+    (front,) = fronts(opened([one, *several]))
+    figure, lines = draw(front), front.lines()
+    ax = figure.axes[0]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    drawn = sorted(tuple(bar.lines[0].get_ydata()) for bar in ax.containers)
+    assert drawn == sorted(tuple(part["value"]) for _, part in _lines(lines))
+    texts = [text.get_text() for text in figure.texts]
+    assert {f"LCSC, {JOINT}", f"LCSC, {OWN}", "EMA", "floor: real vs real"} <= set(texts)
+    bars = [np.array(bar.lines[2][0].get_segments()) for bar in ax.containers]
+    first = next(bar for bar in bars if bar[-1][:, 1].mean() == pytest.approx(60.0))
+    np.testing.assert_allclose(first[:, 1, 1] - first[:, 0, 1], 2 * np.array([2.9, 2.2, 1.6]))
+
+
+def _lines(lines):
+    keys = lines["who"] + np.where(lines["who"] == "best", lines["coefficients"], "")
+    return [(key, part.sort_values("nfe")) for key, part in lines.groupby(keys)]
+
+
+def test_an_error_bar_reaches_no_logarithm_of_zero(tmp_path):
+    wide = joint_run(tmp_path / "wide", {1: 1e-3, 2: 1.0})
+    text = (wide / "journal.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    for record in records:
+        for other in record.get("others", {}).values():
+            other["se"] = 1e3
+    (wide / "journal.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (front,) = fronts(opened([wide]))
+    ends = [segment[:, 1].min() for bar in draw(front).axes[0].containers for segment in bar.lines[2][0].get_segments()]
+    assert min(ends) > 0
+
+
+def test_scores_without_logarithm_say_so(tmp_path):
+    (front,) = fronts(opened([joint_run(tmp_path / "below", {1: -1.0, 2: 1.0})]))
+    assert "there is no logarithm to draw" in draw(front).axes[0].texts[0].get_text()
