@@ -22,7 +22,7 @@ from searches import bank, result, run, write
 EVOLUTION = "lcsc_evolution"
 #: Budget of the paper's search: (trials, images a trial). The issue's size on digits, less where images cost more.
 EVOLUTION_BUDGET = {"digits": (2000, 1000), "mnist16": (400, 1000)}
-GRADIENT_STEPS = (15, 30, 60, 120, 240)
+GRADIENT_STEPS = (20, 30, 40, 50, 60, 120, 240)
 TARGET = 1 / 30
 
 

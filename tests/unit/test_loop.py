@@ -289,7 +289,7 @@ def test_baselines_get_the_winners_settings_of_the_objective(tmp_path):
     outcome, records = search(tmp_path, Knob(), num_trials=60)
     knob = outcome.winner["vector"][2]
     assert knob > 0.1
-    winner, first, second = outcome.reports
+    _, first, second = outcome.reports
     assert (first["label"], second["label"]) == ("near, settings of the winner", "other, settings of the winner")
     assert (first["vector"], second["vector"]) == ([1.0, 1.0, knob], [2.0, 2.0, knob])
     assert first["value"] == pytest.approx(math.hypot(1, 1) + 1 + 10 * (knob - 1) ** 2)
