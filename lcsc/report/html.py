@@ -124,6 +124,7 @@ def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
         scores=html_table(head, rows, strong=0) if rows else "",
         places=html_table(place_head, places, strong=0) if places else "",
         notes=place_notes(run),
+        account=run.account,
         pictures=embedded,
         facts=_facts(run),
         config=config.getvalue(),

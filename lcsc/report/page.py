@@ -78,6 +78,10 @@ baseline; each baseline was tuned on the same search seeds.</p>
 {% if pictures.coefficients %}<h2>Coefficients</h2>
 <img src="{{ pictures.coefficients }}" alt="coefficient of each checkpoint against its training step">{% endif %}
 
+{% if account %}<h2>How the search went</h2>
+<ul>{% for line in account %}<li>{{ line }}</li>
+{% endfor %}</ul>{% endif %}
+
 {% if places %}<h2>Where the winner lies</h2>
 {{ places }}
 {% for note in notes %}<p class="faint">{{ note }}</p>

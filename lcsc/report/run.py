@@ -24,6 +24,7 @@ FIELDS = {
     "trial": ("uid", "value", "status"),
     "select": ("label", "value"),
     "report": ("who", "label", "value"),
+    "account": ("lines",),
 }
 
 
@@ -113,6 +114,11 @@ class Run:
     def geometry(self) -> dict[str, Any]:
         """Where the winner lies (`lcsc.search.geometry`); empty until the search is finished, and in old runs."""
         return (self.summary or {}).get("geometry") or {}
+
+    @property
+    def account(self) -> tuple[str, ...]:
+        """What the searcher says about its way, in sentences; empty where it says nothing."""
+        return tuple(str(line) for record in self._records("account") for line in record["lines"])
 
     @property
     def groups(self) -> tuple[str, ...]:

@@ -169,6 +169,8 @@ def report_text(run: Run) -> str:
     if not rows:
         return progress_line(run)
     blocks, (place_head, places) = [text_table(head, rows)], place_rows(run)
+    if run.account:
+        blocks.append("\n".join(printable(line) for line in run.account))
     if places:
         blocks.append(text_table(place_head, places) + "".join(f"\n{note}" for note in place_notes(run)))
     return "\n\n".join(blocks)

@@ -21,7 +21,7 @@ from lcsc.search.guards import Watch, check_guards
 from lcsc.search.journal import Journal, Record
 from lcsc.search.progress import Progress
 from lcsc.search.racing import Racer, check_race
-from lcsc.searchers.base import Proposal, Searcher, Session, Start, Task
+from lcsc.searchers.base import Accountable, Proposal, Searcher, Session, Start, Task
 
 #: Consecutive failed trials after which the search stops: something is wrong with more than one candidate.
 MAX_FAILURES = 20
@@ -144,6 +144,8 @@ class Search:
         )
         session = self.problem.searcher.start(self.problem.task(starts))
         trials = self._trials(session, baselines, floor)
+        if isinstance(session, Accountable):
+            self.journal.step("account", {}, lambda: {"lines": session.account()})
         winner = self._select(session, trials, starts)
         own = self._own(winner)
         if any(value.any() for value in own.values()):  # what helps the winner beside its weights, baselines get too

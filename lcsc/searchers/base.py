@@ -105,6 +105,15 @@ class Session(Protocol):
 
 
 @runtime_checkable
+class Accountable(Protocol):
+    """What a session offers beside `Session` when it has something to tell about its way."""
+
+    def account(self) -> list[str]:
+        """How the search went, in sentences; depends on what was told alone."""
+        ...
+
+
+@runtime_checkable
 class Searcher(Protocol):
     """Configuration of a search strategy."""
 

@@ -301,3 +301,13 @@ def test_a_winner_with_idle_settings_costs_no_second_round_of_baselines(tmp_path
     outcome, records = search(tmp_path, Knob({(Purpose.SELECT, i): 99.0 for i in range(3)}))
     assert outcome.winner["label"] == "near"
     assert len(of_kind(records, "baseline")) == 3
+
+
+def test_what_a_session_says_about_its_way_is_kept(tmp_path):
+    budget = Budget(24, 10, num_finalists=2, num_images_select=20, num_images_report=30)
+    searcher = build("searcher", "ladder", num_blocks=2, line_trials=1)
+    problem = Problem(None, Line(), searcher, Scripted(), budget, 0)
+    with Progress("loop", 0, quiet=True) as progress, Journal(tmp_path, print) as journal:
+        Search(problem, journal, progress).run()
+    (record,) = of_kind(read_records(tmp_path / "journal.jsonl")[0], "account")
+    assert record["lines"][-1].startswith("full: ")
