@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from lcsc.core.errors import ConfigError, LcscError, did_you_mean
 
@@ -43,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
-    verb, rest = words[0], words[1:]
+    with noticing_ctrl_c() as pressed:
+        return _dispatch(words[0], words[1:], pressed)
+
+
+def _dispatch(verb: str, rest: list[str], pressed: list[int]) -> int:
+    """Run one verb; `pressed` fills when Ctrl-C is pressed."""
     try:
         if verb == "--version":
             from lcsc import __version__
@@ -56,13 +64,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LcscError as error:
         print(f"lcsc: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nlcsc: interrupted; the same line continues", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (KeyboardInterrupt, Exception) as error:
+        if not (pressed or isinstance(error, KeyboardInterrupt)):
+            raise
+        print("\nlcsc: interrupted; the same line continues", file=sys.stderr)
+        return 130
     return 0
+
+
+@contextmanager
+def noticing_ctrl_c() -> Iterator[list[int]]:
+    """Keep Python's KeyboardInterrupt, and remember that it was raised.
+
+    Compiled modules that are interrupted while they load turn it into an ImportError of their own.
+    """
+    pressed: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread, which alone hears signals
+        yield pressed
+        return
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main_exit() -> None:

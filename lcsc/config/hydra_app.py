@@ -60,7 +60,7 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
         try:
             return to_plain(compose("config", overrides=list(overrides)))
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-            raise explain(error) from error
+            raise explain(error, overrides) from error
 
 
 def to_plain(cfg: Any) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def run_job(verb: str, overrides: Sequence[str], job: Callable[[dict[str, Any]],
     try:
         hydra.main(version_base="1.3", config_path=source, config_name="config")(guarded)()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise explain(error) from error
+        raise explain(error, overrides) from error
     num_jobs = next(count) - 1
     if errors and num_jobs > 1:
         raise ConfigError(f"{len(errors)} of {num_jobs} jobs failed; the first: {errors[0]}") from errors[0]
@@ -125,14 +125,14 @@ def check_overrides(overrides: Sequence[str]) -> None:
                     raise ConfigError(f"no experiment named `{name}`.{did_you_mean(name, known)}")
 
 
-def explain(error: Exception) -> ConfigError:
-    """One sentence for an error of Hydra or OmegaConf."""
+def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
+    """One sentence for an error of Hydra or OmegaConf that `overrides` led to."""
     text = str(error)
     cause = str(error.__cause__ or "")
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found[1]
         if "not in" in text + cause or "is not in struct" in text + cause:
-            known = _known_keys(key)
+            known = _known_keys(key, overrides)
             return ConfigError(f"no setting named `{key}`.{did_you_mean(key, known)}")
     if found := re.search(r"Could not find '([^']+)'", text):
         return ConfigError(f"no configuration `{found[1]}`. See `lcsc list` for parts.")
@@ -144,11 +144,14 @@ def explain(error: Exception) -> ConfigError:
     return ConfigError(f"configuration error{where}: {_first_line(error)}")
 
 
-def _known_keys(key: str) -> list[str]:
-    """Settings beside `key` in the default configuration, with the parts' own fields."""
+def _known_keys(key: str, overrides: Sequence[str]) -> list[str]:
+    """Settings beside `key` in the configuration with the experiment and parts of `overrides`."""
     head, _, _ = key.rpartition(".")
+    groups = ("experiment", "network", *registry.ROOMS)
+    parsed = OverridesParser.create().parse_overrides([word for word in overrides if not word.startswith("-")])
+    chosen = [o.input_line for o in parsed if o.key_or_group in groups and not o.is_sweep_override()]
     try:
-        cfg: Any = compose_config(["name=x", "bank.path=x"])
+        cfg: Any = compose_config([*chosen, "name=x", "bank.path=x"])
     except ConfigError:
         return []
     for word in head.split(".") if head else []:

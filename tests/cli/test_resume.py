@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import time
 
 import pytest
 from helpers_cli import TOY, start
+
+from lcsc.cli.main import main
 
 # one thread, so that both processes add in the same order
 ENV = {"OMP_NUM_THREADS": "1"}
@@ -64,13 +67,36 @@ def test_killed_twice_gives_the_journal_of_an_unbroken_run(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_continue(tmp_path):
-    process = start(*WORDS, cwd=tmp_path, env=ENV)
+    process = start(*WORDS[:-1], "search.num_trials=1000000", cwd=tmp_path, env=ENV)  # it cannot finish first
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(tmp_path.glob("runs/*/journal.jsonl")):
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(journal.stat().st_size for journal in tmp_path.glob("runs/*/journal.jsonl")):
+            break
         time.sleep(0.01)
-    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
     assert "interrupted; the same line continues" in out
     assert "Traceback" not in out
+
+
+def test_ctrl_c_that_a_loading_module_swallows_is_still_ctrl_c(monkeypatch, capsys):
+    def interrupted(words):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("initialization failed")  # what matplotlib's ft2font makes of it
+
+    monkeypatch.setattr("lcsc.cli.list.main", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["list"]) == 130
+    assert "interrupted; the same line continues" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_error_without_ctrl_c_is_not_called_one(monkeypatch):
+    def broken(words):
+        raise ImportError("initialization failed")
+
+    monkeypatch.setattr("lcsc.cli.list.main", broken)
+    with pytest.raises(ImportError, match="initialization failed"):
+        main(["list"])
