@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import circumstances
+from machine import ROOT, circumstances
 
 from lcsc.cli.search import search
 from lcsc.cli.train import train
 from lcsc.config.hydra_app import compose_config
+
+
+def words_of(experiment: str, seed: int, work: Path, mnist: Path | None = None) -> list[str]:
+    """Overrides that name an experiment; those on MNIST need its npz file and train a detector on it, once."""
+    words = [f"experiment={experiment}", f"seed={seed}"]
+    if not experiment.startswith("mnist16"):
+        return words
+    if mnist is None:
+        sys.exit(f"`--mnist` is not set, and `{experiment}` needs it: an npz file of MNIST, as for `dataset=npz`")
+    weights, data = work / "mnist16-detector.safetensors", ["dataset=npz", f"dataset.path={mnist}", "dataset.resize=16"]
+    if not weights.exists():
+        script = [sys.executable, ROOT / "scripts/train_detector.py", "widths=16,32,64", f"to={weights}"]
+        subprocess.run([*script, *data], check=True)
+    return [*words, f"dataset.path={mnist}", f"metric.weights_path={weights}"]
 
 
 def bank(words: list[str], path: Path) -> Path:

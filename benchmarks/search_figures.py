@@ -1,0 +1,168 @@
+"""One picture for each search benchmark whose results file is there.
+
+    python benchmarks/search_figures.py [--results benchmarks/results] [--to docs/images]
+
+Points are medians over training seeds, bars reach from the smallest to the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from lcsc.core.files import write_bytes
+from lcsc.report.style import BLUE, FAINT, GREEN, INK, ORANGE, new_figure, png, styled, subtitle
+
+DESCENTS = ("gradient", "hybrid", "ladder", "lbfgs")
+EVOLUTION = "lcsc_evolution"
+
+
+def plain(ax: Axes, x: str | None = None) -> None:
+    """Logarithmic scores written as plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "235" else ""))
+    if x is not None:
+        ax.set_xlabel(x)
+    ax.grid(axis="y")
+
+
+def bars(ax: Axes, x: float, row: dict, **look: object) -> None:
+    """A median with its range."""
+    low, high = row["median"] - row["min"], row["max"] - row["median"]
+    ax.errorbar(x, row["median"], [[low], [high]], fmt="o", markersize=5, capsize=2.5, linewidth=1.2, **look)
+
+
+@styled
+def efficiency(results: list[dict]) -> Figure:
+    """Report score against image-forwards, a panel for each experiment."""
+    figure = new_figure(4.8, "What a search costs, and what it finds")
+    for place, data in enumerate(results):
+        wide = 0.92 / len(results)
+        ax = figure.add_axes((0.065 + place * wide, 0.12, wide - 0.055, 0.68))
+        ax.set_title(f"{data['experiment']}, {len(data['seeds'])} training seeds", fontsize=10, loc="left")
+        plain(ax, "image-forwards of the whole search")
+        ax.set_xscale("log")
+        best = [min(row["value"] for row in next(iter(runs.values()))["baselines"].values()) for runs in _runs(data)]
+        ax.axhline(float(np.median(best)), color=INK, linewidth=1.1, linestyle=":")
+        ax.annotate("best tuned baseline", (0.99, np.median(best)), xycoords=("axes fraction", "data"), ha="right",
+                    va="bottom", fontsize=8.5, color=INK)  # fmt: skip
+        for name, row in data["by_contestant"].items():
+            kind = name.rpartition("_")[0] if name.rpartition("_")[2].isdigit() else name
+            color = (
+                BLUE if kind == "gradient" else GREEN if kind in DESCENTS else ORANGE if kind == EVOLUTION else FAINT
+            )
+            cost = row["image_forwards"]["median"]
+            bars(ax, cost, row["report_score"], color=color)
+            ax.annotate(name.replace("_", " "), (cost, row["report_score"]["median"]), xytext=(5, 3),
+                        textcoords="offset points", fontsize=8, color=color)  # fmt: skip
+    subtitle(figure, "Fréchet distance on fresh noise and the unseen half of the reference; lower is better")
+    return figure
+
+
+def _runs(data: dict) -> list[dict]:
+    return [found for found in data["runs"].values() if found]
+
+
+@styled
+def training_saved(results: list[dict]) -> Figure:
+    """Report score of early searches, and the best EMA of the whole training."""
+    (data,) = results
+    figure = new_figure(4.2, "How early a search equals the best EMA of the whole training")
+    ax = figure.add_axes((0.075, 0.14, 0.9, 0.66))
+    plain(ax, "training steps so far")
+    ax.set_xscale("log")
+    for run, color in zip(data["runs"], (BLUE, ORANGE, GREEN, INK), strict=False):
+        steps = [int(step) for step in run["early"]]
+        ax.plot(steps, [row["value"] for row in run["early"].values()], "o-", color=color, linewidth=1.6)
+        aim = run["best_ema_of_full_run"]
+        ax.plot([min(steps), run["num_steps"]], [aim["value"]] * 2, "--", color=color, linewidth=1.2)
+        ax.plot(run["num_steps"], aim["value"], "D", color=color, markersize=6)
+        said = f"{run['factor_with_search']:.0f}x" if run["factor_with_search"] else "not reached"
+        ax.annotate(f"{run['experiment']} seed {run['seed']}: {said}", (run["num_steps"], aim["value"]),
+                    xytext=(-4, 5), textcoords="offset points", ha="right", fontsize=8.5, color=color)  # fmt: skip
+    subtitle(
+        figure, "dots: LCSC of the checkpoints so far · dashed: best EMA of the full run · factors count the search"
+    )
+    return figure
+
+
+@styled
+def nfe_saved(results: list[dict]) -> Figure:
+    """Report score against network evaluations an image."""
+    (data,) = results
+    figure = new_figure(4.2, "Quality at fewer network evaluations")
+    for place, (part, table) in enumerate(data["table"].items()):
+        ax = figure.add_axes((0.075 + 0.49 * place, 0.14, 0.41, 0.62))
+        ax.set_title(part, fontsize=10, loc="left")
+        plain(ax, "network evaluations an image")
+        base = {}
+        for name, row in table["scores"].items():
+            kind, _, nfe, _ = name.split()
+            color = ORANGE if kind == "base" else BLUE
+            bars(ax, int(nfe), row, color=color)
+            if kind == "base":
+                base[int(nfe)] = row["median"]
+        for value in base.values():
+            ax.axhline(value, color=ORANGE, linewidth=1.1, linestyle="--")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.margins(x=0.1)
+    subtitle(figure, "blue: LCSC · orange: the best tuned baseline")
+    return figure
+
+
+@styled
+def honesty(results: list[dict]) -> Figure:
+    """What the best trial promised, against what it keeps on fresh noise."""
+    (data,) = results
+    figure = new_figure(4.2, "Optimism: how much better a score looks on the seeds that chose it")
+    ax = figure.add_axes((0.075, 0.14, 0.9, 0.66))
+    ax.set_xscale("log")
+    ax.grid(axis="y")
+    ax.axhline(0, color=INK, linewidth=0.9)
+    looks = {"gradient, fresh noise": BLUE, "gradient, common noise": "#56B4E9", "cma": FAINT, EVOLUTION: ORANGE}
+    for shift, (name, color) in enumerate(looks.items()):
+        rows = [row for row in data["optimism"] if row["searcher"] == name]
+        places = [row["images_per_coefficient"] * 1.03**shift for row in rows]
+        for x, row in zip(places, rows, strict=True):
+            bars(ax, x, row["optimism_of_noise"], color=color)
+        ax.plot(
+            places, [row["optimism_of_noise"]["median"] for row in rows], "-", color=color, linewidth=1.4, label=name
+        )
+    ax.set_xlabel("images a trial for each coefficient")
+    ax.set_ylabel("score on fresh noise - score promised")
+    ax.legend(frameon=False, fontsize=9)
+    held = data["coverage"]["share_of_95_percent_intervals_that_hold"]["report"]
+    subtitle(figure, f"reported 95 % intervals held the true score in {100 * held:.1f} % of 200 searches")
+    return figure
+
+
+PICTURES = {
+    "search_efficiency": (efficiency, ["search_efficiency_digits", "search_efficiency_mnist16"]),
+    "search_training_saved": (training_saved, ["search_training_saved"]),
+    "search_nfe_saved": (nfe_saved, ["search_nfe_saved"]),
+    "search_honesty": (honesty, ["search_honesty"]),
+}
+
+
+def main() -> None:
+    """Draw what has results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--to", type=Path, default=Path("docs/images"))
+    args = parser.parse_args()
+    for name, (draw, sources) in PICTURES.items():
+        files = [path for source in sources if (path := args.results / f"{source}.json").exists()]
+        if files:
+            write_bytes(args.to / f"{name}.png", png(draw([json.loads(path.read_text()) for path in files])))
+            print(args.to / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
