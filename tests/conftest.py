@@ -1,10 +1,10 @@
-"""Shared by all tests: one thread each (the suites run on small machines) and tiny banks made by the real writers."""
+"""Shared by all tests: two threads in all (the suites run on small machines) and tiny banks made by the real writers."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
