@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads in all (the suites run on small machines) and tiny banks made by the real writers."""
+"""Shared by all tests: two threads in all (suites run on small machines) and tiny banks made by the real writers."""
 
 from __future__ import annotations
 
