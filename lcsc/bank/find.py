@@ -140,6 +140,7 @@ class _Builder:
                 component=own,
                 arch=None if lora else arch,
                 metadata=self.pool.metadata(loaded.metadata),
+                filled=self.pool.names(part.filled),
             )
             if self.place(key, item, unit, counted):
                 self.layouts.setdefault(key, _layout(unit, loaded, library))

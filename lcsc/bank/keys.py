@@ -50,6 +50,25 @@ def agree(checkpoints: Sequence[Checkpoint]) -> list[Table]:
     return [renamed[id(item.table)] for item in checkpoints]
 
 
+def check_filled(checkpoints: Sequence[Checkpoint], group: Sequence[Checkpoint]) -> None:
+    """Raise BankError where a checkpoint has raw tensors in places for which other files of its group have an EMA.
+
+    Buffers have no EMA in any file. A name that only some files lack is a parameter whose EMA was lost, and the raw
+    tensor in its place would be averaged with the EMAs of the others.
+    """
+    sets = {names: {strip_wrappers(name): name for name in names} for names in {item.filled for item in group}}
+    buffers = set.intersection(*(set(found) for found in sets.values()))
+    for item in checkpoints:
+        for short, name in sets[item.filled].items():
+            if short not in buffers:
+                other = next(other for other in group if short not in sets[other.filled])
+                raise BankError(
+                    f"`{shown(item.path)}` holds no EMA of `{shown(name)}`, but `{shown(other.path)}` does; raw weights "
+                    "never stand in for an EMA. Leave that step out with `bank.start`, `bank.stop` or `bank.every`, or "
+                    "save it again."
+                )
+
+
 def _common(items: Sequence[Checkpoint]) -> list[Table]:
     """The tables, renamed if that makes their names equal; otherwise as near to it as can be."""
     tables = [item.table for item in items]

@@ -35,6 +35,7 @@ class Pool:
         self._texts: dict[str, str] = {}
         self._archs: list[Mapping[str, Any]] = []
         self._metadata: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+        self._names: dict[frozenset[str], frozenset[str]] = {}
 
     def table(self, table: dict[str, Source]) -> Table:
         """An equal table seen before, or this one."""
@@ -59,6 +60,10 @@ class Pool:
                 return other
         self._archs.append(arch)
         return arch
+
+    def names(self, names: frozenset[str]) -> frozenset[str]:
+        """An equal set seen before, or this one."""
+        return self._names.setdefault(names, names)
 
     def _text(self, text: str) -> str:
         return self._texts.setdefault(text, text)

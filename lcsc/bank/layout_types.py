@@ -28,6 +28,7 @@ class Checkpoint:
         component: name of the network in its checkpoint (`unet`), None when it is the only one.
         arch: `{"class", "config"}` from config.json, None when there is none.
         metadata: texts of the safetensors header, and `adapter_config` (JSON) of a PEFT folder.
+        filled: names of an EMA whose tensors are raw ones, because the file has no EMA of them (LitEma and buffers).
     """
 
     step: int
@@ -40,6 +41,7 @@ class Checkpoint:
     component: str | None = None
     arch: Mapping[str, Any] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    filled: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lcsc.bank.extents import Source, Table
 from lcsc.bank.find import Checkpoint, Group
-from lcsc.bank.keys import agree
+from lcsc.bank.keys import agree, check_filled
 from lcsc.bank.layout import Layout, is_combined
 from lcsc.bank.rows import Row
 from lcsc.core.errors import BankError
@@ -45,9 +45,11 @@ def shape_of(group: Group, checkpoints: Sequence[Checkpoint]) -> Shape:
     """The bank that some checkpoints of a group make.
 
     Raises:
-        BankError: names, shapes or configurations differ; the first ten differences are named.
+        BankError: names, shapes or configurations differ (the first ten differences are named), a checkpoint lacks an
+            EMA that others have, or a tensor has a dtype that cannot be combined.
     """
     tables = agree(checkpoints)
+    check_filled(checkpoints, [*group.checkpoints, *checkpoints])
     rates = tuple(str(item.rate) for item in checkpoints)
     rows = tuple(Row(c.step, c.path, c.files, t) for c, t in zip(checkpoints, tables, strict=True))
     _check_arch(checkpoints)

@@ -38,12 +38,14 @@ class Part:
         kind: `ema`, or None where the file does not say.
         rate: EMA decay as a short decimal, None when the file does not say.
         component: name of the network where the file holds several, else None.
+        filled: names of an EMA for which the file has raw tensors only, which stand in `table` in their place.
     """
 
     table: dict[str, Source]
     kind: str | None = None
     rate: str | None = None
     component: str | None = None
+    filled: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -195,12 +197,13 @@ def _lit_ema(part: Part, prefix: str, files: Sequence[Path], found: Unwrapped) -
     raw = {name: source for name, source in table.items() if not name.startswith(prefix)}
     root, names = undotted(list(raw), list(ema), files[0])
     renamed = {full: ema[short] for short, full in names.items()}
-    kept = {name: source for name, source in raw.items() if name.startswith(root) and name not in renamed}
+    # buffers have no EMA; that all files leave out the same ones is for `keys.agree` to check
+    kept = frozenset(name for name in raw if name.startswith(root) and name not in renamed)
     if kept:
         found.passed.append(f"{len(kept)} tensors of `{shown(root)}*` have no EMA and stand in both")
     found.writer = "LitEma"
     whole = {name: renamed.get(name, source) for name, source in raw.items() if name in renamed or name in kept}
-    return [Part(raw, None, None, part.component), Part(whole, "ema", f"{decay:.6g}", part.component)]
+    return [Part(raw, None, None, part.component), Part(whole, "ema", f"{decay:.6g}", part.component, kept)]
 
 
 def undotted(raw: Sequence[str], ema: Sequence[str], file: Path) -> tuple[str, dict[str, str]]:

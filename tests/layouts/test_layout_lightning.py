@@ -11,7 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
+from lcsc.bank.bank import CheckpointBank, Selection
 from lcsc.bank.find import choose, find_groups
+from lcsc.bank.survey import survey
 from lcsc.core.errors import BankError
 
 
@@ -138,6 +140,28 @@ def test_lit_ema(folder):
         module.model_ema.copy_to(module.model)
         assert_same(item, {f"model.{name}": tensor for name, tensor in module.model.state_dict().items()})
     assert choose(list(groups.values())).kind == "raw"
+
+
+def test_lit_ema_that_lost_a_tensor_is_not_filled_with_raw_weights(tmp_path):
+    """Buffers, which no file averages, stand in both; an EMA that one file alone lacks is refused, wherever it is."""
+    names = [f"model.l{i}.w" for i in range(3)]
+    for step in (1, 2, 3):
+        state = {name: torch.full((2,), float(step)) for name in names} | {"model.l0.buffer": torch.ones(2)}
+        state |= {"model_ema.decay": torch.tensor(0.5), "model_ema.num_updates": torch.tensor(step)}
+        state |= {f"model_ema.l{i}w": torch.full((2,), 100.0 + step) for i in range(3) if (step, i) != (2, 1)}
+        torch.save({"state_dict": state}, tmp_path / f"m-step={step}.ckpt")
+    sentence = r"step=2.ckpt` holds no EMA of `model.l1.w`, but `.*step=1.ckpt` does"
+    with pytest.raises(BankError, match=sentence):
+        CheckpointBank.open(tmp_path, weights="ema")
+    with pytest.raises(BankError, match=sentence):
+        CheckpointBank.open(tmp_path, weights="ema", select=Selection(2, 2))
+    (problem,) = survey(tmp_path).problems
+    assert str(problem).startswith(f"`{tmp_path}/m-step=2.ckpt` holds no EMA of `model.l1.w`")
+    bank = CheckpointBank.open(tmp_path, weights="ema", select=Selection(every=2))
+    assert bank.steps == (1, 3)
+    assert dict(bank.layout.views(bank.combine(torch.tensor([0.5, 0.5])))).keys() == {*names, "model.l0.buffer"}
+    assert bank.combine(torch.tensor([0.5, 0.5])).unique().tolist() == [1.0, 102.0]
+    assert CheckpointBank.open(tmp_path, weights="raw").steps == (1, 2, 3)
 
 
 def test_lit_ema_names_that_fit_two_tensors_or_none(tmp_path):
