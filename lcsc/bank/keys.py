@@ -63,9 +63,9 @@ def check_filled(checkpoints: Sequence[Checkpoint], group: Sequence[Checkpoint])
             if short not in buffers:
                 other = next(other for other in group if short not in sets[other.filled])
                 raise BankError(
-                    f"`{shown(item.path)}` holds no EMA of `{shown(name)}`, but `{shown(other.path)}` does; raw weights "
-                    "never stand in for an EMA. Leave that step out with `bank.start`, `bank.stop` or `bank.every`, or "
-                    "save it again."
+                    f"`{shown(item.path)}` holds no EMA of `{shown(name)}`, but `{shown(other.path)}` does; raw "
+                    "weights never stand in for an EMA. Leave that step out with `bank.start`, `bank.stop` or "
+                    "`bank.every`, or save it again."
                 )
 
 

@@ -18,7 +18,16 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 def is_combined(name: str, dtype: str) -> bool:
     """Whether a tensor is combined (float weights) or copied from the last checkpoint (the rest)."""
-    return dtype in FLOATS and name.rsplit(".", 1)[-1] not in STATISTICS
+    return dtype in FLOATS and not _is_statistic(name)
+
+
+def is_refused(name: str, dtype: str) -> bool:
+    """Whether a tensor holds weights of a dtype that is not combined (float8, complex); copying one would hide it."""
+    return dtype.startswith(("float", "complex")) and dtype not in FLOATS and not _is_statistic(name)
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in STATISTICS
 
 
 @dataclass(frozen=True, slots=True)

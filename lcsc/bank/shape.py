@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcsc.bank.extents import Source, Table
+from lcsc.bank.extents import FLOATS, Source, Table
 from lcsc.bank.find import Checkpoint, Group
 from lcsc.bank.keys import agree, check_filled
-from lcsc.bank.layout import Layout, is_combined
+from lcsc.bank.layout import Layout, is_combined, is_refused
 from lcsc.bank.rows import Row
+from lcsc.bank.shard_index import shown
 from lcsc.core.errors import BankError
 
 
@@ -54,6 +55,7 @@ def shape_of(group: Group, checkpoints: Sequence[Checkpoint]) -> Shape:
     rows = tuple(Row(c.step, c.path, c.files, t) for c, t in zip(checkpoints, tables, strict=True))
     _check_arch(checkpoints)
     different = list({id(table): table for table in tables}.values())
+    _check_dtypes(checkpoints, tables)
     combined = {name: {is_combined(name, table[name].dtype) for table in different} for name in tables[0]}
     if mixed := [name for name, kinds in combined.items() if len(kinds) > 1]:
         raise BankError(f"`{mixed[0]}` holds floats in some checkpoints and integers in others. Save them alike.")
@@ -97,6 +99,20 @@ def _ties(tables: Sequence[Table], names: Sequence[str]) -> dict[str, str]:
         first: dict[Source, str] = {}
         twins.append({n: first.setdefault(table[n], n) for n in sorted(names) if table[n].numel})
     return {n: t for n, t in twins[0].items() if n != t and all(other.get(n) == t for other in twins)}
+
+
+def _check_dtypes(checkpoints: Sequence[Checkpoint], tables: Sequence[Table]) -> None:
+    checked: set[int] = set()
+    for item, table in zip(checkpoints, tables, strict=True):
+        odd = [] if id(table) in checked else [name for name, s in table.items() if is_refused(name, s.dtype)]
+        checked.add(id(table))
+        if odd:
+            more = f" and {len(odd) - 1} other{'s' * (len(odd) > 2)}" if len(odd) > 1 else ""
+            raise BankError(
+                f"`{shown(item.path)}` holds `{shown(odd[0])}`{more} in {table[odd[0]].dtype}; only weights in "
+                f"{', '.join(FLOATS)} are combined. Save them as one of these (quantized weights before they are "
+                "quantized), or leave such a buffer out of the state dict."
+            )
 
 
 def _check_arch(files: Sequence[Checkpoint]) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lcsc.bank import CheckpointBank, Layout, Selection
 from lcsc.bank.memory import SHARE, bank_bytes
+from lcsc.bank.survey import survey
 from lcsc.core.errors import BankError, ConfigError, NonFiniteError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -231,3 +232,20 @@ def test_delta_bank_is_nearer_than_half_precision_weights(tmp_path):
     blocks = torch.cat([torch.from_numpy(W_KC.copy()) for _, W_KC in delta.blocks(4096)], 1)
     rows, anchor = exact.matrix(), exact.matrix()[6]
     assert ((blocks - rows).abs() <= (rows - anchor).abs() * 2**-8 + rows.abs() * 2**-22).all()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "complex64"])
+def test_weights_that_cannot_be_combined_are_refused_not_copied(tmp_path, dtype):
+    for step in (1, 2):
+        weight = torch.full((2, 2), float(step)).to(getattr(torch, dtype))
+        save_file({"w": weight, "v.weight": weight.clone(), "b": torch.ones(2)}, tmp_path / f"m{step}.safetensors")
+    text = rf"m1.safetensors` holds `v.weight` and 1 other in {dtype}; only weights in float64, float32"
+    with pytest.raises(BankError, match=text):
+        CheckpointBank.open(tmp_path)
+    assert [str(problem).split("` holds")[1][:12] for problem in survey(tmp_path).problems] == [" `v.weight` "]
+    for step in (1, 2):
+        norm = {"bn.running_var": torch.ones(2).to(getattr(torch, dtype)), "b": torch.full((2,), float(step))}
+        save_file(norm, tmp_path / f"m{step}.safetensors")
+    bank = CheckpointBank.open(tmp_path)
+    assert bank.combine(torch.tensor([0.5, 0.5])).tolist() == [1.5, 1.5]
+    assert bank.constants.keys() == {"bn.running_var"}
