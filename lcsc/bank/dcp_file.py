@@ -48,6 +48,11 @@ _ALLOWED = frozenset(
 #: pickle instructions that are carried out, beside one for every so many bytes of the data files
 _BUDGET, _BYTES_PER_STEP = 1_000_000, 10
 _MAX_CHUNKS = 2_048
+#: instructions that describe a part (25 and 2 for each axis, fewer where parts have equal sizes); a part that is met
+#: more often than the instructions allow stands in a list that many tensors share
+_STEPS_PER_PART = 16
+#: comparisons of parts that lie in no grid, over all tensors
+_MAX_PAIRS = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,8 @@ def _metadata(
             raise BankError(f"`{shown(path)}` has {size} bytes; at most {MAX_PICKLE} are read.")
         data = read_range(fd, 0, size, path)
     stored = sum(regular_file(plain_file(folder, file.name)) for file in folder.glob("*.distcp"))
-    value, _ = read_pickle(data, _ALLOWED, _BUDGET + stored // _BYTES_PER_STEP)
+    value, steps = read_pickle(data, _ALLOWED, _BUDGET + stored // _BYTES_PER_STEP)
+    parts = _Parts(steps)
     fields = _fields(value, _META + "Metadata")
     tensors, others = {}, []
     for name, entry in _dict(fields, "state_dict_metadata").items():
@@ -117,7 +123,7 @@ def _metadata(
         if entry.name == _META + "BytesStorageMetadata":
             others.append(name)
         else:
-            tensors[name] = _tensor(name, entry)
+            tensors[name] = _tensor(name, entry, parts)
     places = {}
     for index, info in _dict(fields, "storage_data").items():
         key = _fields(index, _META + "MetadataIndex")
@@ -153,7 +159,7 @@ def _place(info: Any) -> _Place:
     return _Place(file, offset, length)
 
 
-def _tensor(name: str, entry: Record) -> tuple[str, tuple[int, ...], _Chunks]:
+def _tensor(name: str, entry: Record, parts: _Parts) -> tuple[str, tuple[int, ...], _Chunks]:
     fields = _fields(entry, _META + "TensorStorageMetadata")
     properties = fields.get("properties")
     state = properties.state if properties.__class__ is Record else None
@@ -164,29 +170,69 @@ def _tensor(name: str, entry: Record) -> tuple[str, tuple[int, ...], _Chunks]:
     chunks = fields.get("chunks")
     if chunks.__class__ is not list or not 0 < len(chunks) <= _MAX_CHUNKS:
         raise Refused(f"describes `{shown(name)}` without parts, or with more than {_MAX_CHUNKS}")
-    parts = [_fields(chunk, _META + "ChunkStorageMetadata") for chunk in chunks]
-    shape = counts(fields.get("size"))
-    boxes = [(counts(part.get("offsets")), counts(part.get("sizes"))) for part in parts]
-    _check_boxes(name, shape, boxes)
-    return dtype, shape, boxes
+    return dtype, *parts.read(name, counts(fields.get("size")), chunks)
 
 
-def _check_boxes(name: str, shape: tuple[int, ...], boxes: _Chunks) -> None:
-    """Refused unless the parts cover the tensor exactly: unwritten elements would be memory of this process."""
-    if any(len(offset) != len(shape) or len(size) != len(shape) for offset, size in boxes):
-        raise Refused(f"describes parts of `{shown(name)}` with another number of axes")
-    inside = all(o + n <= m for offset, size in boxes for o, n, m in zip(offset, size, shape, strict=True))
-    filled = [(offset, size) for offset, size in boxes if 0 not in size]
-    if not inside or sum(math.prod(size) for _, size in filled) != math.prod(shape):
-        raise Refused(f"describes parts that do not cover `{shown(name)}` of shape {shown(shape)}")
-    if len(filled) > 1:
-        start = np.array([offset for offset, _ in filled])
-        stop = start + np.array([size for _, size in filled])
-        meet = np.ones((len(filled), len(filled)), bool)
-        for axis in range(len(shape)):
+class _Parts:
+    """Reads and checks the parts of tensors, in time that the pickle has paid for.
+
+    Args:
+        steps: instructions that the pickle took.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.pairs = steps, _MAX_PAIRS
+
+    def read(self, name: str, shape: tuple[int, ...], chunks: list[Any]) -> tuple[tuple[int, ...], _Chunks]:
+        """Shape, and offsets and sizes of the parts; Refused unless they cover the tensor exactly.
+
+        Elements that are not written would be memory of this process.
+        """
+        self.steps -= len(chunks) * (_STEPS_PER_PART + len(shape))
+        if self.steps < 0:
+            raise Refused("describes more parts of tensors than it holds; several tensors share them")
+        parts = [_fields(chunk, _META + "ChunkStorageMetadata") for chunk in chunks]
+        boxes = [(counts(part.get("offsets")), counts(part.get("sizes"))) for part in parts]
+        if any(len(offset) != len(shape) or len(size) != len(shape) for offset, size in boxes):
+            raise Refused(f"describes parts of `{shown(name)}` with another number of axes")
+        inside = all(o + n <= m for offset, size in boxes for o, n, m in zip(offset, size, shape, strict=True))
+        filled = [(offset, size) for offset, size in boxes if 0 not in size]
+        if not inside or sum(math.prod(size) for _, size in filled) != math.prod(shape):
+            raise Refused(f"describes parts that do not cover `{shown(name)}` of shape {shown(shape)}")
+        if len(filled) > 1:
+            start = np.array([offset for offset, _ in filled])
+            stop = start + np.array([size for _, size in filled])
+            if not _in_grid(start, stop) and self._overlap(start, stop):
+                raise Refused(f"describes parts of `{shown(name)}` that overlap")
+        return shape, boxes
+
+    def _overlap(self, start: np.ndarray, stop: np.ndarray) -> bool:
+        """Whether any two parts overlap, by comparing all pairs; `start` and `stop` have shape (parts, axes)."""
+        count, axes = start.shape
+        self.pairs -= count * count * axes
+        if self.pairs < 0:
+            raise Refused("describes tensors in more odd pieces than any training run makes")
+        meet = np.ones((count, count), bool)
+        for axis in range(axes):
             meet &= start[:, None, axis] < stop[None, :, axis]
-        if np.count_nonzero(meet & meet.T) != len(filled):  # each meets itself only
-            raise Refused(f"describes parts of `{shown(name)}` that overlap")
+        return np.count_nonzero(meet & meet.T) != count  # each meets itself only
+
+
+def _in_grid(start: np.ndarray, stop: np.ndarray) -> bool:
+    """Whether cuts through the whole tensor, axis after axis, lie between all parts, so that none overlap.
+
+    So do FSDP, tensor parallelism and both together cut. Sorting finds it where comparing pairs would be quadratic.
+    """
+    label = np.zeros(len(start), int)  # parts with different labels do not overlap
+    for a, b in zip(start.T, stop.T, strict=True):
+        order = np.lexsort((b, a, label))
+        same = label[order][1:] == label[order][:-1]
+        low, high = a[order], b[order]
+        other = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
+        if np.any(same & other & (low[1:] < high[:-1])):
+            continue
+        label[order] = np.cumsum(np.concatenate(([False], ~same | other)))
+    return bool(label.max() == len(label) - 1)
 
 
 class _Reader:
@@ -236,7 +282,7 @@ def _source(
 ) -> Source:
     pieces = []
     for offset, size in boxes:
-        place = places.get((name, offset)) or places.get((name, None))
+        place = places.get((name, offset)) or (places.get((name, None)) if len(boxes) == 1 else None)
         if place is None:
             raise BankError(f"`{shown(folder)}`: `.metadata` does not say where `{shown(name)}` lies. Copy it again.")
         part = _part(name, place, reader)

@@ -237,7 +237,8 @@ def undotted(raw: Sequence[str], ema: Sequence[str], file: Path) -> tuple[str, d
                     f"`{shown(short[name][0])}` and `{shown(short[name][1])}`. Use the raw weights of another file."
                 )
         return root, {name: short[name][0] for name in ema}
-    missing = [name for name in ema if name not in {n[len(best[1]) :].replace(".", "") for n in raw}]
+    known = {n[len(best[1]) :].replace(".", "") for n in raw}
+    missing = [name for name in ema if name not in known]
     raise BankError(
         f"`{shown(file)}`: the EMA tensor `{shown(missing[0] if missing else ema[0])}` belongs to no raw tensor "
         f"({best[0]} of {len(ema)} do). The file is a mixture; save raw weights and EMA of one network."

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
-from hostile import Case, greedy, payloads, tensor_lies, torch_zip, zips
+from hostile import Case, greedy, payloads, tensor_lies, tensor_pickle, torch_zip, zips
 
 MEMORY = 200 << 20
 SECONDS = 1.0
@@ -128,6 +129,46 @@ def indices() -> dict[str, object]:
     }
 
 
+def mixture(count: int) -> bytes:
+    """A LitEma file in which no EMA belongs to a raw tensor."""
+    names = ["model_ema.decay", "model_ema.num_updates"]
+    names += [f"{head}{n}" for head in ("model_ema.x", "m.y.") for n in range(count)]
+    table = {name: entry(4 * i, 4 * i + 4, (1,)) for i, name in enumerate(names)}
+    return safetensors(table, data=4 * len(names))
+
+
+def metadata() -> dict[str, bytes]:
+    """`.metadata` of torch.distributed.checkpoint in which a few parts are those of many tensors."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    def made(boxes, shape, tensors, offset=None, share=list):
+        chunks = [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size in boxes]
+        kind, size = TensorProperties(dtype=torch.float32), torch.Size(shape)
+        names = [f"t{i}" for i in range(tensors)]
+        whole = Metadata({name: TensorStorageMetadata(kind, size, share(chunks)) for name in names}, None, {})
+        place = _StorageInfo("__0_0.distcp", 0, 10)
+        whole.storage_data = {MetadataIndex(name, offset): place for name in names}
+        return pickle.dumps(whole, 4)
+
+    rows = [((i,), (1,)) for i in range(2048)]
+    wide = [((i, *(0,) * 63), (1,) * 64) for i in range(2048)]
+    return {
+        "one-list-of-parts": made(rows, (2048,), 500, share=lambda chunks: chunks),
+        "parts-in-many-lists": made(rows, (2048,), 200),
+        "parts-of-many-axes": made(wide, (2048, *(1,) * 63), 20),
+        "empty-parts": made([((0,), (0,))] * 2048, (0,), 200, share=lambda chunks: chunks),
+        "one-place-for-all-parts": made(rows, (2048,), 1),
+    }
+
+
 def special(folder: Path) -> dict[str, Path]:
     """Things that are not regular files, in a folder that has a good file too."""
     folder.mkdir()
@@ -178,6 +219,12 @@ def corpus(folder: Path, good_torch: bytes, good_safetensors: bytes) -> list[Cas
         (dcp / ".metadata").write_bytes(data)
         (dcp / "__0_0.distcp").write_bytes(torch_zip(data))
         cases.append(Case(f"dcp {name}", "dcp", str(dcp)))
+    for name, data in metadata().items():
+        dcp = folder / f"{len(cases)}-dcp"
+        dcp.mkdir()
+        (dcp / ".metadata").write_bytes(data)
+        (dcp / "__0_0.distcp").write_bytes(torch_zip(tensor_pickle(shape="K\1\x85", stride="K\1\x85")))
+        cases.append(Case(f"dcp {name}", "dcp", str(dcp)))
     for name, data in tensor_lies().items():
         pickled = torch_zip(data)
         put("torch", f"tensor {name}", pickled, ".pt")
@@ -185,6 +232,7 @@ def corpus(folder: Path, good_torch: bytes, good_safetensors: bytes) -> list[Cas
         put("torch", f"zip {name}", data, ".pt")
     for name, data in headers().items():
         put("safetensors", name, data, ".safetensors")
+    put("bank", "mixture", mixture(6000), ".safetensors")
     for name, data in truncations(good_safetensors).items():
         put("safetensors", name, data, ".safetensors")
     for name, data in truncations(good_torch).items():
@@ -230,6 +278,7 @@ def _child(job: str) -> None:
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from lcsc.bank.dcp_file import read_dcp
+    from lcsc.bank.find import find_groups
     from lcsc.bank.safetensors_file import read_safetensors
     from lcsc.bank.shard_index import read_index
     from lcsc.bank.torch_file import read_torch
@@ -246,6 +295,7 @@ def _child(job: str) -> None:
 
     sys.addaudithook(watch)
     readers = {"safetensors": read_safetensors, "torch": read_torch, "index": read_index, "dcp": read_dcp}
+    readers["bank"] = find_groups
     # a bomb ends this process, not the machine
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + 4 * MEMORY,) * 2)
     base = _memory("VmRSS")

@@ -16,16 +16,20 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from lcsc.bank.dcp_file import read_dcp
 from lcsc.bank.extents import ITEMSIZE, read_source
 from lcsc.bank.inert_pickle import Record, Refused, read_pickle
 from lcsc.bank.safetensors_file import DTYPES, parse_header, read_safetensors
 from lcsc.bank.shard_index import read_index
 from lcsc.bank.torch_file import read_torch
 from lcsc.core.errors import BankError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 ROUNDS = int(os.environ.get("LCSC_FUZZ_ROUNDS", "300"))
 quick = settings(
@@ -177,6 +181,24 @@ def test_mutated_torch_files(tmp_path):
         assert found == good
         for name, tensor in value["state_dict"].items():
             assert read_source([path], found["state_dict"][name]).tolist() == tensor.tolist()
+    assert 0 < accepted < ROUNDS
+
+
+def test_mutated_metadata_of_torch_distributed(tmp_path):
+    """A mutant is refused, or every tensor in it is one of those that were saved."""
+    state = {"w": torch.randn(3, 4), "v": torch.arange(5), "deep": {"u": torch.randn(3, 4)}, "step": 3}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    good = (tmp_path / ".metadata").read_bytes()
+    saved = {tensor.numpy().tobytes() for tensor in (state["w"], state["v"], state["deep"]["u"])}
+    accepted = 0
+    for seed in range(ROUNDS):
+        (tmp_path / ".metadata").write_bytes(mutated(good, seed))
+        try:
+            table, files, _ = read_dcp(tmp_path)
+        except BankError:
+            continue
+        accepted += 1
+        assert {read_source(files, source).tobytes() for source in table.values()} <= saved
     assert 0 < accepted < ROUNDS
 
 

@@ -8,16 +8,19 @@ import os
 import pickle
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from lcsc.bank.dcp_file import read_dcp
+from lcsc.bank.dcp_file import _in_grid, read_dcp
 from lcsc.bank.extents import read_source
 from lcsc.core.errors import BankError
 
@@ -172,6 +175,54 @@ def chunks(*parts):
         metadata.state_dict_metadata["model.a"].chunks = made
 
     return change
+
+
+def test_parts_in_no_grid(tmp_path):
+    """Four around one: no cut goes through the whole, so that all pairs are compared."""
+    whole = torch.arange(9.0).reshape(3, 3)
+    parts = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
+    state = {f"p{i}": whole[a : a + m, b : b + n].clone() for i, ((a, b), (m, n)) in enumerate(parts)}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+
+    def joined(boxes):
+        def change(metadata):
+            kinds, places = metadata.state_dict_metadata, metadata.storage_data
+            old = {key.fqn: info for key, info in places.items()}
+            entry = dataclasses.replace(kinds["p0"], size=torch.Size((3, 3)))
+            entry.chunks = [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size in boxes]
+            metadata.state_dict_metadata = {"whole": entry}
+            metadata.storage_data = {
+                MetadataIndex("whole", torch.Size(at)): old[f"p{i}"] for i, (at, _) in enumerate(boxes)
+            }
+
+        return change
+
+    saved = (tmp_path / "dcp" / ".metadata").read_bytes()
+    edit(tmp_path / "dcp", joined(parts))
+    table, files, _ = read_dcp(tmp_path / "dcp")
+    assert read_source(files, table["whole"]).tolist() == whole.tolist()
+    (tmp_path / "dcp" / ".metadata").write_bytes(saved)
+    edit(tmp_path / "dcp", joined([*parts[:4], ((0, 1), (1, 1))]))
+    with pytest.raises(BankError, match="describes parts of `whole` that overlap"):
+        read_dcp(tmp_path / "dcp")
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3)), min_size=2, max_size=2), max_size=6))
+def test_parts_in_a_grid_never_overlap(boxes):
+    start = np.array([[at for at, _ in box] for box in boxes], int).reshape(-1, 2)
+    stop = start + np.array([[size for _, size in box] for box in boxes], int).reshape(-1, 2)
+    meet = np.ones((len(boxes), len(boxes)), bool)
+    for axis in range(2):
+        meet &= (start[:, None, axis] < stop[None, :, axis]) & (start[None, :, axis] < stop[:, None, axis])
+    if boxes and _in_grid(start, stop):
+        assert meet.sum() == len(boxes)
+
+
+@given(st.permutations(range(12)))
+def test_a_grid_in_any_order_is_one(order):
+    start = np.array([(a, b, c) for a in (0, 2) for b in (0, 1, 4) for c in (0, 7)])
+    size = np.array([(m, n, k) for m in (2, 5) for n in (1, 3, 2) for k in (7, 1)])
+    assert _in_grid(start[list(order)], (start + size)[list(order)])
 
 
 def place(**fields):
