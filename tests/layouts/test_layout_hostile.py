@@ -80,6 +80,25 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path, quick):
         find_groups(tmp_path / "run")
 
 
+def test_links_that_lie_in_the_folder_are_followed(tmp_path, quick):
+    """They are the user's, who collects checkpoints that way; those of shards that an index names are not."""
+    there, here = tmp_path / "elsewhere", tmp_path / "run"
+    (there / "checkpoint-3").mkdir(parents=True)
+    here.mkdir()
+    save_file({"w": torch.ones(2)}, there / "x.safetensors")
+    (there / "config.json").write_text('{"_class_name": "Net", "size": 2}')
+    for name in ("model1.safetensors", "model2.safetensors"):
+        os.symlink(there / "x.safetensors", here / name)
+    os.symlink(there / "config.json", here / "config.json")
+    group = choose(find_groups(here))
+    assert group.steps == (1, 2)
+    assert group.checkpoints[0].arch == {"class": "Net", "config": {"size": 2}}
+    for k in (1, 2):
+        save_file({f"w{k}": torch.ones(2)}, there / "checkpoint-3" / f"model-0000{k}-of-00002.safetensors")
+    os.symlink(there / "checkpoint-3", tmp_path / "checkpoint-3")
+    assert len(choose(find_groups(tmp_path / "checkpoint-3")).checkpoints[0].files) == 2
+
+
 def test_configurations_are_data(tmp_path, quick):
     """Nothing that a configuration names is looked up, let alone run."""
     run(tmp_path)
