@@ -91,8 +91,10 @@ class CheckpointBank:
         self.kind, self.rate = shape.kind, shape.rate
         #: EMA rate of each row where the bank holds several rates (`weights=ema:*`), else empty
         self.rates = shape.rates
-        #: what the reader has to say: which weights were taken, what was passed over
-        self.notes: tuple[str, ...] = shape.notes
+        #: what the reader has to say: which weights were taken, what was passed over, what is copied
+        self.notes: tuple[str, ...] = shape.said
+        #: which tensors are copied and from which step, as a sentence; None where all are combined
+        self.copied = shape.copied
         itemsize = 4 if dtype == "float32" else 2
         wanted = "auto" if storage == "exact" else storage
         size = len(self.rows), self.layout.num_parameters, itemsize

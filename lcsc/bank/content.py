@@ -7,7 +7,8 @@ over the numbers can collect it on its way. It guards against damage and mix-ups
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from lcsc.core.digests import value_digest
 
 #: elements of one chunk
 CHUNK = 2**17
+_Label = TypeVar("_Label")
 
 
 def sum_text(a: int, b: int) -> str:
@@ -34,3 +36,24 @@ def content_digest(tensors: Mapping[str, tuple[str, Sequence[int], Sequence[str]
     """Hex SHA-256 over `name -> (dtype, shape, chunk sums)`; the order of the names does not matter."""
     rows = [[name, dtype, list(shape), list(sums)] for name, (dtype, shape, sums) in tensors.items()]
     return value_digest(sorted(rows))
+
+
+def same_bits(contents: Iterable[tuple[_Label, str]]) -> tuple[tuple[_Label, ...], ...]:
+    """Labels whose digests are equal, two or more each, in their order."""
+    same: dict[str, list[_Label]] = {}
+    for label, digest in contents:
+        same.setdefault(digest, []).append(label)
+    return tuple(tuple(labels) for labels in same.values() if len(labels) > 1)
+
+
+def duplicates_text(found: Sequence[Sequence[Any]]) -> str:
+    """What `same_bits` found, as a sentence."""
+    few = "; ".join(" = ".join(map(str, labels[:4])) for labels in found[:4])
+    return f"duplicates, steps with the same bits: {few}" + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+
+
+def duplicates_note(parents: Iterable[Mapping[str, Any]]) -> list[str]:
+    """One sentence where some of the parents (`CheckpointBank.parent`, with `rate`) are the same bits, else none."""
+    contents = {(p["step"], p.get("rate") or ""): str(p["content"]) for p in parents}
+    found = same_bits((f"{s} ({rate})" if rate else str(s), digest) for (s, rate), digest in sorted(contents.items()))
+    return [duplicates_text(found)] if found else []

@@ -41,6 +41,20 @@ class Shape:
     rates: tuple[str, ...] = ()
     parents: tuple[Mapping[str, Any], ...] | None = None
 
+    @property
+    def copied(self) -> str | None:
+        """Which tensors are copied and from which step, without a full stop; None where all are combined."""
+        if not self.constants:
+            return None
+        name = next((name for name in self.constants if name.endswith("running_var")), self.constants[0])
+        what = f"tensors (such as `{shown(name)}`) are" if len(self.constants) > 1 else f"tensor (`{shown(name)}`) is"
+        return f"{len(self.constants)} {what} copied from step {self.rows[-1].step}, not averaged"
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """All that a user should know: the notes, and what is copied."""
+        return self.notes if self.copied is None else (*self.notes, self.copied)
+
 
 def shape_of(group: Group, checkpoints: Sequence[Checkpoint]) -> Shape:
     """The bank that some checkpoints of a group make.

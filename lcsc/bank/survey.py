@@ -7,6 +7,7 @@ that the memory needed does not depend on the checkpoints.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import math
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lcsc.bank.content import CHUNK, chunk_sums, content_digest
+from lcsc.bank.content import CHUNK, chunk_sums, content_digest, same_bits
 from lcsc.bank.extents import ITEMSIZE, Piece, Source, Table, pread_into, raw_dtype, read_source
 from lcsc.bank.find import Checkpoint, Group, choose, find_groups
 from lcsc.bank.layout import is_combined
@@ -149,7 +150,8 @@ def _packed(path: Path, bases: dict[int, int]) -> list[Group]:
 def _group_row(group: Group, reader: _Reader | None, problems: list[BankError]) -> GroupRow:
     count = 0
     try:
-        count = shape_of(group, group.checkpoints).layout.num_parameters
+        shape = shape_of(group, group.checkpoints)
+        count, group = shape.layout.num_parameters, dataclasses.replace(group, notes=shape.said)
     except BankError as error:
         problems.append(error)
     sizes: dict[int, int] = {}
@@ -164,20 +166,13 @@ def _group_row(group: Group, reader: _Reader | None, problems: list[BankError]) 
         dtypes[source.dtype] += source.numel
     floats = {source for name, source in last.items() if is_combined(name, source.dtype)}
     count = count or sum(source.numel for source in floats)
-    return GroupRow(group, tuple(rows), dict(dtypes.most_common()), count, _duplicates(rows))
+    said = [(row.step, row.digest) for row in rows if row.digest is not None]
+    return GroupRow(group, tuple(rows), dict(dtypes.most_common()), count, same_bits(said))
 
 
 def _once(table: Table) -> set[Source]:
     """The tensors of a table, tied ones once."""
     return set(table.values())
-
-
-def _duplicates(rows: Sequence[FileRow]) -> tuple[tuple[int, ...], ...]:
-    same: dict[str, list[int]] = {}
-    for row in rows:
-        if row.digest is not None:
-            same.setdefault(row.digest, []).append(row.step)
-    return tuple(tuple(steps) for steps in same.values() if len(steps) > 1)
 
 
 # -------------------------------------------------------------------------------------------------------- gaps

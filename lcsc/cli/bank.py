@@ -120,6 +120,7 @@ def _cells(row: GroupRow) -> tuple[str, ...]:
 
 def _notes(found: Survey) -> Iterator[str]:
     """What the table has no room for: each sentence once, with the groups that it is about."""
+    from lcsc.bank.content import duplicates_text
     from lcsc.bank.find import choose
 
     about: dict[str, list[str]] = {}
@@ -129,9 +130,7 @@ def _notes(found: Survey) -> Iterator[str]:
         if row.constant:
             about.setdefault("the same bits in all steps", []).append(row.group.label)
         elif row.duplicates:
-            few = "; ".join(" = ".join(map(str, steps[:4])) for steps in row.duplicates[:4])
-            more = f" and {len(row.duplicates) - 4} more" if len(row.duplicates) > 4 else ""
-            about.setdefault(f"duplicates, steps with the same bits: {few}{more}", []).append(row.group.label)
+            about.setdefault(duplicates_text(row.duplicates), []).append(row.group.label)
     for note, labels in about.items():
         yield note if len(labels) == len(found.groups) else f"{', '.join(labels)}: {note}"
     if len(found.groups) > 1:

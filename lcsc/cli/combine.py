@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lcsc.bank import CheckpointBank
+from lcsc.bank.content import duplicates_note
 from lcsc.cli.settings import need, parse_words, read_selection
 from lcsc.cli.sizes import size_text
 from lcsc.cli.watch import watch
@@ -243,6 +244,8 @@ def _say_written(done: Sequence[Written], to: Path, seconds: float, dtype: str, 
         what = "the checkpoints' own dtypes" if dtype == "same" else dtype
         share = f"{min(lost):.2%}" if len(lost) == 1 else f"{min(lost):.2%} to {max(lost):.2%}"
         print(f"rounded to {what}: this costs {share} of the distance from the last checkpoint")
+    for note in duplicates_note(parent for written in done for parent in written.recipe["parents"]):
+        print(f"note: {note}")
     nbytes = sum(written.nbytes for written in done)
     what = "model" if len(done) == 1 else f"{len(done)} models"
     print(f"{what}: {to} ({size_text(nbytes)}, {dtype}, {seconds:.1f} s)", flush=True)

@@ -69,7 +69,8 @@ def model_card(info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mappi
         "",
     ]
     if "coef" in recipe:
-        lines += ["## Coefficients", "", *_coefficients(recipe), ""]
+        copied = [f"{recipe['copied']}.", ""] if recipe.get("copied") else []
+        lines += ["## Coefficients", "", *copied, *_coefficients(recipe), ""]
     return "\n".join(lines)
 
 

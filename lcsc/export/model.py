@@ -65,6 +65,7 @@ def export_model(
         "arch": candidate.arch,
         "bank": bank_config(bank),
         "parents": [dict(parent) for parent in bank.parents],
+        **({"copied": bank.copied} if bank.copied else {}),
         "lcsc_version": importlib.metadata.version("lcsc"),
         "run_id": info["run_id"],
         "evaluator": {**info["fingerprints"]["evaluator"], **_levels(objective)},

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lcsc.bank.content import duplicates_note
 from lcsc.core.files import write_bytes, write_json
 from lcsc.core.seeds import Purpose
 from lcsc.export.model import export_model
@@ -61,7 +62,10 @@ def run_search(
         return run.path
     if not quiet:
         begins = f"{'continuing' if state == 'resumed' else 'searching in'} {run.path}"
-        for line in (*bank.lines, *notes_of(problem.operator, bank), begins):
+        rates = bank.rates or (None,) * bank.num_checkpoints
+        parents = [{**parent, "rate": rate} for parent, rate in zip(bank.parents, rates, strict=True)]
+        twins = [f"note: {note}" for note in duplicates_note(parents)]
+        for line in (*bank.lines, *twins, *notes_of(problem.operator, bank), begins):
             say(line)
     with Progress(name, 0, quiet) as progress, Journal(run.path, progress.note) as journal:
         search = Search(problem, journal, progress)

@@ -304,7 +304,13 @@ def test_the_parents_own_dtypes(here, lcsc):
         row["mask"] = torch.tensor([True, False, step == 3])
         save_file(row, here / "bank" / f"net-{step}.safetensors")
         rows.append(row)
-    ok(lcsc, "bank=bank", "schedule=coefficients", "coef=2,-1.5,0.5", "to=out", "dtype=same")
+    out = ok(lcsc, "bank=bank", "schedule=coefficients", "coef=2,-1.5,0.5", "to=out", "dtype=same")
+    said = "3 tensors (such as `bn.running_var`) are copied from step 3, not averaged"
+    assert out.splitlines().count(f"note: {said}") == 1
+    assert f"\n{said}.\n" in (here / "out" / "README.md").read_text()
+    with safe_open(here / "out" / "model.safetensors", "np") as handle:
+        assert json.loads(handle.metadata()["lcsc_recipe"])["copied"] == said
+    assert said in lcsc("bank", "scan", "bank")[1]
     found = load_file(here / "out" / "model.safetensors")
     for name in "abcd":
         wanted = sum(c * row[name].double() for c, row in zip((2, -1.5, 0.5), rows, strict=True)).float()
@@ -315,6 +321,19 @@ def test_the_parents_own_dtypes(here, lcsc):
         assert torch.equal(found[name], rows[2][name])
     assert not (here / "out" / "config.json").exists()
     assert lcsc("verify", "out")[0] == 0
+
+
+def test_checkpoints_that_are_the_same_are_said(here, lcsc):
+    (here / "bank").mkdir()
+    for step in (1, 2, 3, 4):
+        save_file({"w": torch.full((5,), float(step % 3))}, here / "bank" / f"net-{step}.safetensors")
+    twins = "note: duplicates, steps with the same bits: 1 = 4"
+    out = ok(lcsc, "bank=bank", "schedule=uniform", "window=2,4", "to=both")
+    assert out.splitlines().count(twins) == 1
+    assert "copied" not in out
+    assert "duplicates" not in ok(lcsc, "bank=bank", "schedule=uniform", "window=3", "to=three")
+    assert lcsc("bank", "pack", "from=bank", "to=packed.safetensors")[0] == 0
+    assert twins in ok(lcsc, "bank=packed.safetensors", "schedule=uniform", "to=packed")
 
 
 def test_shards_load_in_diffusers(here, lcsc, bank):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -110,6 +111,21 @@ def test_a_function_is_searched(here, monkeypatch):
     calls = sys.modules.pop("my_scorer").calls
     assert ("GaussianDenoiser", False, 0, "REPORT", range(200)) in calls
     assert {purpose for _, _, _, purpose, _ in calls} == {"SEARCH", "SELECT", "REPORT"}
+
+
+def test_a_search_says_which_checkpoints_are_the_same(here, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(here)])
+    (here / "my_scorer.py").write_text(SCORER)
+    config = compose_config([*SMALL, *words_of("function", function="my_scorer:gap"), "bank.last=3"])
+    train(config)
+    run_search(build_problem(config), name="x")
+    assert "duplicates" not in capsys.readouterr().out
+    first, _, last = build_problem(config).bank.rows
+    shutil.copy(first.files[0], last.files[0])
+    run_search(build_problem(config), name="x")
+    sys.modules.pop("my_scorer")
+    said = f"note: duplicates, steps with the same bits: {first.step} = {last.step}"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
 
 
 def test_a_held_out_loss_is_descended(here):

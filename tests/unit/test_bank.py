@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lcsc.bank import CheckpointBank, Layout, Selection
 from lcsc.bank.memory import SHARE, bank_bytes
+from lcsc.bank.pack import write_pack
 from lcsc.bank.survey import survey
 from lcsc.core.errors import BankError, ConfigError, NonFiniteError
 
@@ -167,6 +168,12 @@ def test_integers_and_statistics_are_copied_from_the_last(tmp_path):
     assert [entry.name for entry in bank.layout.entries] == ["w"]
     assert bank.constants["bn.running_var"].tolist() == [2.0, 2.0]
     assert bank.constants["bn.num_batches_tracked"].item() == 2
+    said = "note: 2 tensors (such as `bn.running_var`) are copied from step 2, not averaged"
+    assert bank.lines.count(said) == 1
+    first = CheckpointBank.open(tmp_path, select=Selection(stop=1))
+    assert first.lines[-1] == said.replace("step 2", "step 1")
+    write_pack(bank, tmp_path / "pack.safetensors")
+    assert CheckpointBank.open(tmp_path / "pack.safetensors").lines.count(said) == 1
 
 
 def test_layout_round_trip():

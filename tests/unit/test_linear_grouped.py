@@ -352,3 +352,7 @@ def test_a_winner_is_exported_scored_again_and_verified(folder, tmp_path):
     flat = {**recipe, "operator": "linear", "coef": recipe["coef"][0]}
     del flat["groups"]
     assert "| step | coefficient |\n|---|---|\n| 10 | " in model_card(info, flat, report, "")
+    assert "copied" not in card
+    assert "\n\n1 tensor is copied.\n\n| step |" in model_card(
+        info, {**flat, "copied": "1 tensor is copied"}, report, ""
+    )
