@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lcsc.core.errors import OutputExistsError
+from lcsc.core.errors import ConfigError, LcscError, OutputExistsError
+
+#: a full disk, a full quota, a file larger than the file system holds
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fsync_dir(path: Path) -> None:
@@ -72,3 +76,44 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temp, ignore_errors=True)
         raise
     fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's errors on writing `path` into one sentence.
+
+    Raises:
+        ConfigError: no room, no permission, or another fault of the disk.
+    """
+    try:
+        yield
+    except LcscError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(path.parent).free
+            raise ConfigError(
+                f"`{path}` cannot be written: {error.strerror}, {free} bytes are free. Make room, or write elsewhere."
+            ) from error
+        raise ConfigError(f"`{path}` cannot be written: {error.strerror}. Choose another path.") from error
+
+
+def preallocate(fd: int, size: int) -> None:
+    """Give the file its size and, where the system can, its place on the disk."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(fd, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    os.ftruncate(fd, size)
+
+
+def refuse_inside(bank: Path, to: Path) -> None:
+    """Raise ConfigError where a path to write lies inside the folder of the checkpoints."""
+    if bank.is_dir() and bank.resolve() in to.resolve().parents:
+        raise ConfigError(
+            f"`to` is `{to}`, inside the bank `{bank}`, where the next scan would take it for a checkpoint. "
+            "Choose a path outside."
+        )

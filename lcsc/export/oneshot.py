@@ -20,7 +20,7 @@ import numpy as np
 from lcsc.bank import CheckpointBank
 from lcsc.bank.extents import read_source
 from lcsc.core.errors import ConfigError
-from lcsc.core.files import new_directory
+from lcsc.core.files import new_directory, refuse_inside, writing
 from lcsc.export.folder import (
     CSV,
     RECIPE_KEY,
@@ -32,7 +32,7 @@ from lcsc.export.folder import (
     used_rows,
 )
 from lcsc.export.lora import check_rank, combine_adapter, write_adapter
-from lcsc.export.stream import ModelWriter, Spec, parse_size, plan_files, writing
+from lcsc.export.stream import ModelWriter, Spec, parse_size, plan_files
 from lcsc.operators import posthoc, profiles
 
 #: schedule -> the setting that makes its outputs, one each; `coef` gives the coefficients themselves
@@ -329,11 +329,7 @@ def _metadata(
 
 
 def _check_target(bank: CheckpointBank, to: Path, nbytes: int) -> None:
-    if bank.path.is_dir() and bank.path.resolve() in to.resolve().parents:
-        raise ConfigError(
-            f"`to` is `{to}`, inside the bank `{bank.path}`, where the next scan would take it for a checkpoint. "
-            "Choose a path outside."
-        )
+    refuse_inside(bank.path, to)
     there = next(parent for parent in to.resolve().parents if parent.exists())
     if (free := shutil.disk_usage(there).free) < nbytes:
         raise ConfigError(f"`{to}` needs {nbytes} bytes and its disk has {free} free. Make room, or write elsewhere.")

@@ -8,13 +8,10 @@ last, into room that was left for it. Imports no torch: startup time is part of 
 from __future__ import annotations
 
 import bisect
-import contextlib
-import errno
 import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +22,8 @@ from lcsc.bank.extents import ITEMSIZE
 from lcsc.bank.layout import Entry, Layout
 from lcsc.bank.rows import to_float32
 from lcsc.bank.safetensors_file import DTYPES, MAX_HEADER
-from lcsc.core.errors import ConfigError, LcscError, NonFiniteError
+from lcsc.core.errors import ConfigError, NonFiniteError
+from lcsc.core.files import preallocate, writing
 
 #: dtype name -> its tag in a safetensors header
 TAGS = {name: tag for tag, name in DTYPES.items()}
@@ -33,8 +31,6 @@ TAGS = {name: tag for tag, name in DTYPES.items()}
 FLUSH_BYTES = 16 * 2**20
 #: elements that are rounded at a time; scratch stays in the processor's cache
 ROUND_ELEMENTS = 2**16
-#: a full disk, a full quota, a file larger than the file system holds
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +267,7 @@ class ModelWriter:
             size = self._rooms[file] + sum(spec.nbytes for spec in specs)
             with writing(folder / file):
                 self._fds[file] = os.open(folder / file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-                _preallocate(self._fds[file], size)
+                preallocate(self._fds[file], size)
 
     @property
     def nbytes(self) -> int:
@@ -341,35 +337,3 @@ class ModelWriter:
             os.posix_fadvise(self._fds[file], a, b - a, os.POSIX_FADV_DONTNEED)  # begins the write-back of dirty pages
             a = b
         self._dirty[file] = (a, b)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the system's errors on writing `path` into one sentence.
-
-    Raises:
-        ConfigError: no room, no permission, or another fault of the disk.
-    """
-    try:
-        yield
-    except LcscError:
-        raise
-    except OSError as error:
-        if error.errno in _FULL:
-            free = shutil.disk_usage(path.parent).free
-            raise ConfigError(
-                f"`{path}` cannot be written: {error.strerror}, {free} bytes are free. Make room, or write elsewhere."
-            ) from error
-        raise ConfigError(f"`{path}` cannot be written: {error.strerror}. Choose another path.") from error
-
-
-def _preallocate(fd: int, size: int) -> None:
-    """Give the file its size and, where the system can, its place on the disk."""
-    if hasattr(os, "posix_fallocate") and size:
-        try:
-            os.posix_fallocate(fd, 0, size)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-    os.ftruncate(fd, size)
