@@ -15,7 +15,7 @@ from lcsc.bank.content import chunk_sums, content_digest
 from lcsc.bank.extents import Source, read_source
 from lcsc.bank.find import Checkpoint, choose, find_groups
 from lcsc.bank.memory import bank_bytes, choose_device, choose_storage
-from lcsc.bank.pack import open_pack
+from lcsc.bank.pack_read import open_pack, rows_by_rate, take_rows
 from lcsc.bank.rows import Checksums, Row
 from lcsc.bank.shape import Shape, several_emas, shape_of
 from lcsc.bank.stream import Progress
@@ -95,6 +95,8 @@ class CheckpointBank:
         self.notes: tuple[str, ...] = shape.said
         #: which tensors are copied and from which step, as a sentence; None where all are combined
         self.copied = shape.copied
+        #: origin of each row where the file itself says so (packed banks), else None; see `parent`
+        self.origins = shape.parents
         itemsize = 4 if dtype == "float32" else 2
         wanted = "auto" if storage == "exact" else storage
         size = len(self.rows), self.layout.num_parameters, itemsize
@@ -183,7 +185,7 @@ class CheckpointBank:
     def _store(self) -> Storage:
         import torch
 
-        from lcsc.bank.pack import map_pack
+        from lcsc.bank.pack_read import map_pack
         from lcsc.bank.storage import Resident, Streamed, load
 
         if self.storage == "streamed":
@@ -286,8 +288,8 @@ class CheckpointBank:
         The digest is at hand once the row was read for another purpose; otherwise the row is read now.
         """
         row = self.rows[k]
-        if (packed := self._shape.parents) is not None:
-            return dict(packed[k])
+        if self.origins is not None:
+            return dict(self.origins[k])
         found = self.checksums.of(k) or {
             entry.name: chunk_sums(read_source(row.files, row.table[entry.name], row.base))
             for entry in self.layout.entries
@@ -316,10 +318,8 @@ class CheckpointBank:
 
 def _shape(path: Path, select: Selection, component: str | None, weights: str | None) -> Shape:
     if (packed := open_pack(path)) is not None:
-        kept = select.pick(packed.rows)
-        index = [packed.rows.index(row) for row in kept]
-        parents = None if packed.parents is None else tuple(packed.parents[k] for k in index)
-        return dataclasses.replace(packed, rows=tuple(kept), parents=parents)
+        kept = [row for rows in rows_by_rate(packed, weights) for row in select.pick(rows)]
+        return take_rows(packed, kept)
     groups = find_groups(path)
     if weights == "ema:*":
         emas = several_emas([group for group in groups if component in (None, group.component)])

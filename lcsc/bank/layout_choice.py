@@ -85,7 +85,10 @@ def _weights(groups: Sequence[Group], weights: str | None, notes: list[str]) -> 
         raise BankError(f"no `{shown(weights)}` weights in these checkpoints. There are: {said}.")
     if len(found) > 1:
         said = ", ".join(f"`bank.weights={_word(group)}`" for group in found)
-        raise BankError(f"the checkpoints hold several EMAs, which are never mixed. Choose one: {said}.")
+        raise BankError(
+            f"the checkpoints hold several EMAs, which are never mixed. Choose one: {said}; a post-hoc EMA takes them "
+            "all with `bank.weights=ema:*`."
+        )
     return found[0]
 
 

@@ -118,9 +118,14 @@ def load_set(item: WeightSet, *, crc: bool = False) -> Loaded:
     values: list[Any] = []
     for part, file in enumerate(files):
         if item.suffix == ".safetensors":
-            from lcsc.bank.safetensors_file import read_safetensors
+            from lcsc.bank.safetensors_file import PACK_KEY, read_safetensors
 
             table, own = read_safetensors(file, part)
+            if PACK_KEY in own:
+                raise BankError(
+                    f"`{shown(file)}` is a whole bank that `lcsc bank pack` wrote, no checkpoint of one. Give the file "
+                    "itself with `bank.path`, or move it away from the checkpoints."
+                )
             metadata = {**own, **metadata}
             values.append(table)
         else:

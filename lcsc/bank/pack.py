@@ -7,52 +7,31 @@ too, so that the rows can be mapped into memory and shared by all processes of a
 
 from __future__ import annotations
 
-import contextlib
 import json
-import mmap
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 
-from lcsc.bank.extents import ITEMSIZE, Piece, Source, read_source
-from lcsc.bank.layout import Layout
-from lcsc.bank.rows import Row, cut
-from lcsc.bank.safetensors_file import read_safetensors
-from lcsc.bank.shape import Shape
+from lcsc.bank.extents import ITEMSIZE, Table, read_source
+from lcsc.bank.pack_read import PACKED, ROWS, VERSION
+from lcsc.bank.rows import cut
+from lcsc.bank.safetensors_file import DTYPES, MAX_HEADER, PACK_KEY
 from lcsc.core.digests import canonical_json
 from lcsc.core.errors import BankError, ConfigError, NonFiniteError, OutputExistsError
-from lcsc.core.files import fsync_dir
+from lcsc.core.files import fsync_dir, preallocate, refuse_inside, writing
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lcsc.bank.bank import CheckpointBank
     from lcsc.bank.stream import Progress
 
-KEY = "lcsc_bank"
-ROWS = "rows"
 PAGE = 4096
-VERSION = 1
 #: largest number of float16
 HALF_MAX = 65504
-#: file systems on which a memory map can stall or kill the process when the server goes away
-NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "ceph", "glusterfs", "9p", "afs"}
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-def on_network(path: Path) -> bool:
-    """Whether a path lies on a network file system, as far as the mount table says."""
-    full, best = str(path.resolve()), ("", "")
-    for part in psutil.disk_partitions(all=True):
-        inside = full == part.mountpoint or full.startswith(part.mountpoint.rstrip("/") + "/")
-        if inside and len(part.mountpoint) > len(best[0]):
-            best = (part.mountpoint, part.fstype)
-    return best[1] in NETWORK or best[1].startswith("fuse.")
+_CODES = {name: code for code, name in DTYPES.items() if name in PACKED}
 
 
 def write_pack(bank: CheckpointBank, to: Path, dtype: str | None = None, progress: Progress | None = None) -> str:
@@ -77,26 +56,54 @@ def write_pack(bank: CheckpointBank, to: Path, dtype: str | None = None, progres
             f"`{bank.path}` holds LoRA factors, whose settings lie beside them. They are small; use them there."
         )
     found = set(bank.dtypes.values())
-    dtype = dtype or (found.pop() if len(found) == 1 and found <= set(_CODES) else "float32")
-    if dtype not in _CODES:
-        raise ConfigError(f"`dtype` is `{dtype}`; it must be one of {', '.join(_CODES)}.")
+    dtype = dtype or (found.pop() if len(found) == 1 and found <= set(PACKED) else "float32")
+    if dtype not in PACKED:
+        raise ConfigError(f"`dtype` is `{dtype}`; it must be one of {', '.join(PACKED)}.")
     if to.suffix != ".safetensors":
         raise ConfigError(f"`to` is `{to}`; a packed bank is a file whose name ends in `.safetensors`.")
     if to.exists() or to.is_symlink():
         raise OutputExistsError(f"output `{to}` exists already. Nothing is overwritten; choose another path.")
-    to.parent.mkdir(parents=True, exist_ok=True)
+    refuse_inside(bank.path, to)
     temp = to.with_name(f".{to.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with writing(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        file = open(temp, "xb")  # noqa: SIM115 - closed below, where errors of reading are not those of writing
     try:
-        with open(temp, "xb") as file:
-            _write(bank, file.fileno(), dtype, progress)
-            os.fsync(file.fileno())
+        with file:
+            _write(bank, _Target(to, file.fileno()), dtype, progress)
         if to.exists():
             raise OutputExistsError(f"output `{to}` appeared while it was being written; nothing is overwritten.")
-        os.replace(temp, to)
+        with writing(to):
+            os.replace(temp, to)
+            fsync_dir(to.parent)
     finally:
         temp.unlink(missing_ok=True)
-    fsync_dir(to.parent)
     return dtype
+
+
+class _Target:
+    """The open file; the system's errors on writing it name it by its later path."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path, self.fd = path, fd
+
+    def reserve(self, size: int) -> None:
+        """Give the file its size, so that a full disk is noticed before the first row is read."""
+        with writing(self.path):
+            preallocate(self.fd, size)
+
+    def put(self, data: bytes | memoryview, offset: int) -> None:
+        """Write at an offset."""
+        view = memoryview(data).cast("B")
+        with writing(self.path):
+            while view:
+                done = os.pwrite(self.fd, view, offset)
+                view, offset = view[done:], offset + done
+
+    def sync(self) -> None:
+        """Have all of it on the disk."""
+        with writing(self.path):
+            os.fsync(self.fd)
 
 
 def _places(bank: CheckpointBank, size: int) -> tuple[list[list[Any]], int]:
@@ -109,28 +116,37 @@ def _places(bank: CheckpointBank, size: int) -> tuple[list[list[Any]], int]:
     return places, at + -at % PAGE
 
 
-def _write(bank: CheckpointBank, fd: int, dtype: str, progress: Progress | None) -> None:
+def _write(bank: CheckpointBank, target: _Target, dtype: str, progress: Progress | None) -> None:
     from lcsc.bank.storage import each_row, from_float32, tables_of
 
     K, P, size = bank.num_checkpoints, bank.layout.num_parameters, ITEMSIZE[dtype]
     places, width = _places(bank, size)
+    tables = tables_of(bank.rows)
+    exact = {id(table): _exact(dtype, table, bank) for table in tables}
+    rounded = [() if exact[id(row.table)] else (dtype,) for row in bank.rows]
     # the digests of the contents are known only after the pass, and have a fixed length
-    start = len(_header(bank, dtype, places, width, ["0" * 64] * K))
-    os.posix_fallocate(fd, 0, start + K * width)
-    for block, k, row_C in each_row(bank.rows, cut(bank.layout, tables_of(bank.rows)), bank.checksums):
+    draft = _header(bank, dtype, places, width, _parents(bank.origins or _drafts(bank), rounded))
+    if (start := len(draft)) - 8 > MAX_HEADER:
+        raise BankError(
+            f"the description of {K} checkpoints takes {start} bytes, more than the {MAX_HEADER} that are read. "
+            "Pack fewer of them with `start`, `stop`, `every` or `last`."
+        )
+    target.reserve(start + K * width)
+    for block, k, row_C in each_row(bank.rows, cut(bank.layout, tables), bank.checksums):
         data = from_float32(row_C, dtype)
         if dtype == "float16" and np.abs(row_C).max(initial=0) > HALF_MAX:
             raise NonFiniteError(
                 f"step {bank.rows[k].step} holds numbers beyond {HALF_MAX}, the largest of float16, near "
                 f"`{block.spans[0].name}`. Use dtype=bfloat16 or dtype=float32."
             )
-        os.pwrite(fd, data.data.cast("B"), start + k * width + block.start * size)
+        target.put(data.data, start + k * width + block.start * size)
         if progress and k == K - 1:
             progress(block.stop, P)
     for k, row in enumerate(bank.rows):
         for name, _, _, at in places:
-            os.pwrite(fd, read_source(row.files, row.table[name], row.base).tobytes(), start + k * width + at)
-    os.pwrite(fd, _header(bank, dtype, places, width, [parent["content"] for parent in bank.parents]), 0)
+            target.put(read_source(row.files, row.table[name], row.base).tobytes(), start + k * width + at)
+    target.put(_header(bank, dtype, places, width, _parents(bank.parents, rounded)), 0)
+    target.sync()
 
 
 def _holds(wide: str, narrow: str) -> bool:
@@ -138,10 +154,35 @@ def _holds(wide: str, narrow: str) -> bool:
     return narrow == wide or (wide == "float32" and narrow in ("bfloat16", "float16"))
 
 
-def _header(bank: CheckpointBank, dtype: str, places: list[list[Any]], width: int, contents: Sequence[str]) -> bytes:
+def _exact(dtype: str, table: Table, bank: CheckpointBank) -> bool:
+    return all(_holds(dtype, table[entry.name].dtype) for entry in bank.layout.entries)
+
+
+def _drafts(bank: CheckpointBank) -> list[dict[str, Any]]:
+    """As `bank.parents`, from headers alone: the contents are as long as they will be."""
     root = bank.path if bank.path.is_dir() else bank.path.parent
-    exact = all(_holds(dtype, row.table[e.name].dtype) for row in bank.rows for e in bank.layout.entries)
-    rounded = {} if exact else {"rounded": dtype}
+    return [
+        {
+            "step": row.step,
+            "files": {str(file.relative_to(root)): file.stat().st_size for file in row.files},
+            "content": "0" * 64,
+        }
+        for row in bank.rows
+    ]
+
+
+def _parents(parents: Sequence[Mapping[str, Any]], rounded: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Parents with the dtypes that their numbers were rounded to on their way here, in that order."""
+    found = []
+    for parent, own in zip(parents, rounded, strict=True):
+        before = (parent["rounded"],) if "rounded" in parent else ()
+        found.append({**parent, **({"rounded": ", ".join((*before, *own))} if before or own else {})})
+    return found
+
+
+def _header(
+    bank: CheckpointBank, dtype: str, places: list[list[Any]], width: int, parents: Sequence[Mapping[str, Any]]
+) -> bytes:
     described = {
         "version": VERSION,
         "dtype": dtype,
@@ -151,82 +192,12 @@ def _header(bank: CheckpointBank, dtype: str, places: list[list[Any]], width: in
         "arch": bank.arch,
         "kind": bank.kind,
         "rate": bank.rate,
-        "parents": [
-            {
-                "step": row.step,
-                "files": {str(f.relative_to(root)): f.stat().st_size for f in row.files},
-                "content": c,
-                **rounded,
-            }
-            for row, c in zip(bank.rows, contents, strict=True)
-        ],
+        **({"rates": list(bank.rates)} if bank.rates else {}),
+        "parents": parents,
     }
     K = bank.num_checkpoints
     rows = {"dtype": _CODES[dtype], "shape": [K, width // ITEMSIZE[dtype]], "data_offsets": [0, K * width]}
-    text = json.dumps({"__metadata__": {KEY: canonical_json(described)}, ROWS: rows}, separators=(",", ":")).encode()
+    metadata = {PACK_KEY: canonical_json(described)}
+    text = json.dumps({"__metadata__": metadata, ROWS: rows}, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     return len(text).to_bytes(8, "little") + text
-
-
-def open_pack(path: Path) -> Shape | None:
-    """What a packed bank holds, None when `path` is no packed bank.
-
-    Raises:
-        BankError: the description does not fit the file.
-    """
-    if not path.is_file() or path.suffix != ".safetensors":
-        return None
-    table, metadata = read_safetensors(path)
-    if KEY not in metadata:
-        return None
-    try:
-        return _shape(path, table, json.loads(metadata[KEY]))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise BankError(f"`{path}` is no whole packed bank: {error!r}. Pack it again with `lcsc bank pack`.") from error
-
-
-def _shape(path: Path, table: dict[str, Source], said: dict[str, Any]) -> Shape:
-    if said["version"] != VERSION:
-        raise ValueError(f"version {said['version']}, this lcsc reads {VERSION}")
-    rows, layout = table[ROWS], Layout.of(dict(said["tensors"]), said["ties"])
-    (K, stride), size = rows.shape, ITEMSIZE[rows.dtype]
-    if stride < layout.num_parameters or len(said["parents"]) != K:
-        raise ValueError(f"{K} rows of {stride} columns for {len(said['parents'])} x {layout.num_parameters}")
-    first = rows.pieces[0].offset
-    own = {e.name: Source(rows.dtype, e.shape, (Piece(0, first + e.start * size, e.shape),)) for e in layout.entries}
-    own |= {name: own[twin] for name, twin in layout.ties.items()}
-    for name, dtype, shape, at in said["constants"]:
-        own[name] = Source(dtype, tuple(shape), (Piece(0, first + at, tuple(shape)),))
-        if at + own[name].nbytes > stride * size:
-            raise ValueError(f"`{name}` lies outside its row")
-    steps = [int(parent["step"]) for parent in said["parents"]]
-    return Shape(
-        rows=tuple(Row(step, path, (path,), own, k * stride * size) for k, step in enumerate(steps)),
-        layout=layout,
-        constants=tuple(sorted(name for name, *_ in said["constants"])),
-        arch=said["arch"],
-        kind=str(said["kind"]),
-        rate=said["rate"],
-        notes=(f"packed bank: {K} rows of {rows.dtype}",),
-        parents=tuple(said["parents"]),
-    )
-
-
-def map_pack(path: Path, rows: Sequence[Row], layout: Layout, dtype: str) -> Tensor | None:
-    """W_KP of a packed bank as a memory map, None where the rows must be read (no pack, another dtype, network)."""
-    if not path.is_file() or {row.files for row in rows} != {(path,)}:
-        return None
-    table, (entry, *_) = rows[0].table, layout.entries
-    steps = np.diff([row.base for row in rows])
-    if table[entry.name].dtype != dtype or len(set(steps.tolist())) > 1 or (steps < 0).any() or on_network(path):
-        return None
-    import torch
-
-    size, first = ITEMSIZE[dtype], table[entry.name].pieces[0].offset + rows[0].base
-    step = int(steps[0]) if len(steps) else layout.num_parameters * size
-    with open(path, "rb") as file, contextlib.suppress(ValueError):
-        # a private map: torch wants writable memory, the file stays as it is
-        memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        flat = torch.frombuffer(memory, dtype=getattr(torch, dtype), offset=first)
-        return torch.as_strided(flat, (len(rows), layout.num_parameters), (step // size, 1))
-    return None

@@ -19,6 +19,8 @@ from lcsc.core.errors import BankError
 MAX_HEADER = 16 << 20
 #: Most tensors of one file.
 MAX_TENSORS = 32_768
+#: Metadata of a packed bank (`lcsc.bank.pack`), whose one tensor is no checkpoint's.
+PACK_KEY = "lcsc_bank"
 #: dtype names of the format -> names of torch
 DTYPES = {
     "F64": "float64",

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from lcsc.bank.content import CHUNK, chunk_sums, content_digest, same_bits
 from lcsc.bank.extents import ITEMSIZE, Piece, Source, Table, pread_into, raw_dtype, read_source
 from lcsc.bank.find import Checkpoint, Group, choose, find_groups
 from lcsc.bank.layout import is_combined
-from lcsc.bank.pack import open_pack
+from lcsc.bank.pack_read import open_pack, pack_groups
 from lcsc.bank.shape import shape_of
 from lcsc.bank.shard_index import shown
 from lcsc.core.errors import BankError, NonFiniteError
@@ -33,6 +33,8 @@ _EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00, "float8_e5m2": 0x7C, "float8
 
 #: bytes read so far, bytes in all
 Progress = Callable[[int, int], None]
+#: rate and step of each row of a packed bank -> bytes to add to every offset
+Bases = dict[tuple[str | None, int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def survey(
         BankError: nothing could be read at all; what is wrong with single files stands in `Survey.problems`.
     """
     problems: list[BankError] = []
-    bases: dict[int, int] = {}
+    bases: Bases = {}
     try:
         groups = _packed(Path(path), bases) or find_groups(path, problems=problems)
     except BankError:
@@ -134,17 +136,13 @@ def survey(
     return Survey(Path(path), tuple(rows), tuple(problems))
 
 
-def _packed(path: Path, bases: dict[int, int]) -> list[Group]:
-    """The rows of a file that `lcsc bank pack` wrote, as a group; `bases` receives step -> offset of its row."""
-    shape = open_pack(path)
-    if shape is None:
+def _packed(path: Path, bases: Bases) -> list[Group]:
+    """The rows of a file that `lcsc bank pack` wrote, a group for each EMA rate; `bases` receives their offsets."""
+    if (shape := open_pack(path)) is None:
         return []
-    rows = [
-        Checkpoint(row.step, path, (path,), row.table, "safetensors", shape.kind, shape.rate, arch=shape.arch)
-        for row in shape.rows
-    ]
-    bases |= {row.step: row.base for row in shape.rows}
-    return [Group(None, shape.kind, shape.rate, "packed bank", tuple(rows), shape.notes)]
+    rates = shape.rates or (shape.rate,) * len(shape.rows)
+    bases |= {(rate, row.step): row.base for rate, row in zip(rates, shape.rows, strict=True)}
+    return pack_groups(shape)
 
 
 def _group_row(group: Group, reader: _Reader | None, problems: list[BankError]) -> GroupRow:
@@ -213,7 +211,7 @@ def gaps(steps: Sequence[int]) -> Gaps:
 class _Reader:
     """Reads the numbers of checkpoints, one after the other, in one buffer."""
 
-    def __init__(self, groups: Sequence[Group], progress: Progress | None, bases: Mapping[int, int]) -> None:
+    def __init__(self, groups: Sequence[Group], progress: Progress | None, bases: Bases) -> None:
         self.progress, self.done, self.bases = progress, 0, bases
         sizes: dict[int, int] = {}
         for group in groups:
@@ -255,7 +253,7 @@ class _Reader:
     def sums(self, item: Checkpoint) -> dict[Source, tuple[list[str], int]]:
         """Chunk checksums and number of NaN and Inf of each tensor."""
         found: dict[Source, tuple[list[str], int]] = {}
-        base = self.bases.get(item.step, 0)
+        base = self.bases.get((item.rate, item.step), 0)
         fds = [os.open(file, os.O_RDONLY | os.O_NONBLOCK) for file in item.files]
         try:
             # in the order of the file, so that the disk reads on

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from hostile import Case, greedy, payloads, tensor_lies, tensor_pickle, torch_zip, zips
+from hostile_packs import packs
 
 MEMORY = 200 << 20
 SECONDS = 1.0
@@ -233,6 +234,8 @@ def corpus(folder: Path, good_torch: bytes, good_safetensors: bytes) -> list[Cas
     for name, data in headers().items():
         put("safetensors", name, data, ".safetensors")
     put("bank", "mixture", mixture(6000), ".safetensors")
+    for name, data in packs().items():
+        put("pack", f"pack {name}", data, ".safetensors")
     for name, data in truncations(good_safetensors).items():
         put("safetensors", name, data, ".safetensors")
     for name, data in truncations(good_torch).items():
@@ -279,6 +282,7 @@ def _child(job: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from lcsc.bank.dcp_file import read_dcp
     from lcsc.bank.find import find_groups
+    from lcsc.bank.pack_read import open_pack
     from lcsc.bank.safetensors_file import read_safetensors
     from lcsc.bank.shard_index import read_index
     from lcsc.bank.torch_file import read_torch
@@ -296,6 +300,7 @@ def _child(job: str) -> None:
     sys.addaudithook(watch)
     readers = {"safetensors": read_safetensors, "torch": read_torch, "index": read_index, "dcp": read_dcp}
     readers["bank"] = find_groups
+    readers["pack"] = open_pack
     # a bomb ends this process, not the machine
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + 4 * MEMORY,) * 2)
     base = _memory("VmRSS")

@@ -199,11 +199,11 @@ def test_many_checkpoints_share_what_is_equal(tmp_path):
 
 
 def test_a_packed_bank_has_the_digests_of_its_checkpoints(tmp_path):
+    (run := tmp_path / "run").mkdir()
     for step in (1, 2, 30):
-        torch.save(net(step).state_dict(), tmp_path / f"net-{step}.pt")
-    (tmp_path / "packed").mkdir()
-    write_pack(CheckpointBank.open(tmp_path, storage="streamed"), tmp_path / "packed" / "bank.safetensors")
-    [loose], [packed] = survey(tmp_path).groups, survey(tmp_path / "packed" / "bank.safetensors").groups
+        torch.save(net(step).state_dict(), run / f"net-{step}.pt")
+    write_pack(CheckpointBank.open(run, storage="streamed"), to := tmp_path / "bank.safetensors")
+    [loose], [packed] = survey(run).groups, survey(to).groups
     assert packed.group.layout == "packed bank"
     assert [(row.step, row.digest) for row in packed.files] == [(row.step, row.digest) for row in loose.files]
     assert (packed.num_parameters, packed.finite) == (loose.num_parameters, True)

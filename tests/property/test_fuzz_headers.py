@@ -19,11 +19,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from lcsc.bank.dcp_file import read_dcp
+from lcsc.bank import CheckpointBank
 from lcsc.bank.extents import ITEMSIZE, read_source
 from lcsc.bank.inert_pickle import Record, Refused, read_pickle
+from lcsc.bank.pack import write_pack
+from lcsc.bank.pack_read import open_pack
 from lcsc.bank.safetensors_file import DTYPES, parse_header, read_safetensors
 from lcsc.bank.shard_index import read_index
 from lcsc.bank.torch_file import read_torch
@@ -131,6 +134,43 @@ def test_mutated_safetensors_files(tmp_path):
         front = mutated(good[8:header], seed)
         length = struct.pack("<Q", len(front)) if seed % 4 else good[:8]
         accepted += agrees(tmp_path / "a", length + front + good[header:])
+    assert 0 < accepted < ROUNDS
+
+
+def bank_with_everything(folder):
+    """A pack of two EMAs with tied, copied and rounded tensors, and its description."""
+    for rate in ("0.9", "0.99"):
+        for step in (1, 2):
+            table = {"w": torch.full((3, 2), float(step)), "b": torch.ones(2), "n": torch.tensor([step])}
+            save_file(table, folder / f"ema_{rate}_{step:06d}.safetensors")
+    to = folder.parent / "pack.safetensors"
+    write_pack(CheckpointBank.open(folder, weights="ema:*", storage="streamed"), to, "bfloat16")
+    header = 8 + struct.unpack("<Q", to.read_bytes()[:8])[0]
+    return to, json.loads(to.read_bytes()[8:header]), to.read_bytes()[header:]
+
+
+def test_mutated_packed_banks(tmp_path):
+    """A mutant is refused, or all it says lies inside of the file, in rows that stand in order."""
+    (tmp_path / "run").mkdir()
+    path, header, data = bank_with_everything(tmp_path / "run")
+    good = header["__metadata__"]["lcsc_bank"].encode()
+    accepted = 0
+    for seed in range(ROUNDS):
+        header["__metadata__"]["lcsc_bank"] = mutated(good, seed).decode("latin-1")
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+        try:
+            shape = open_pack(path)
+        except BankError:
+            continue
+        accepted += 1
+        keys = list(zip(shape.rates or [shape.rate] * 4, [row.step for row in shape.rows], strict=True))
+        assert len(set(keys)) == len(shape.parents) == 4
+        for row in shape.rows:
+            assert {*shape.constants, *shape.layout.shapes} == set(row.table)
+            for source in row.table.values():
+                assert read_source(row.files, source, row.base).shape == source.shape
+                assert row.base + source.pieces[0].offset >= 8 + len(text)
     assert 0 < accepted < ROUNDS
 
 
