@@ -335,7 +335,13 @@ def _check_parents(bank: CheckpointBank, model: Exported) -> None:
     for recorded in model.recipe["parents"]:
         k = here[recorded["step"], recorded.get("rate")]
         if "content" in recorded:
-            changed = bank.parent(k)["content"] != recorded["content"]
+            parent = bank.parent(k)
+            if (kept := parent.get("rounded")) != (was := recorded.get("rounded")):
+                raise BankError(
+                    f"`{bank.path}` holds step {recorded['step']} {_rounded(kept)} and `{model.folder}` was made of it "
+                    f"{_rounded(was)}. Give the checkpoints that it was made of with bank=PATH."
+                )
+            changed = parent["content"] != recorded["content"]
         else:  # older recipes: a SHA-256 of each file
             digests = sorted(map(str, dict(recorded.get("files") or {}).values()))
             changed = sorted(map(file_sha256, bank.rows[k].files)) != digests
@@ -344,6 +350,10 @@ def _check_parents(bank: CheckpointBank, model: Exported) -> None:
                 f"the checkpoint of step {recorded['step']}, `{bank.rows[k].path}`, "
                 f"changed since `{model.folder}` was made of it. Restore it, or make the model again."
             )
+
+
+def _rounded(dtypes: object) -> str:
+    return "as it was saved" if dtypes is None else f"rounded to {shown(dtypes)}"
 
 
 class _Reader:

@@ -431,6 +431,24 @@ def test_a_packed_bank_makes_the_same_model(here, lcsc, bank):
     assert lcsc("verify", "a", "bank=pack.safetensors")[0] == 0  # the same contents in another file
 
 
+def test_a_rounded_pack_is_not_what_a_model_was_made_of(here, lcsc, bank):
+    ok(lcsc, f"bank={bank}", "schedule=uniform", "to=whole")
+    assert lcsc("bank", "pack", f"from={bank}", "to=half.safetensors", "dtype=bfloat16")[0] == 0
+    code, _, err = lcsc("verify", "whole", "bank=half.safetensors")
+    assert code == 2
+    assert "rounded to bfloat16 and `whole` was made of it as it was saved" in err
+    assert "changed since" not in err
+    ok(lcsc, "bank=half.safetensors", "schedule=uniform", "to=rounded")
+    assert lcsc("verify", "rounded")[0] == 0
+    assert (
+        "as it was saved and `rounded` was made of it rounded to bfloat16"
+        in lcsc("verify", "rounded", f"bank={bank}")[2]
+    )
+    code, _, err = lcsc("bank", "pack", f"from={bank}", f"to={bank}/more.safetensors")
+    assert code == 2
+    assert "inside the bank" in err
+
+
 # -------------------------------------------------------------------------------------------------------- one pass
 
 
