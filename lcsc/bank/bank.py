@@ -118,7 +118,7 @@ class CheckpointBank:
             "device": device,
         }
         #: sums of the contents, collected whenever rows are read
-        self.checksums = Checksums(self.layout, len(self.rows))
+        self.checksums = Checksums(self.layout, self.rows)
 
     @classmethod
     def open(
@@ -266,6 +266,7 @@ class CheckpointBank:
 
     def constant_sources(self) -> dict[str, tuple[tuple[Path, ...], Source]]:
         """Tensors that are not combined (integers, batch-norm statistics) as they lie in the last checkpoint."""
+        self.checksums.compare_some(len(self.rows) - 1, self._shape.constants)
         last = self.rows[-1]
         return {name: (last.files, last.table[name]) for name in self._shape.constants}
 
@@ -290,6 +291,7 @@ class CheckpointBank:
         row = self.rows[k]
         if self.origins is not None:
             return dict(self.origins[k])
+        self.checksums.compare([k])
         found = self.checksums.of(k) or {
             entry.name: chunk_sums(read_source(row.files, row.table[entry.name], row.base))
             for entry in self.layout.entries

@@ -22,6 +22,7 @@ from lcsc.bank.inert_pickle import Global, Record, Refused, counts, read_pickle
 from lcsc.bank.safetensors_file import read_safetensors
 from lcsc.bank.shard_index import open_regular, plain_file, read_range, regular_file, shown
 from lcsc.bank.torch_file import MAX_PICKLE, read_archive
+from lcsc.bank.zip_check import Entry
 from lcsc.core.errors import BankError
 
 _META = "torch.distributed.checkpoint.metadata."
@@ -64,12 +65,15 @@ class _Place:
     length: int
 
 
-def read_dcp(folder: Path, *, crc: bool = True) -> tuple[dict[str, Source], tuple[Path, ...], dict[str, Any]]:
+def read_dcp(
+    folder: Path, *, crc: bool = True, stored: list[tuple[int, Entry]] | None = None
+) -> tuple[dict[str, Source], tuple[Path, ...], dict[str, Any]]:
     """Describe a folder of `torch.distributed.checkpoint`, whole tensors and FSDP or DTensor shards alike.
 
     Args:
         folder: holds `.metadata` and the data files.
         crc: compare the checksums of all tensors' bytes, which reads the files once.
+        stored: as for `read_torch`.
 
     Returns:
         Tensors by name (levels joined by dots, as the writer did), the data files that their pieces count in, and the
@@ -91,6 +95,7 @@ def read_dcp(folder: Path, *, crc: bool = True) -> tuple[dict[str, Source], tupl
     files = tuple(plain_file(folder, name) for name in names)
     with contextlib.ExitStack() as stack:
         reader = _Reader({name: (k, file) for k, (name, file) in enumerate(zip(names, files, strict=True))}, crc, stack)
+        reader.stored = stored
         table = {name: _source(folder, name, *tensor, places, reader) for name, tensor in tensors.items()}
         values = {}
         for name in others:
@@ -241,6 +246,7 @@ class _Reader:
     def __init__(self, files: Mapping[str, tuple[int, Path]], crc: bool, stack: contextlib.ExitStack) -> None:
         self.files = files
         self.crc = crc
+        self.stored: list[tuple[int, Entry]] | None = None
         self.stack = stack
         self.opened: dict[str, tuple[int, int]] = {}
         self.safetensors: dict[str, dict[str, Source] | None] = {}
@@ -254,7 +260,7 @@ class _Reader:
                 f"`{shown(path)}` has {size} bytes, but `.metadata` places a tensor at bytes {place.offset} to "
                 f"{place.offset + place.length}. It is truncated; copy it again."
             )
-        return read_archive(fd, place.offset, place.length, path, part=part, crc=self.crc)
+        return read_archive(fd, place.offset, place.length, path, part=part, crc=self.crc, stored=self.stored)
 
     def table(self, place: _Place) -> dict[str, Source] | None:
         """The tensors of a file in the safetensors format, None for the usual one of archives behind each other."""

@@ -122,7 +122,7 @@ class _Builder:
             step = 0
             self.found.notes[f"{shown(unit.files.label)} names no step; it counts as step 0"] = None
         arch, library, rate = self.arch(unit.files.folder)
-        both = any(part.kind == "ema" for part in loaded.parts)
+        both, stored = any(part.kind == "ema" for part in loaded.parts), self.pool.stored(loaded.stored)
         for part in loaded.parts:
             kind = part.kind or ("raw" if both else unit.kind or "raw")
             if lora := is_lora(part.table):
@@ -141,6 +141,7 @@ class _Builder:
                 arch=None if lora else arch,
                 metadata=self.pool.metadata(loaded.metadata),
                 filled=self.pool.names(part.filled),
+                stored=stored,
             )
             if self.place(key, item, unit, counted):
                 self.layouts.setdefault(key, _layout(unit, loaded, library))

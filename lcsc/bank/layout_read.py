@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lcsc.bank.crc import Stored
 from lcsc.bank.extents import Source, Table
 from lcsc.bank.layout_files import DCP, WeightSet
 from lcsc.bank.names import parse
 from lcsc.bank.shard_index import MAX_JSON, open_regular, plain_file, read_index, read_range, shown, strict_json
 from lcsc.bank.unwrap import Part, Unwrapped, unwrap
+from lcsc.bank.zip_check import Entry
 from lcsc.core.errors import BankError
 
 _LORA = re.compile(
@@ -34,6 +38,7 @@ class Pool:
         self._tables: dict[int, list[dict[str, Source]]] = {}
         self._texts: dict[str, str] = {}
         self._archs: list[Mapping[str, Any]] = []
+        self._places: dict[bytes, np.ndarray] = {}
         self._metadata: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
         self._names: dict[frozenset[str], frozenset[str]] = {}
 
@@ -45,6 +50,12 @@ class Pool:
                 return other
         same.append(table)
         return table
+
+    def stored(self, stored: Stored | None) -> Stored | None:
+        """The same with places seen before; checksums differ from checkpoint to checkpoint."""
+        if stored is None:
+            return None
+        return Stored(self._places.setdefault(stored.places.tobytes(), stored.places), stored.crcs)
 
     def metadata(self, metadata: Mapping[str, str]) -> Mapping[str, str]:
         """Equal metadata seen before, or the same with texts seen before."""
@@ -82,6 +93,7 @@ class Loaded:
         metadata: texts of the safetensors header, and `adapter_config` (JSON) of a PEFT folder.
         passed: what was passed over inside.
         counts_epochs: whether a bare number in the name counts epochs (kohya).
+        stored: checksums that the files have, see `crc.Stored`.
     """
 
     files: tuple[Path, ...]
@@ -92,6 +104,7 @@ class Loaded:
     metadata: Mapping[str, str] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
     counts_epochs: bool = False
+    stored: Stored | None = None
 
 
 def load_set(item: WeightSet, *, crc: bool = False) -> Loaded:
@@ -116,6 +129,7 @@ def load_set(item: WeightSet, *, crc: bool = False) -> Loaded:
         files = tuple(plain_file(item.folder, name) for name in item.files)
     metadata: dict[str, str] = {}
     values: list[Any] = []
+    stored: list[tuple[int, Entry]] = []
     for part, file in enumerate(files):
         if item.suffix == ".safetensors":
             from lcsc.bank.safetensors_file import PACK_KEY, read_safetensors
@@ -131,14 +145,16 @@ def load_set(item: WeightSet, *, crc: bool = False) -> Loaded:
         else:
             from lcsc.bank.torch_file import read_torch
 
-            values.append(read_torch(file, part, crc=crc).value)
+            values.append(read_torch(file, part, crc=crc, stored=stored).value)
     value = values[0] if len(values) == 1 else _union(values, files)
     if item.index:
         _check_index(item, value, files)
     if item.suffix == ".safetensors" and not value:
         raise BankError(f"checkpoint `{shown(item.path)}` holds no tensor. Remove it or save it again.")
     found = unwrap(value, files)
-    return _loaded(item, files, found, metadata)
+    loaded = _loaded(item, files, found, metadata)
+    loaded.stored = Stored.of(stored)
+    return loaded
 
 
 def _loaded(item: WeightSet, files: tuple[Path, ...], found: Unwrapped, metadata: dict[str, str]) -> Loaded:
@@ -160,9 +176,10 @@ def _loaded(item: WeightSet, files: tuple[Path, ...], found: Unwrapped, metadata
 def _load_dcp(item: WeightSet, crc: bool) -> Loaded:
     from lcsc.bank.dcp_file import read_dcp
 
-    tensors, files, values = read_dcp(item.folder, crc=crc)
+    stored: list[tuple[int, Entry]] = []
+    tensors, files, values = read_dcp(item.folder, crc=crc, stored=stored)
     found = unwrap(nested(tensors, values), files)
-    return Loaded(files, found.parts, "dcp", found.step, found.writer, {}, found.passed)
+    return Loaded(files, found.parts, "dcp", found.step, found.writer, {}, found.passed, stored=Stored.of(stored))
 
 
 def nested(tensors: Mapping[str, Source], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lcsc.bank.crc import Stored
 from lcsc.bank.extents import Table
 
 #: components that denoise; where exactly one of them is there, it is the one to combine
@@ -29,6 +30,7 @@ class Checkpoint:
         arch: `{"class", "config"}` from config.json, None when there is none.
         metadata: texts of the safetensors header, and `adapter_config` (JSON) of a PEFT folder.
         filled: names of an EMA whose tensors are raw ones, because the file has no EMA of them (LitEma and buffers).
+        stored: checksums that torch's archives have of their bytes, None for other formats.
     """
 
     step: int
@@ -42,6 +44,7 @@ class Checkpoint:
     arch: Mapping[str, Any] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     filled: frozenset[str] = frozenset()
+    stored: Stored | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

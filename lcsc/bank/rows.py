@@ -6,12 +6,13 @@ import contextlib
 import os
 import resource
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from lcsc.bank.content import CHUNK, sum_text
+from lcsc.bank.crc import Crcs, Stored
 from lcsc.bank.extents import ITEMSIZE, Table, pread_into, raw_dtype, read_source
 from lcsc.bank.layout import Layout
 
@@ -23,7 +24,7 @@ BLOCK = CHUNK
 class Row:
     """One checkpoint as the reader sees it: files, tensors, and a number of bytes to add to every offset.
 
-    `base` lets all rows of a packed bank share one table.
+    `base` lets all rows of a packed bank share one table. `stored` are the checksums that torch's archives have.
     """
 
     step: int
@@ -31,6 +32,7 @@ class Row:
     files: tuple[Path, ...]
     table: Table
     base: int = 0
+    stored: Stored | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,17 +173,21 @@ def will_need(files: Files, row: Row, plan: list[Read] | None) -> None:
 
 
 class Checksums:
-    """The sums of every content chunk of every row, collected in any order; see `lcsc.bank.content`."""
+    """The sums of every content chunk of every row, collected in any order; see `lcsc.bank.content`.
 
-    def __init__(self, layout: Layout, num_rows: int) -> None:
+    Those that torch's archives have are collected too, until a row was compared with them; see `lcsc.bank.crc`.
+    """
+
+    def __init__(self, layout: Layout, rows: Sequence[Row]) -> None:
         self._first: dict[str, int] = {}
         count = 0
         for entry in layout.entries:
             self._first[entry.name] = count
             count += -(-(entry.stop - entry.start) // CHUNK)
         self._stop = dict(zip(self._first, [*list(self._first.values())[1:], count], strict=True))
-        self._sums = np.zeros((num_rows, count, 2), np.uint64)
-        self._seen = np.zeros((num_rows, count), bool)
+        self._sums = np.zeros((len(rows), count, 2), np.uint64)
+        self._seen = np.zeros((len(rows), count), bool)
+        self._crcs = Crcs(rows, self._first, count)
 
     def add(self, k: int, block: Block, out_C: np.ndarray) -> None:
         """Take the sums of one row of a block, raw bits; the block must hold whole chunks."""
@@ -192,8 +198,22 @@ class Checksums:
             for a in range(span.a, span.b, CHUNK):
                 stop = at + min(CHUNK, span.b - a)
                 where = k, self._first[span.name] + a // CHUNK
+                if self._crcs.wanted[k]:
+                    self._crcs.add(*where, out_C[at:stop])
                 self._sums[where], self._seen[where] = checksum(out_C[at:stop]), True
                 at = stop
+
+    def compare(self, rows: Sequence[int], threads: int = 1) -> None:
+        """Compare rows with the checksums in their files, each row once.
+
+        Raises:
+            BankError: a tensor's bytes are not those that were written; file and tensor are named.
+        """
+        self._crcs.compare(rows, self._seen, threads)
+
+    def compare_some(self, k: int, names: Collection[str]) -> None:
+        """As `compare`, of some tensors of row k alone, which no pass has read."""
+        self._crcs.compare_some(k, names)
 
     def of(self, k: int) -> dict[str, list[str]] | None:
         """Sums of row k by tensor, None unless every chunk was seen."""

@@ -66,7 +66,7 @@ def shape_of(group: Group, checkpoints: Sequence[Checkpoint]) -> Shape:
     tables = agree(checkpoints)
     check_filled(checkpoints, [*group.checkpoints, *checkpoints])
     rates = tuple(str(item.rate) for item in checkpoints)
-    rows = tuple(Row(c.step, c.path, c.files, t) for c, t in zip(checkpoints, tables, strict=True))
+    rows = tuple(Row(c.step, c.path, c.files, t, stored=c.stored) for c, t in zip(checkpoints, tables, strict=True))
     _check_arch(checkpoints)
     different = list({id(table): table for table in tables}.values())
     _check_dtypes(checkpoints, tables)

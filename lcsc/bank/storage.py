@@ -174,6 +174,8 @@ def each_row(
                 row_C = out[: block.stop - block.start]
                 _fill(files, row, block, plans[id(row.table)], row_C, checksums, k)
                 yield block, k, row_C
+        if checksums:
+            checksums.compare(range(len(rows)), default_threads())
     finally:
         files.close()
 
@@ -286,6 +288,7 @@ def load(
         with ThreadPoolExecutor(default_threads(), thread_name_prefix="lcsc-load") as pool:
             for _ in pool.map(work, cut(layout, tables_of(rows))):
                 pass
+        checksums.compare(range(len(rows)), default_threads())
     finally:
         files.close()
     return Resident(W_KP, anchor_P)

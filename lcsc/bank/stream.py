@@ -129,6 +129,8 @@ def run_pass(
                 done += sum((block.stop - block.start) * ITEMSIZE[row_dtype(block, work.rows[k].table)] for k in used)
                 if progress:
                     progress(done, total)
+            if work.checksums:
+                work.checksums.compare(used, threads)
         finally:
             for _, future in pending:
                 future.cancel()

@@ -80,7 +80,9 @@ class TorchFile:
     value: Any
 
 
-def read_torch(path: Path, part: int = 0, *, crc: bool = True) -> TorchFile:
+def read_torch(
+    path: Path, part: int = 0, *, crc: bool = True, stored: list[tuple[int, Entry]] | None = None
+) -> TorchFile:
     """Describe a torch file (the zip format, torch 1.6 and later). No tensor is built; optimizer states included.
 
     Args:
@@ -88,6 +90,7 @@ def read_torch(path: Path, part: int = 0, *, crc: bool = True) -> TorchFile:
         part: index of the file among the checkpoint's files, written into every piece.
         crc: compare the checksum of every tensor's bytes, which reads the whole file once. The checksum of the pickle
             is always compared.
+        stored: receives `(part, entry)` of every storage, for those who compare later (`lcsc.bank.crc`).
 
     Raises:
         BankError: a format that is not read (named, with the remedy), a damaged or hostile archive, or a pickle that
@@ -96,7 +99,7 @@ def read_torch(path: Path, part: int = 0, *, crc: bool = True) -> TorchFile:
     with open_regular(path) as (fd, size):
         _refuse_other_formats(read_range(fd, 0, min(size, 512), path), size, path)
         try:
-            return TorchFile(read_archive(fd, 0, size, path, part=part, crc=crc))
+            return TorchFile(read_archive(fd, 0, size, path, part=part, crc=crc, stored=stored))
         except Refused as error:
             raise BankError(
                 f"`{shown(path)}` {error}. Nothing was run. If you trust the file, rewrite it with "
@@ -104,7 +107,16 @@ def read_torch(path: Path, part: int = 0, *, crc: bool = True) -> TorchFile:
             ) from None
 
 
-def read_archive(fd: int, start: int, size: int, path: Path, *, part: int, crc: bool) -> Any:
+def read_archive(
+    fd: int,
+    start: int,
+    size: int,
+    path: Path,
+    *,
+    part: int,
+    crc: bool,
+    stored: list[tuple[int, Entry]] | None = None,
+) -> Any:
     """As `read_torch`, for the archive in `size` bytes from `start` of an open file; returns the value.
 
     Raises:
@@ -125,6 +137,8 @@ def read_archive(fd: int, start: int, size: int, path: Path, *, part: int, crc: 
         raise BankError(f"`{shown(path)}` was not written on a little-endian machine; save it again on one.")
     for entry in entries.values() if crc else (index,):
         check_crc(fd, entry, path)
+    if stored is not None:
+        stored += [(part, entry) for name, entry in entries.items() if name.startswith("data/")]
     value, count = read_pickle(data, ALLOWED, _BUDGET + _BUDGET_PER_ENTRY * len(entries))
     return _Resolver(entries, part, size, 100_000 + 2 * count, 2 * index.size).plain(value, 0)
 

@@ -86,11 +86,16 @@ def check_crc(fd: int, entry: Entry, path: Path) -> None:
         crc = zlib.crc32(buffer[:got], crc)
         done += got
     if crc != entry.crc:
-        raise _bad(
-            path,
-            f"holds entry `{shown(entry.name)}` with checksum {crc:08x}, written with {entry.crc:08x} (or by "
-            "torch with checksums turned off, which cannot be told from damage)",
-        )
+        raise differs(path, entry.name, crc, entry.crc)
+
+
+def differs(path: Path, name: str, found: int, written: int) -> BankError:
+    """The error for bytes that are not those that were written."""
+    return _bad(
+        path,
+        f"holds entry `{shown(name)}` with checksum {found:08x}, written with {written:08x} (or by torch with "
+        "checksums turned off, which cannot be told from damage)",
+    )
 
 
 def _bad(path: Path, what: str) -> BankError:

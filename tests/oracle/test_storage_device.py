@@ -24,7 +24,7 @@ def bank(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_staged_rows_equal_direct_rows(bank, dtype, anchor):
     # `cpu:0` is the CPU under a name that takes the path of a GPU
-    sums, other_sums = Checksums(bank.layout, 3), Checksums(bank.layout, 3)
+    sums, other_sums = Checksums(bank.layout, bank.rows), Checksums(bank.layout, bank.rows)
     plain = load(bank.rows, bank.layout, sums, dtype, anchor)
     staged = load(bank.rows, bank.layout, other_sums, dtype, anchor, "cpu:0")
     assert torch.equal(staged.W_KP, plain.W_KP)

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from lcsc.bank.dcp_file import read_dcp
 from lcsc.bank import CheckpointBank
+from lcsc.bank.dcp_file import read_dcp
 from lcsc.bank.extents import ITEMSIZE, read_source
 from lcsc.bank.inert_pickle import Record, Refused, read_pickle
 from lcsc.bank.pack import write_pack
