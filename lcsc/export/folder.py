@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lcsc.bank import CheckpointBank, Layout
+from lcsc.bank.lora_modules import FACTOR_SPACE
 from lcsc.bank.shard_index import open_regular, read_range, shown, strict_json
 from lcsc.core.digests import canonical_json
 from lcsc.core.errors import BankError
@@ -182,6 +183,8 @@ def is_sound(recipe: Mapping[str, Any]) -> bool:
     grouped = recipe.get("operator") == "linear_grouped"
     return (
         type(recipe.get("rank")) in (int, type(None))
+        and recipe.get("space", "product") in ("product", FACTOR_SPACE)
+        and (recipe.get("space") != FACTOR_SPACE or recipe.get("rank") is None)
         and recipe.get("dtype", "float32") in ("float32", "bfloat16", "float16", "same")
         and isinstance(rates, list)
         and len(steps) == len(rates)

@@ -69,7 +69,7 @@ class Written:
         nbytes: bytes of its weight files.
         recipe: what makes it again.
         rounding: rms rounding error over rms distance from the last checkpoint; None where nothing was rounded.
-        lost: for LoRA adapters what their recompression lost, see `lcsc.export.lora.Adapter`.
+        lost: for LoRA adapters what their recompression lost, see `lcsc.bank.lora_modules.combine_modules`.
     """
 
     output: Output
@@ -279,10 +279,10 @@ def _combine_adapters(
         rows = zip(outputs, adapters, _folders(temp, outputs), _folders(to, outputs), strict=True)
         for output, adapter, folder, path in rows:
             folder.mkdir(exist_ok=True)
-            model, made = adapter.model(bank), {"operator": "lora", "rank": rank, "error": dict(adapter.error)}
-            metadata = _metadata(bank, model, output, dtype, parents, made) | adapter.extra(bank)
+            model, made = adapter.model, {"operator": "lora", **adapter.made}
+            metadata = _metadata(bank, model, output, dtype, parents, made) | adapter.files.header
             nbytes = write_adapter(folder, adapter, model, metadata)
-            written = Written(output, folder, nbytes, json.loads(metadata[RECIPE_KEY]), lost=adapter.error)
+            written = Written(output, folder, nbytes, json.loads(metadata[RECIPE_KEY]), lost=adapter.made["error"])
             _write_texts(written, model, to.name, command)
             done.append(dataclasses.replace(written, path=path))
     return done

@@ -26,7 +26,7 @@ from lcsc.bank.stream import Pass, run_pass
 from lcsc.core.digests import canonical_json, file_sha256
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.export.folder import CSV, DIGEST_KEY, RECIPE_KEY, coefficients_csv, is_sound, recipe_groups
-from lcsc.export.lora import check_rank, combine_adapter
+from lcsc.export.lora import adapter_of_recipe, check_rank
 from lcsc.export.stream import FlatMap, Place, round_to
 from lcsc.kernels import Groups, round_coef
 
@@ -143,7 +143,7 @@ def _read_recipe(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     digest = metadata.get(DIGEST_KEY)
     if digest != sha256(text.encode()).hexdigest() and (digest is not None or "schedule" in recipe):
         raise BankError(f"the recipe in the header of `{file}` was edited: its digest is another.")
-    if recipe.get("operator") not in OPERATORS or recipe.get("space", "product") != "product":
+    if recipe.get("operator") not in OPERATORS:
         raise ConfigError(
             f"`{file}` was made by the operator `{shown(recipe.get('operator'))}`, which cannot be made again here; "
             f"{', '.join(OPERATORS)} can."
@@ -297,11 +297,10 @@ def _difference(model: Exported, name: str) -> str:
 def _compare_adapter(bank: CheckpointBank, model: Exported) -> None:
     """As `_compare`, for a LoRA adapter."""
     check_rank(model.recipe.get("rank"), bank.kind)
-    dtype = str(model.recipe.get("dtype", "float32"))
-    adapter = combine_adapter(bank, _coefficients(bank, model)[0], model.recipe.get("rank"), dtype)
+    adapter = adapter_of_recipe(bank, model.recipe, _coefficients(bank, model)[0])
     _check_parents(bank, model)
     _check_tensors(model, {spec.name: (spec.dtype, spec.shape) for spec in adapter.specs}, {})
-    _check_metadata(model, adapter.extra(bank) if "schedule" in model.recipe else {})
+    _check_metadata(model, adapter.files.header)
     for name, bits in adapter.bits.items():
         if bits.tobytes() != read_source(model.files, model.sources[name]).tobytes():
             raise BankError(_difference(model, name))

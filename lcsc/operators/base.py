@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lcsc.bank import CheckpointBank, Layout
+from lcsc.bank.lora_modules import AdapterFiles
 from lcsc.core.space import Point, SearchSpace
 
 
@@ -19,18 +20,21 @@ class Candidate:
     """Weights that do not exist yet, and the recipe that makes them.
 
     Args:
-        arch: `{"class", "config"}` of the candidate's network (may differ from the bank's).
+        arch: `{"class", "config"}` of the candidate's network (may differ from the bank's); None where the tensors are
+            no network of a known class, such as an adapter.
         layout: where each parameter lies in the flat row.
         write: fills a float32 row, shape (P,), with the weights; the same bits each time.
         recipe: plain JSON values, enough to rebuild the candidate from the bank.
         constants: tensors that are not combined.
+        adapter: how the files of an adapter are called and what is told in them; None for networks.
     """
 
-    arch: Mapping[str, Any]
+    arch: Mapping[str, Any] | None
     layout: Layout
     write: Callable[[Tensor], None]
     recipe: Mapping[str, Any]
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    adapter: AdapterFiles | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """A fresh copy of all tensors by name, float32 (constants in their own dtype)."""
