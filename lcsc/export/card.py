@@ -7,14 +7,33 @@ from typing import Any
 
 import yaml
 
+from lcsc.export.folder import lora_text
+
 _USE = """```python
 from diffusers import {cls}
 
 net = {cls}.from_pretrained("path/to/this/folder").eval()
 ```"""
+#: by library; both with the base model that the checkpoints were trained on
+_USE_ADAPTER = {
+    "peft": """```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "path/to/this/folder").eval()
+```""",
+    "diffusers": """```python
+pipe.load_lora_weights("path/to/this/folder")
+```""",
+}
 
 
-def model_card(info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mapping[str, Any], export: str) -> str:
+def model_card(
+    info: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    report: Mapping[str, Any],
+    export: str,
+    adapter: str | None = None,
+) -> str:
     """README.md of an exported model: YAML front matter, scores, coefficients and the command that made it.
 
     Args:
@@ -22,10 +41,11 @@ def model_card(info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mappi
         recipe: the candidate's recipe with its parents.
         report: the `report` section of summary.json.
         export: one sentence about the score of this very artefact.
+        adapter: the library that loads it where it is an adapter, else None.
     """
     metric, evaluator = info["metric"], info["fingerprints"]["evaluator"]
     front = {
-        "library_name": "diffusers",
+        "library_name": adapter or "diffusers",
         "tags": ["lcsc", "merge", "checkpoint-averaging"],
         "lcsc": {
             "run_id": info["run_id"],
@@ -36,7 +56,7 @@ def model_card(info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mappi
             "version": info["fingerprints"]["versions"]["lcsc"],
         },
     }
-    best, arch = report["best"], recipe["arch"]
+    best = report["best"]
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -53,11 +73,9 @@ def model_card(info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mappi
         "Scored on report seeds and reference images that the search never used; the baselines were tuned on the same",
         "search seeds as the winner. The standard error covers the sampling of the generated images.",
         *_places(report),
+        *(["", lora_text(recipe["rank"], recipe["error"])] if "error" in recipe else []),
         "",
-        "## Use",
-        "",
-        _USE.format(cls=arch["class"]),
-        "",
+        *_use(recipe["arch"], adapter),
         "## How it was made",
         "",
         f"    {info['command'] or 'lcsc.run_search(...)'}",
@@ -72,6 +90,14 @@ def model_card(info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mappi
         copied = [f"{recipe['copied']}.", ""] if recipe.get("copied") else []
         lines += ["## Coefficients", "", *copied, *_coefficients(recipe), ""]
     return "\n".join(lines)
+
+
+def _use(arch: Mapping[str, Any] | None, adapter: str | None) -> list[str]:
+    """How to load it; nothing for tensors that no library knows."""
+    if adapter is None and arch is None:
+        return []
+    text = _USE.format(cls=arch["class"]) if arch is not None else _USE_ADAPTER[str(adapter)]
+    return ["## Use", "", text, ""]
 
 
 def _places(report: Mapping[str, Any]) -> list[str]:

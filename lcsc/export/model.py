@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lcsc.bank import CheckpointBank
-from lcsc.core.errors import EvaluationError
+from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.files import new_directory
 from lcsc.core.seeds import Purpose
 from lcsc.core.space import Point
 from lcsc.export.card import model_card
 from lcsc.export.folder import bank_config
+from lcsc.export.lora import write_candidate
 from lcsc.export.weights import read_weights, write_weights
 from lcsc.models.network import load_network
 from lcsc.objectives.base import Objective
@@ -26,6 +28,8 @@ from lcsc.samplers.times import Retimed
 #: Largest relative difference between the artefact's score and the run's. On the machine of the search they are equal
 #: to the last bit; other processors and thread counts sum in another order.
 TOLERANCE = 1e-4
+#: what adapters, which have no other, are asked for as
+FORMAT, MAX_SHARD_SIZE = "diffusers", "5GB"
 
 
 def export_model(
@@ -39,10 +43,12 @@ def export_model(
     info: Mapping[str, Any],
     report: Mapping[str, Any],
     to: Path,
-    format: str = "diffusers",
-    max_shard_size: str = "5GB",
+    format: str = FORMAT,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> float:
     """Write the candidate at `point` to the new folder `to`: weights with their recipe, config.json and a model card.
+
+    Adapters are written as the library that wrote the checkpoints keeps them.
 
     The folder is loaded back and scored on the report seeds before it gets its name.
 
@@ -56,9 +62,15 @@ def export_model(
 
     Raises:
         OutputExistsError: `to` exists.
+        ConfigError: no such format or size, or one of these for an adapter.
         EvaluationError: what was loaded back is not what was scored; nothing is left behind.
     """
     candidate = operator.apply(bank, point)
+    if candidate.adapter is not None and (format, max_shard_size) != (FORMAT, MAX_SHARD_SIZE):
+        raise ConfigError(
+            f"`format` is `{format}` and `max_shard_size` is `{max_shard_size}`, but an adapter is one file in the "
+            "format of the library that wrote the checkpoints. Leave both out."
+        )
     weights = candidate.weights()
     recipe = {
         **candidate.recipe,
@@ -72,8 +84,11 @@ def export_model(
         "score": {"value": expected["value"], "se": expected["se"], "num_images": expected["num_images"]},
     }
     with new_directory(to) as folder:
-        write_weights(weights, candidate.arch, recipe, folder, format=format, max_shard_size=max_shard_size)
-        loaded = _load_back(folder, format)
+        if candidate.adapter is None:
+            write_weights(weights, candidate.arch, recipe, folder, format=format, max_shard_size=max_shard_size)
+        else:
+            write_candidate(folder, bank, recipe)
+        loaded = _load_back(folder, candidate, format)
         wrong = sorted(set(loaded) ^ set(weights)) or [n for n in weights if not torch.equal(loaded[n], weights[n])]
         if wrong:
             raise EvaluationError(
@@ -82,7 +97,8 @@ def export_model(
         value = _score_again(_candidate_of(candidate, loaded), objective, seed, expected)
         same = "exactly the run's" if value == expected["value"] else f"{value - expected['value']:+.2g} from the run's"
         sentence = f"Loaded back from these files it scores {value:.6g}, {same}."
-        (folder / "README.md").write_text(model_card(info, recipe, report, sentence), encoding="utf-8")
+        library = None if candidate.adapter is None else candidate.adapter.library
+        (folder / "README.md").write_text(model_card(info, recipe, report, sentence, library), encoding="utf-8")
     return value
 
 
@@ -105,9 +121,10 @@ def _score_again(candidate: Candidate, objective: Objective, seed: int, expected
     return value
 
 
-def _load_back(folder: Path, format: str) -> dict[str, Tensor]:
+def _load_back(folder: Path, candidate: Candidate, format: str) -> dict[str, Tensor]:
     """The folder's tensors, by the library its users load it with."""
-    return load_network(folder).state_dict() if format == "diffusers" else read_weights(folder)
+    network = candidate.arch is not None and format == "diffusers"
+    return load_network(folder).state_dict() if network else read_weights(folder)
 
 
 def _candidate_of(candidate: Candidate, tensors: Mapping[str, Tensor]) -> Candidate:
@@ -116,4 +133,4 @@ def _candidate_of(candidate: Candidate, tensors: Mapping[str, Tensor]) -> Candid
     def write(theta_P: Tensor) -> None:
         candidate.layout.flatten(tensors, theta_P)
 
-    return Candidate(candidate.arch, candidate.layout, write, candidate.recipe, candidate.constants)
+    return dataclasses.replace(candidate, write=write)

@@ -21,7 +21,7 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "safetensors": "model"}
 
 def write_weights(
     weights: Mapping[str, Tensor],
-    arch: Mapping[str, Any],
+    arch: Mapping[str, Any] | None,
     recipe: Mapping[str, Any],
     folder: Path,
     *,
@@ -32,7 +32,7 @@ def write_weights(
 
     Args:
         weights: tensors by name.
-        arch: `{"class", "config"}`.
+        arch: `{"class", "config"}`; None writes no config.json.
         recipe: plain JSON values.
         folder: an existing, empty folder.
         format: `diffusers` (loads with `from_pretrained`) or `safetensors` (the same under the plain name).
@@ -49,8 +49,9 @@ def write_weights(
         plan = split_torch_state_dict_into_shards(dict(weights), filename_pattern=pattern, max_shard_size=size)
     except ValueError as error:
         raise ConfigError(f"`max_shard_size` is `{max_shard_size}`; write a size such as 500MB or 5GB.") from error
-    config = {"_class_name": arch["class"], **arch["config"]}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if arch is not None:
+        config = {"_class_name": arch["class"], **arch["config"]}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     header = recipe_header(recipe)
     for file, names in plan.filename_to_tensors.items():
         save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata=header)

@@ -28,7 +28,7 @@ class LiveModel:
     """
 
     def __init__(
-        self, arch: Mapping[str, Any], layout: Layout, constants: Mapping[str, Tensor], device: torch.device
+        self, arch: Mapping[str, Any] | None, layout: Layout, constants: Mapping[str, Tensor], device: torch.device
     ) -> None:
         self.net: nn.Module = build_network(arch).to(device).eval().requires_grad_(False)
         self.theta_P = torch.zeros(layout.num_parameters, device=device)

@@ -40,15 +40,21 @@ def network_class(name: str) -> Any:
         return getattr(importlib.import_module(NETWORKS[name]), name)
 
 
-def build_network(arch: Mapping[str, Any]) -> nn.Module:
+def build_network(arch: Mapping[str, Any] | None) -> nn.Module:
     """A freshly initialised network from `{"class": "UNet2DModel", "config": {...}}`.
 
     Args:
-        arch: class name and constructor arguments; keys with a leading underscore (diffusers' notes) are skipped.
+        arch: class name and constructor arguments; keys with a leading underscore (diffusers' notes) are skipped. None
+            for tensors that are no network.
 
     Raises:
         ConfigError: no or unknown class, unknown argument, or values that the class refuses.
     """
+    if arch is None:
+        raise ConfigError(
+            "an adapter is no network, so lcsc cannot sample from it. Put it on its base model in a function or command of "
+            "your own: objective=function or objective=command."
+        )
     if "class" not in arch:
         raise ConfigError(f"`arch` has no `class`, only {sorted(arch)}. Name one of: {', '.join(sorted(NETWORKS))}.")
     name = str(arch["class"])

@@ -37,10 +37,11 @@ TAIL = 65536
 class Command:
     """A number from a shell command that gets the candidate's path: `objective.command="python score.py {path}"`.
 
-    The candidate is written as a folder that diffusers loads (config.json and safetensors; safetensors alone where the
-    architecture is unknown), in the folder for temporary files (`TMPDIR`), and deleted afterwards. The last line of the
-    command's output must be one finite number, or a number and its standard error. It must print the same for the same
-    candidate, seed, purpose and images, and is run by `/bin/sh` with the rights of whoever runs lcsc.
+    The candidate is written as a folder that diffusers loads (config.json and safetensors), an adapter as the library
+    keeps it that wrote the checkpoints (PEFT: adapter_config.json and adapter_model.safetensors), in the folder for
+    temporary files (`TMPDIR`), and deleted afterwards. The last line of the command's output must be one finite number,
+    or a number and its standard error. It must print the same for the same candidate, seed, purpose and images, and is
+    run by `/bin/sh` with the rights of whoever runs lcsc.
 
     Args:
         command: with `{path}`, `{seed}`, `{purpose}` (search, select, report, ...), `{num_images}` and `{first_image}`,
@@ -196,16 +197,20 @@ def _inside_quotes(text: str) -> bool:
 
 
 def _write(candidate: Candidate, folder: Path) -> None:
-    """The candidate's tensors as safetensors, under the name and with the config.json that an export has."""
-    arch = candidate.arch
-    stem = "model" if arch is None else "diffusion_pytorch_model"
-    weights = {name: tensor.contiguous() for name, tensor in candidate.weights().items()}
+    """The candidate's tensors as safetensors, under the name and with the configuration that an export has."""
+    arch, adapter = candidate.arch, candidate.adapter
+    stem, name, config, header = "model", "config.json", None, {"format": "pt"}
+    if adapter is not None:
+        stem, name, config, header = adapter.stem, "adapter_config.json", adapter.config, header | {**adapter.header}
+    elif arch is not None:
+        text = json.dumps({"_class_name": arch["class"], **arch["config"]}, indent=2) + "\n"
+        stem, config = "diffusion_pytorch_model", text.encode()
+    weights = {key: tensor.contiguous() for key, tensor in candidate.weights().items()}
     check_weights(weights[entry.name] for entry in candidate.layout.entries)
     try:
-        save_file(weights, folder / f"{stem}.safetensors", metadata={"format": "pt"})
-        if arch is not None:
-            config = {"_class_name": arch["class"], **arch["config"]}
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, folder / f"{stem}.safetensors", metadata=header)
+        if config is not None:
+            (folder / name).write_bytes(config)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"the candidate cannot be written to `{folder}`: {error}. Set `TMPDIR` to a folder with room for a model."

@@ -32,10 +32,10 @@ class Function:
 
     It is called as `name(model, seed=..., purpose=..., images=...)` and returns a number, or a number and its standard
     error. `model` is the candidate's network (`torch.nn.Module`, evaluation mode, float32, on `device`, no gradients);
-    it is used again for the next candidate and must be left as it is. Banks without an architecture give fresh copies
-    of the tensors instead (`dict[str, Tensor]`, CPU). `purpose` is a `lcsc.core.seeds.Purpose` and `images` a range:
-    what is random must follow from (seed, purpose, image), and report data should not be search data. Torch's global
-    generator is seeded alike for every candidate. The function runs with the rights of whoever runs lcsc.
+    it is used again for the next candidate and must be left as it is. Adapters (operator `lora`) are no networks: their
+    tensors are given instead (`dict[str, Tensor]`, CPU, fresh copies). `purpose` is a `lcsc.core.seeds.Purpose` and
+    `images` a range: what is random must follow from (seed, purpose, image), and report data should not be search data.
+    Torch's global generator is seeded alike for every candidate. The function has the rights of whoever runs lcsc.
 
     Args:
         function: `module:name`; modules in the current directory are found too.
@@ -138,7 +138,7 @@ class Function:
 
     def _model(self, candidate: Candidate, device: torch.device) -> nn.Module | dict[str, Tensor]:
         """The candidate's network, kept while candidates share it; its tensors where no architecture is known."""
-        if candidate.arch is None:  # a bank of a class that lcsc does not build
+        if candidate.arch is None:  # an adapter, which is no network without its base
             weights = candidate.weights()
             check_weights(weights[entry.name] for entry in candidate.layout.entries)
             return weights
