@@ -52,8 +52,8 @@ def build_network(arch: Mapping[str, Any] | None) -> nn.Module:
     """
     if arch is None:
         raise ConfigError(
-            "an adapter is no network, so lcsc cannot sample from it. Put it on its base model in a function or command of "
-            "your own: objective=function or objective=command."
+            "an adapter is no network, so lcsc cannot sample from it. Put it on its base model in code of your own, and "
+            "score it with objective=function or objective=command."
         )
     if "class" not in arch:
         raise ConfigError(f"`arch` has no `class`, only {sorted(arch)}. Name one of: {', '.join(sorted(NETWORKS))}.")

@@ -119,7 +119,7 @@ def test_objectives_that_need_a_network_say_so(here, scorer):
     bank, lora = CheckpointBank.open("bank"), Lora()
     candidate = lora.apply(bank, lora.baselines(bank)[0].point)
     loss = build("objective", "denoising_loss", model=build("model", "direct"), dataset=build("dataset", "digits"))
-    with pytest.raises(ConfigError, match=r"an adapter is no network.*objective=function or objective=command"):
+    with pytest.raises(ConfigError, match=r"an adapter is no network.*with objective=function or objective=command"):
         loss(candidate, seed=0, purpose=Purpose.SEARCH, images=range(2))
 
 
