@@ -117,6 +117,8 @@ class CheckpointBank:
             "storage": exact if storage == "auto" else storage,
             "device": device,
         }
+        #: row that `delta` keeps in full; another one may be set before the numbers are used
+        self.anchor = len(self.rows) // 2
         #: sums of the contents, collected whenever rows are read
         self.checksums = Checksums(self.layout, self.rows)
 
@@ -192,7 +194,7 @@ class CheckpointBank:
             return Streamed(self.rows, self.layout, self.checksums)
         dtype = getattr(torch, self.dtype)
         if self.storage == "delta":
-            return load(self.rows, self.layout, self.checksums, torch.bfloat16, len(self.rows) // 2, self.device)
+            return load(self.rows, self.layout, self.checksums, torch.bfloat16, self.anchor, self.device)
         mapped = map_pack(self.path, self.rows, self.layout, self.dtype) if self.device == "cpu" else None
         if mapped is None:
             return load(self.rows, self.layout, self.checksums, dtype, device=self.device)

@@ -124,9 +124,10 @@ def used_rows(bank: CheckpointBank, coef_K: np.ndarray) -> list[int]:
 
 
 def bank_config(bank: CheckpointBank) -> dict[str, Any]:
-    """The bank's configuration with an absolute path and fixed ends, so that later checkpoints change nothing."""
+    """The bank's configuration with an absolute path, fixed ends and the step to which `delta` keeps differences."""
     path = str(Path(bank.config["path"]).absolute())
-    return {**bank.config, "path": path, "start": min(bank.steps), "stop": max(bank.steps)}
+    more = {"anchor": bank.steps[bank.anchor]} if bank.storage == "delta" else {}
+    return {**bank.config, "path": path, "start": min(bank.steps), "stop": max(bank.steps), **more}
 
 
 def make_recipe(
@@ -178,6 +179,8 @@ def is_sound(recipe: Mapping[str, Any]) -> bool:
     """Whether a recipe from a stranger has the types that making a model again relies on."""
     steps, coef, parents = recipe.get("steps"), recipe.get("coef"), recipe.get("parents")
     if not (isinstance(steps, list) and steps and isinstance(coef, list) and isinstance(parents, list)):
+        return False
+    if isinstance(bank := recipe.get("bank"), dict) and bank.get("anchor", steps[0]) not in steps:
         return False
     rates = recipe.get("rates", [None] * len(steps))
     grouped = recipe.get("operator") == "linear_grouped"

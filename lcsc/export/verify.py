@@ -7,7 +7,6 @@ the contents of the checkpoints that were combined. Not covered: README.md, whic
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -183,26 +182,54 @@ def _check_texts(model: Exported) -> None:
 # ------------------------------------------------------------------------------------------------------------ bank
 
 
+@dataclass(frozen=True)
+class _Steps(Selection):
+    """The steps of a recipe and no others, whatever lies beside them by now."""
+
+    steps: tuple[int, ...] = ()
+
+    def pick(self, found: Sequence[Any]) -> list[Any]:
+        """See `Selection.pick`."""
+        if not (kept := [f for f in found if f.step in self.steps]):
+            raise BankError(
+                f"the recipe takes steps {shown(list(self.steps))}, and there are only steps {found[0].step} to "
+                f"{found[-1].step}. Restore the checkpoints, or give the right ones with bank=PATH."
+            )
+        return kept
+
+
 def _bank_config(model: Exported, path: Path | None) -> dict[str, Any]:
     """How to open the bank again; at other places than the recipe's if `path` says so."""
-    steps, config = model.recipe["steps"], model.recipe.get("bank")
+    recipe, config = model.recipe, model.recipe.get("bank")
     if not isinstance(config, dict):
         if path is None:
             raise ConfigError(f"the recipe of `{model.folder}` does not say where its checkpoints are. Add bank=PATH.")
-        config = {"start": min(steps), "stop": max(steps)}
-    return config if path is None else {**config, "path": str(path)}
+        config = {}
+    kept = {key: config[key] for key in ("path", "component", "weights", "dtype", "storage") if key in config}
+    if kept.get("storage") == "delta":  # in the middle, if the recipe is older than the setting
+        steps, rates, middle = recipe["steps"], recipe.get("rates"), len(recipe["steps"]) // 2
+        anchor = config.get("anchor", steps[middle])
+        at = middle if steps[middle] == anchor else steps.index(anchor)
+        kept["anchor"] = [steps[at], rates[at] if rates else None]
+    return {**kept, "steps": sorted(set(recipe["steps"]))} | ({} if path is None else {"path": str(path)})
 
 
 def _open_bank(config: Mapping[str, Any]) -> CheckpointBank:
-    fields = {f.name for f in dataclasses.fields(Selection)}
     how = {key: config[key] for key in ("component", "weights", "dtype", "storage") if config.get(key) is not None}
     if how.get("storage") != "delta" and how.get("dtype", "float32") == "float32":
         how["storage"] = "streamed"  # the same bits as resident, and no memory
     try:
-        select = Selection(**{key: value for key, value in config.items() if key in fields})
-        return CheckpointBank.open(Path(config["path"]), select=select, **how)
+        bank = CheckpointBank.open(Path(config["path"]), select=_Steps(steps=tuple(config["steps"])), **how)
     except (KeyError, TypeError) as error:
         raise BankError(f"the recipe's bank is `{shown(dict(config))}`, which cannot be opened: {error!r}.") from error
+    if "anchor" in config:
+        step, rate = config["anchor"]
+        rates = (rate is not None and bank.rates) or [None] * bank.num_checkpoints
+        rows = list(zip(bank.steps, rates, strict=True))
+        if (step, rate) not in rows:
+            raise BankError(f"the recipe keeps differences to step {step}, which is not in `{bank.path}`. Restore it.")
+        bank.anchor = rows.index((step, rate))
+    return bank
 
 
 def _here(bank: CheckpointBank, model: Exported) -> dict[tuple[int, str | None], int]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcsc.bank import CheckpointBank
+from lcsc.export.folder import bank_config
 from lcsc.export.weights import write_weights
 from lcsc.operators.linear import Linear
 
@@ -241,6 +242,61 @@ def test_what_a_search_exports_is_verified_too(here, lcsc, tiny_bank):
     assert f"`{file.relative_to(here)}`: `" in fails(lcsc, "out", f"bank={tiny_bank}")
 
 
+# ------------------------------------------------------------------------------------------------ the recipe's steps
+
+
+def row(step):
+    """The one tensor of a checkpoint."""
+    return {"w": torch.randn(200, generator=torch.Generator().manual_seed(step))}
+
+
+@pytest.mark.parametrize("words", [["every=2"], ["last=3", "every=2"], ["start=1", "every=2"]])
+def test_checkpoints_that_the_recipe_does_not_take_may_come_and_go(here, lcsc, words):
+    (here / "bank").mkdir()
+    for step in range(1, 6):
+        save_file(row(step), here / "bank" / f"m{step}.safetensors")
+    make(lcsc, "bank", "schedule=uniform", "to=out", *words)
+    (here / "bank" / "m4.safetensors").unlink()
+    assert "from 3 checkpoints" in passes(lcsc, "out")
+    save_file({"w": torch.zeros(7)}, here / "bank" / "m2.safetensors")  # not even of the same network
+    passes(lcsc, "out")
+    (here / "bank" / "m3.safetensors").unlink()
+    assert "was made of step 3, which is not in" in fails(lcsc, "out")
+    for step in (1, 5):
+        (here / "bank" / f"m{step}.safetensors").unlink()
+    assert "the recipe takes steps [1, 3, 5], and there are only steps 2 to 2" in fails(lcsc, "out")
+
+
+@pytest.mark.parametrize("change", [None, "old", "wrong", "lost"])
+def test_an_export_of_a_delta_bank_after_more_checkpoints(here, lcsc, change):
+    """Rows are differences to the middle one; with one more checkpoint there another one would be in the middle."""
+    (here / "bank").mkdir()
+    for step in (10, 20, 30, 40):
+        save_file(row(step), here / "bank" / f"m{step}.safetensors")
+    bank = CheckpointBank.open("bank", storage="delta")
+    theta_P = bank.combine(torch.tensor([0.5, -1.0, 1.5, 0.0], dtype=torch.float64))
+    recipe = {"operator": "linear", "steps": [10, 20, 30, 40], "coef": [0.5, -1.0, 1.5, 0.0]}
+    recipe |= {"bank": bank_config(bank), "parents": [dict(bank.parent(k)) for k in range(2)]}
+    assert recipe["bank"]["anchor"] == 30
+    if change == "old":
+        del recipe["bank"]["anchor"]
+    elif change == "wrong":
+        recipe["bank"]["anchor"] = 20
+    elif change == "lost":
+        recipe |= {"coef": [0.5, 0.5, 0.0, 0.0]}
+        (here / "bank" / "m30.safetensors").unlink()
+    (here / "out").mkdir()
+    write_weights(bank.layout.views(theta_P), None, recipe, here / "out")
+    for step in (25, 45):
+        save_file(row(step), here / "bank" / f"m{step}.safetensors")
+    if change == "wrong":
+        assert "`w` is not what the recipe gives" in fails(lcsc, "out")
+    elif change == "lost":
+        assert "the recipe keeps differences to step 30, which is not in" in fails(lcsc, "out")
+    else:
+        passes(lcsc, "out")
+
+
 # --------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -269,6 +325,7 @@ def test_folders_that_are_no_export(here, lcsc, tiny_bank):
         {"operator": "linear", "steps": [1], "coef": [1.0], "parents": [], "bank": {"path": "bank", "start": "x"}},
         {"operator": "linear", "steps": [1], "coef": [1.0], "parents": [], "rates": [{}], "bank": {"path": "bank"}},
         {"operator": "linear", "steps": [7], "coef": [1.0], "parents": [], "bank": {"path": "bank"}},
+        {"operator": "linear", "steps": [1], "coef": [1.0], "parents": [], "bank": {"path": "bank", "anchor": []}},
         {"operator": "linear", "steps": [1], "coef": [1.0], "dtype": [], "parents": [], "bank": {"path": "bank"}},
     ],
 )
