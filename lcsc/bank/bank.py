@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -237,6 +238,19 @@ class CheckpointBank:
             out: float32 buffer, shape (P,) or (B, P).
         """
         return self._store.combine(coef, groups, out)
+
+    @contextlib.contextmanager
+    def on_cpu(self) -> Iterator[None]:
+        """Inside, `combine` works on the CPU, also where the rows lie on a GPU: any machine can make the same bits."""
+        from lcsc.bank.storage import OnCpu, Resident
+
+        store = self._store
+        if self.device != "cpu" and isinstance(store, Resident):
+            self.__dict__["_store"] = OnCpu(store.W_KP, store.anchor_P)
+        try:
+            yield
+        finally:
+            self.__dict__["_store"] = store
 
     def project(self, grad_P: Tensor, *, groups: Groups | None = None) -> Tensor:
         """Gradient with respect to the coefficients, float32, shape (K,) or (G, K); see `lcsc.kernels.project`."""

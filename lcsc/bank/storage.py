@@ -105,6 +105,25 @@ class Resident:
                 progress(stop * self.W_KP.shape[0] * self.W_KP.itemsize, self.W_KP.nbytes)
 
 
+class OnCpu(Resident):
+    """Rows on another device, combined on the CPU some columns at a time: the bits are those of a bank on the CPU."""
+
+    def combine(self, coef: Tensor, groups: Groups | None, out: Tensor | None) -> Tensor:
+        """See `lcsc.kernels.combine`; a buffer on another device receives a copy."""
+        import torch
+
+        P = self.W_KP.shape[1]
+        starts, ids = ((0, P), (0,)) if groups is None else (groups.starts, groups.groups)
+        home = torch.empty(*coef.shape[: coef.ndim - (1 if groups is None else 2)], P)
+        for start, stop, group in zip(starts, starts[1:], ids, strict=False):
+            own = coef if groups is None else coef[..., group, :]
+            for a in range(start, stop, COLUMNS):
+                part = slice(a, min(a + COLUMNS, stop))
+                anchor = None if self.anchor_P is None else self.anchor_P[part].cpu()
+                combine(own, self.W_KP[:, part].cpu(), anchor_P=anchor, out_BP=home[..., part])
+        return home if out is None else out.copy_(home)
+
+
 class Streamed:
     """No rows in memory; every use reads the files once, block by block."""
 

@@ -83,7 +83,8 @@ def adapter_of_recipe(bank: CheckpointBank, recipe: Mapping[str, Any], coef_K: n
 
 def write_candidate(folder: Path, bank: CheckpointBank, recipe: Mapping[str, Any]) -> None:
     """Write the adapter that a search found, with the recipe in its header, as `lcsc verify` will make it again."""
-    adapter = adapter_of_recipe(bank, recipe, np.array(recipe["coef"], np.float64))
+    with bank.on_cpu():
+        adapter = adapter_of_recipe(bank, recipe, np.array(recipe["coef"], np.float64))
     write_adapter(folder, adapter, adapter.model, recipe_header(recipe) | adapter.files.header)
     if adapter.files.config is not None:
         (folder / adapter.model.config_name).write_bytes(adapter.files.config)

@@ -65,13 +65,14 @@ def export_model(
         ConfigError: no such format or size, or one of these for an adapter.
         EvaluationError: what was loaded back is not what was scored; nothing is left behind.
     """
-    candidate = operator.apply(bank, point)
+    with bank.on_cpu():  # not every GPU gives the bits that `lcsc verify` will make
+        candidate = operator.apply(bank, point)
+        weights = candidate.weights()
     if candidate.adapter is not None and (format, max_shard_size) != (FORMAT, MAX_SHARD_SIZE):
         raise ConfigError(
             f"`format` is `{format}` and `max_shard_size` is `{max_shard_size}`, but an adapter is one file in the "
             "format of the library that wrote the checkpoints. Leave both out."
         )
-    weights = candidate.weights()
     recipe = {
         **candidate.recipe,
         "arch": candidate.arch,

@@ -52,7 +52,7 @@ def build_network(arch: Mapping[str, Any] | None) -> nn.Module:
     """
     if arch is None:
         raise ConfigError(
-            "an adapter is no network, so lcsc cannot sample from it. Put it on its base model in code of your own, and "
+            "an adapter is no network, so lcsc cannot sample from it. Put it on its base model in code of your own and "
             "score it with objective=function or objective=command."
         )
     if "class" not in arch:

@@ -65,6 +65,23 @@ def test_transpose_blocks_stream_and_rows(folder):
     np.testing.assert_allclose(found, coef_MK @ rows.astype(np.float64), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("storage", ["resident", "delta"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_cpu_gives_the_bits_of_a_cpu(folder, storage, dtype, monkeypatch):
+    from lcsc.kernels import _triton
+
+    monkeypatch.setattr(_triton, "FAST_FLOAT64", frozenset())  # sums are float32 on this card, as on most
+    here, there = (
+        CheckpointBank.open(folder, storage=storage, dtype=dtype, device=device) for device in ("cpu", "cuda")
+    )
+    coef_BGK = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 2, 5)))
+    groups = Groups((0, 407, here.layout.num_parameters), (1, 0), 2)
+    with there.on_cpu():
+        assert torch.equal(there.combine(coef_BGK[0, 0]), here.combine(coef_BGK[0, 0]))
+        assert torch.equal(there.combine(coef_BGK, groups=groups), here.combine(coef_BGK, groups=groups))
+    assert there.combine(coef_BGK[0, 0]).is_cuda
+
+
 def test_auto_takes_the_gpu(folder):
     bank = CheckpointBank.open(folder, device="auto")
     assert bank.device.startswith("cuda")
