@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,41 +32,71 @@ class LiveModel:
     ) -> None:
         self.net: nn.Module = build_network(arch).to(device).eval().requires_grad_(False)
         self.theta_P = torch.zeros(layout.num_parameters, device=device)
-        _check_bijection(self.net, layout, constants)
+        groups = _tensors(self.net)
+        _check_bijection(self.net, [names for _, names in groups], layout, constants)
         views = layout.views(self.theta_P)
-        targets = {**dict(self.net.named_parameters(remove_duplicate=False)), **dict(self.net.named_buffers())}
-        for name, tensor in targets.items():
-            if name in views:
-                tensor.data = views[name]
-            elif name in constants:
-                tensor.data.copy_(constants[name])
         self._layout = layout
+        #: the network's tensors that read from the row, each with its name there and all its names in the network
+        self._bound: list[tuple[Tensor, str, tuple[str, ...]]] = []
+        for tensor, names in groups:  # each once, so that tied names stay tied
+            if (own := next((name for name in names if name in views), None)) is not None:
+                tensor.data = views[own]
+                self._bound.append((tensor, own, names))
+            elif (own := next((name for name in names if name in constants), None)) is not None:
+                tensor.data.copy_(constants[own])
+
+    @property
+    def intact(self) -> bool:
+        """Whether the network still reads its weights from the row: whoever had it may have moved or cast it."""
+        views, now = self._layout.views(self.theta_P), _named(self.net)
+        return all(
+            name in now and now[name].data_ptr() == views[own].data_ptr() and now[name].dtype == views[own].dtype
+            for _, own, names in self._bound
+            for name in names
+        )
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[Tensor]:
         """Inside, backward passes add up in the flat row that is yielded, float32, shape (P,); outside none is kept."""
         grad_P = torch.zeros_like(self.theta_P)
         views = self._layout.views(grad_P)
-        parameters = {name: p for name, p in self.net.named_parameters() if name in views}
+        parameters = [(tensor, own) for tensor, own, _ in self._bound if isinstance(tensor, nn.Parameter)]
         try:
-            for name, parameter in parameters.items():
+            for parameter, own in parameters:
                 parameter.requires_grad_(True)
-                parameter.grad = views[name]
+                parameter.grad = views[own]
             yield grad_P
         finally:
-            for parameter in parameters.values():
+            for parameter, _ in parameters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
 
-def _check_bijection(net: nn.Module, layout: Layout, constants: Mapping[str, Tensor]) -> None:
+def _named(net: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by all of their names."""
+    return {**dict(net.named_parameters(remove_duplicate=False)), **dict(net.named_buffers(remove_duplicate=False))}
+
+
+def _tensors(net: nn.Module) -> list[tuple[Tensor, tuple[str, ...]]]:
+    """All parameters and buffers with their names; tied ones have several."""
+    names: dict[int, list[str]] = {}
+    tensors = _named(net)
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [(tensors[group[0]], tuple(group)) for group in names.values()]
+
+
+def _check_bijection(
+    net: nn.Module, groups: Sequence[tuple[str, ...]], layout: Layout, constants: Mapping[str, Tensor]
+) -> None:
+    """Names and shapes agree; of tied tensors one name is enough, as `safetensors.torch.save_model` keeps it."""
     wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    given = {entry.name: entry.shape for entry in layout.entries}
-    given |= {name: tuple(tensor.shape) for name, tensor in constants.items()}
-    if wanted != given:
-        missing = sorted(set(wanted) - set(given))
-        extra = sorted(set(given) - set(wanted))
-        shapes = sorted(name for name in set(given) & set(wanted) if given[name] != wanted[name])
+    given = layout.shapes | {name: tuple(tensor.shape) for name, tensor in constants.items()}
+    there = {name for names in groups if set(names) & set(given) for name in names}
+    missing = sorted(set(wanted) - there)
+    extra = sorted(set(given) - set(wanted))
+    shapes = sorted(name for name in set(given) & set(wanted) if given[name] != wanted[name])
+    if missing or extra or shapes:
         raise BankError(
             f"the bank does not fit `{type(net).__name__}`: missing {missing[:10]}, unknown {extra[:10]}, "
             f"other shape {shapes[:10]}. Check the bank's config.json and `bank.component`."

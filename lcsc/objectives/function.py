@@ -143,23 +143,13 @@ class Function:
             check_weights(weights[entry.name] for entry in candidate.layout.entries)
             return weights
         cached = self.__dict__.get("_live_cache")
-        if cached is None or cached[0] is not candidate.layout or not _intact(*cached):
+        if cached is None or cached[0] is not candidate.layout or not cached[1].intact:
             live = LiveModel(candidate.arch, candidate.layout, candidate.constants, device)
             cached = self.__dict__["_live_cache"] = (candidate.layout, live)
         live = cached[1]
         candidate.write(live.theta_P)
         check_weights([live.theta_P])
         return live.net.eval().requires_grad_(False)
-
-
-def _intact(layout: Any, live: LiveModel) -> bool:
-    """Whether the network still reads its weights from the row: a function may have moved or cast it."""
-    views = layout.views(live.theta_P)
-    tensors = {**dict(live.net.named_parameters(remove_duplicate=False)), **dict(live.net.named_buffers())}
-    return all(
-        name in tensors and tensors[name].data_ptr() == view.data_ptr() and tensors[name].dtype == view.dtype
-        for name, view in views.items()
-    )
 
 
 def check_weights(tensors: Iterable[Tensor]) -> None:
