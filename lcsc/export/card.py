@@ -44,22 +44,10 @@ def model_card(
         adapter: the library that loads it where it is an adapter, else None.
     """
     metric, evaluator = info["metric"], info["fingerprints"]["evaluator"]
-    front = {
-        "library_name": adapter or "diffusers",
-        "tags": ["lcsc", "merge", "checkpoint-averaging"],
-        "lcsc": {
-            "run_id": info["run_id"],
-            "metric": metric,
-            "value": report["best"]["value"],
-            "se": report["best"]["se"],
-            "nfe": info["nfe"],
-            "version": info["fingerprints"]["versions"]["lcsc"],
-        },
-    }
     best = report["best"]
     lines = [
         "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
+        yaml.safe_dump(_front(info, report, adapter), sort_keys=False).strip(),
         "---",
         f"# {info['name']}: {len(info['bank']['steps'])} checkpoints combined by lcsc",
         "",
@@ -90,6 +78,22 @@ def model_card(
         copied = [f"{recipe['copied']}.", ""] if recipe.get("copied") else []
         lines += ["## Coefficients", "", *copied, *_coefficients(recipe), ""]
     return "\n".join(lines)
+
+
+def _front(info: Mapping[str, Any], report: Mapping[str, Any], adapter: str | None) -> dict[str, Any]:
+    """What model hubs read."""
+    return {
+        "library_name": adapter or "diffusers",
+        "tags": ["lcsc", "merge", "checkpoint-averaging"],
+        "lcsc": {
+            "run_id": info["run_id"],
+            "metric": info["metric"],
+            "value": report["best"]["value"],
+            "se": report["best"]["se"],
+            "nfe": info["nfe"],
+            "version": info["fingerprints"]["versions"]["lcsc"],
+        },
+    }
 
 
 def _use(arch: Mapping[str, Any] | None, adapter: str | None) -> list[str]:

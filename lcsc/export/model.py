@@ -68,39 +68,44 @@ def export_model(
     with bank.on_cpu():  # not every GPU gives the bits that `lcsc verify` will make
         candidate = operator.apply(bank, point)
         weights = candidate.weights()
-    if candidate.adapter is not None and (format, max_shard_size) != (FORMAT, MAX_SHARD_SIZE):
-        raise ConfigError(
-            f"`format` is `{format}` and `max_shard_size` is `{max_shard_size}`, but an adapter is one file in the "
-            "format of the library that wrote the checkpoints. Leave both out."
-        )
+    if candidate.adapter is not None:
+        _check_plain(format, max_shard_size)
     recipe = {
         **candidate.recipe,
+        **_origin(bank),
         "arch": candidate.arch,
-        "bank": bank_config(bank),
-        "parents": [dict(parent) for parent in bank.parents],
-        **({"copied": bank.copied} if bank.copied else {}),
-        "lcsc_version": importlib.metadata.version("lcsc"),
         "run_id": info["run_id"],
         "evaluator": {**info["fingerprints"]["evaluator"], **_levels(objective)},
-        "score": {"value": expected["value"], "se": expected["se"], "num_images": expected["num_images"]},
+        "score": {key: expected[key] for key in ("value", "se", "num_images")},
     }
     with new_directory(to) as folder:
         if candidate.adapter is None:
             write_weights(weights, candidate.arch, recipe, folder, format=format, max_shard_size=max_shard_size)
         else:
             write_candidate(folder, bank, recipe)
-        loaded = _load_back(folder, candidate, format)
-        wrong = sorted(set(loaded) ^ set(weights)) or [n for n in weights if not torch.equal(loaded[n], weights[n])]
-        if wrong:
-            raise EvaluationError(
-                f"`{to}` does not load back as it was written: {wrong[:10]}. Check the disk; nothing was kept."
-            )
+        loaded = _load_back(folder, to, candidate, weights, format)
         value = _score_again(_candidate_of(candidate, loaded), objective, seed, expected)
         same = "exactly the run's" if value == expected["value"] else f"{value - expected['value']:+.2g} from the run's"
         sentence = f"Loaded back from these files it scores {value:.6g}, {same}."
-        library = None if candidate.adapter is None else candidate.adapter.library
-        (folder / "README.md").write_text(model_card(info, recipe, report, sentence, library), encoding="utf-8")
+        text = model_card(info, recipe, report, sentence, candidate.adapter and candidate.adapter.library)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     return value
+
+
+def _check_plain(format: str, max_shard_size: str) -> None:
+    """Raise ConfigError where an adapter is asked for in another form than its own."""
+    if (format, max_shard_size) != (FORMAT, MAX_SHARD_SIZE):
+        raise ConfigError(
+            f"`format` is `{format}` and `max_shard_size` is `{max_shard_size}`, but an adapter is one file in the "
+            "format of the library that wrote the checkpoints. Leave both out."
+        )
+
+
+def _origin(bank: CheckpointBank) -> dict[str, Any]:
+    """The checkpoints that a recipe is about."""
+    parents = [dict(parent) for parent in bank.parents]
+    copied = {"copied": bank.copied} if bank.copied else {}
+    return {"bank": bank_config(bank), "parents": parents, **copied, "lcsc_version": importlib.metadata.version("lcsc")}
 
 
 def _levels(objective: Objective) -> dict[str, Any]:
@@ -122,10 +127,17 @@ def _score_again(candidate: Candidate, objective: Objective, seed: int, expected
     return value
 
 
-def _load_back(folder: Path, candidate: Candidate, format: str) -> dict[str, Tensor]:
-    """The folder's tensors, by the library its users load it with."""
+def _load_back(
+    folder: Path, to: Path, candidate: Candidate, weights: Mapping[str, Tensor], format: str
+) -> dict[str, Tensor]:
+    """The folder's tensors, by the library its users load it with; raises EvaluationError unless they are `weights`."""
     network = candidate.arch is not None and format == "diffusers"
-    return load_network(folder).state_dict() if network else read_weights(folder)
+    loaded = load_network(folder).state_dict() if network else read_weights(folder)
+    if wrong := sorted(set(loaded) ^ set(weights)) or [n for n in weights if not torch.equal(loaded[n], weights[n])]:
+        raise EvaluationError(
+            f"`{to}` does not load back as it was written: {wrong[:10]}. Check the disk; nothing was kept."
+        )
+    return loaded
 
 
 def _candidate_of(candidate: Candidate, tensors: Mapping[str, Tensor]) -> Candidate:

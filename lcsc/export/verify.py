@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lcsc.bank import CheckpointBank, Selection
+from lcsc.bank import CheckpointBank
 from lcsc.bank.extents import ITEMSIZE, Source, pread_into, raw_dtype, read_source
 from lcsc.bank.safetensors_file import read_safetensors
 from lcsc.bank.shard_index import open_regular, plain_file, read_index, read_range, shown, strict_json
@@ -26,6 +26,7 @@ from lcsc.core.digests import canonical_json, file_sha256
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.export.folder import CSV, DIGEST_KEY, RECIPE_KEY, coefficients_csv, is_sound, recipe_groups
 from lcsc.export.lora import adapter_of_recipe, check_rank
+from lcsc.export.reopen import bank_settings, reopen
 from lcsc.export.stream import FlatMap, Place, round_to
 from lcsc.kernels import Groups, round_coef
 
@@ -78,11 +79,11 @@ def verify(path: Path, bank: Path | None = None, progress: Callable[[int, int], 
     models = [open_model(folder) for folder in model_folders(path)]
     groups: dict[str, list[Exported]] = {}
     for model in models:
-        kind = canonical_json([model.recipe["operator"], _bank_config(model, bank)])
+        kind = canonical_json([model.recipe["operator"], bank_settings(model.folder, model.recipe, bank)])
         groups.setdefault(kind, []).append(model)
     checked: dict[Path, Checked] = {}
     for key, group in groups.items():
-        opened = _open_bank(json.loads(key)[1])
+        opened = reopen(json.loads(key)[1])
         _compare(opened, group, progress)
         for model in group:
             nbytes = sum(file.stat().st_size for file in model.files)
@@ -180,56 +181,6 @@ def _check_texts(model: Exported) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ bank
-
-
-@dataclass(frozen=True)
-class _Steps(Selection):
-    """The steps of a recipe and no others, whatever lies beside them by now."""
-
-    steps: tuple[int, ...] = ()
-
-    def pick(self, found: Sequence[Any]) -> list[Any]:
-        """See `Selection.pick`."""
-        if not (kept := [f for f in found if f.step in self.steps]):
-            raise BankError(
-                f"the recipe takes steps {shown(list(self.steps))}, and there are only steps {found[0].step} to "
-                f"{found[-1].step}. Restore the checkpoints, or give the right ones with bank=PATH."
-            )
-        return kept
-
-
-def _bank_config(model: Exported, path: Path | None) -> dict[str, Any]:
-    """How to open the bank again; at other places than the recipe's if `path` says so."""
-    recipe, config = model.recipe, model.recipe.get("bank")
-    if not isinstance(config, dict):
-        if path is None:
-            raise ConfigError(f"the recipe of `{model.folder}` does not say where its checkpoints are. Add bank=PATH.")
-        config = {}
-    kept = {key: config[key] for key in ("path", "component", "weights", "dtype", "storage") if key in config}
-    if kept.get("storage") == "delta":  # in the middle, if the recipe is older than the setting
-        steps, rates, middle = recipe["steps"], recipe.get("rates"), len(recipe["steps"]) // 2
-        anchor = config.get("anchor", steps[middle])
-        at = middle if steps[middle] == anchor else steps.index(anchor)
-        kept["anchor"] = [steps[at], rates[at] if rates else None]
-    return {**kept, "steps": sorted(set(recipe["steps"]))} | ({} if path is None else {"path": str(path)})
-
-
-def _open_bank(config: Mapping[str, Any]) -> CheckpointBank:
-    how = {key: config[key] for key in ("component", "weights", "dtype", "storage") if config.get(key) is not None}
-    if how.get("storage") != "delta" and how.get("dtype", "float32") == "float32":
-        how["storage"] = "streamed"  # the same bits as resident, and no memory
-    try:
-        bank = CheckpointBank.open(Path(config["path"]), select=_Steps(steps=tuple(config["steps"])), **how)
-    except (KeyError, TypeError) as error:
-        raise BankError(f"the recipe's bank is `{shown(dict(config))}`, which cannot be opened: {error!r}.") from error
-    if "anchor" in config:
-        step, rate = config["anchor"]
-        rates = (rate is not None and bank.rates) or [None] * bank.num_checkpoints
-        rows = list(zip(bank.steps, rates, strict=True))
-        if (step, rate) not in rows:
-            raise BankError(f"the recipe keeps differences to step {step}, which is not in `{bank.path}`. Restore it.")
-        bank.anchor = rows.index((step, rate))
-    return bank
 
 
 def _here(bank: CheckpointBank, model: Exported) -> dict[tuple[int, str | None], int]:

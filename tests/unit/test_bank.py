@@ -172,8 +172,8 @@ def test_integers_and_statistics_are_copied_from_the_last(tmp_path):
     assert bank.lines.count(said) == 1
     first = CheckpointBank.open(tmp_path, select=Selection(stop=1))
     assert first.lines[-1] == said.replace("step 2", "step 1")
-    write_pack(bank, tmp_path / "pack.safetensors")
-    assert CheckpointBank.open(tmp_path / "pack.safetensors").lines.count(said) == 1
+    write_pack(bank, tmp_path.with_name(f"{tmp_path.name}.safetensors"))
+    assert CheckpointBank.open(tmp_path.with_name(f"{tmp_path.name}.safetensors")).lines.count(said) == 1
 
 
 def test_layout_round_trip():
