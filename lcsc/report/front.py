@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -37,20 +38,26 @@ NAMES = {
 }
 THIN = {"fmt": "o-", "linewidth": 1.2, "markersize": 4, "zorder": 4}
 JOINT, OWN = "one set for all NFEs", "a set for each NFE"
+#: A difference of scores counts from this many of its standard errors on: a twentieth of equal ones differ more.
+CLEAR = 2.0
+#: Fields of samplers that set the NFE, in which the runs of one front may differ.
+NFE_FIELDS = ("num_steps", "sigmas")
 
 
 @dataclass(frozen=True, eq=False)
 class Front:
-    """Scores on the report seeds at several NFEs, all by one evaluator.
+    """Scores on the report seeds at several NFEs, all by one evaluator, of one bank, searched in one way.
 
     Args:
         metric: its name, without NFE.
+        subject: model, operator, searcher and bank, in words.
         points: one row for each run, candidate and NFE; columns run, coefficients (`JOINT` or `OWN`), who, label, nfe,
             value, se.
         floor: real images against real ones, None where there is none.
     """
 
     metric: str
+    subject: str
     points: DataFrame
     floor: float | None
 
@@ -73,22 +80,33 @@ class Front:
         return frame.sort_values(["who", "coefficients", "nfe"], kind="stable", ignore_index=True)
 
     def sentence(self) -> str:
-        """At how many calls the winner is as good as the best baseline at its most; empty when it never is."""
+        """At how many calls the winner is as good as the best baseline at its most; empty when it never is.
+
+        As good is a difference of at least `CLEAR` standard errors; fewer calls, where it is less, are said to be
+        within the error. Scores without a standard error are compared as they are.
+        """
         lines = self.lines()
         ours, theirs = lines[lines["who"] == "best"], lines[lines["who"] != "best"]
         if ours.empty or theirs.empty:
             return ""
         most = int(theirs["nfe"].max())
-        rival = float(theirs.loc[theirs["nfe"] == most, "value"].min())
-        good = ours.loc[ours["value"] <= rival, "nfe"]
-        return "" if good.empty else f"LCSC at {good.min()} NFE is at least as good as the best baseline at {most}"
+        rival = theirs[theirs["nfe"] == most].sort_values("value", kind="stable").iloc[0]
+        gain = rival["value"] - ours["value"]
+        error = CLEAR * np.hypot(ours["se"].fillna(0.0), np.nan_to_num(rival["se"]))
+        good, close = ours.loc[gain >= error, "nfe"], ours.loc[gain.abs() < error, "nfe"]
+        whom = f"the best baseline at {most}"
+        if good.empty:
+            return "" if close.empty else f"LCSC at {close.min()} NFE is within the error of {whom}"
+        text = f"LCSC at {good.min()} NFE is at least as good as {whom}"
+        return text if close.empty or close.min() > good.min() else f"{text}, at {close.min()} within the error"
 
 
 def fronts(runs: Iterable[Run]) -> list[Front]:
-    """Finished runs as fronts, one for each evaluator that scored at two NFEs or more, in the order of the runs.
+    """Finished runs as fronts, one for each way of searching and scoring at two NFEs or more, in the order of the runs.
 
     A run contributes the scores at each NFE where its objective has several (`objective=fid_nfe`), else its score at
-    its own NFE. Runs that differ in metric, detector, data set, split or number of report images share no front.
+    its own NFE. Runs that differ in metric, detector, data set, split or number of report images, or in bank, model,
+    operator, searcher or sampler, share no front; number of steps and seed may differ.
     """
     import pandas as pd
 
@@ -96,12 +114,12 @@ def fronts(runs: Iterable[Run]) -> list[Front]:
     for run in runs:
         if run.finished:
             facts = dict(zip(EVALUATOR, evaluator(run), strict=True)) | {"metric": _metric(run), "nfe": ""}
-            groups.setdefault(tuple(facts.values()), []).append(run)
+            groups.setdefault((*facts.values(), *_searched(run)), []).append(run)
     found = []
     for members in groups.values():
         points = pd.DataFrame([row for run in members for row in _points(run)])
         if not points.empty and points["nfe"].nunique() > 1:
-            found.append(Front(_metric(members[0]), points, members[0].floor))
+            found.append(Front(_metric(members[0]), _subject(members[0]), points, members[0].floor))
     return found
 
 
@@ -120,11 +138,10 @@ def draw(front: Front) -> Figure:
     """Both axes logarithmic; LCSC blue and heavy, a line for each family of baselines, the floor dotted."""
     lines, metric = front.lines(), printable(front.metric)
     figure = new_figure(5.0, f"{metric} against network calls an image")
-    facts = ["lower is better", "report seeds ± 1 standard error"]
-    if lines["num_runs"].max() > 1:
-        facts[1] = "report seeds, mean of runs ± 1 standard error among them"
-    subtitle(figure, " · ".join(([front.sentence()] if front.sentence() else []) + facts))
-    ax = figure.add_axes((0.09, 0.125, 0.60, 0.745))
+    bars = f"{'means of runs' if lines['num_runs'].max() > 1 else 'report seeds'} ± 1 standard error"
+    above = [front.sentence(), bars] if front.sentence() else [bars]
+    subtitle(figure, f"{' · '.join(above)}\n{short(front.subject, 110)}")
+    ax = figure.add_axes((0.09, 0.125, 0.60, 0.715))
     values = lines["value"].to_numpy()
     if not (values > 0).all():
         return empty(figure, ax, "a score is not above 0; there is no logarithm to draw")
@@ -146,7 +163,7 @@ def draw(front: Front) -> Figure:
         values = np.append(values, floor)
     _axes(ax, nfes, values)
     ax.set_xlabel("network calls an image (NFE, log scale)")
-    ax.set_ylabel(f"{metric} (log scale)")
+    ax.set_ylabel(f"{metric} (log scale, lower is better)")
     _name_ends(figure, ax, ends)
     return figure
 
@@ -154,6 +171,22 @@ def draw(front: Front) -> Figure:
 def _metric(run: Run) -> str:
     """The metric's name without NFEs."""
     return str(run.info["metric"]).split("@")[0]
+
+
+def _searched(run: Run) -> tuple[str, ...]:
+    """What was searched and how, as text: bank, model, and settings of operator, searcher and sampler."""
+    prints, config = run.info.get("fingerprints") or {}, run.info["config"]
+    parts = [dict(config.get(kind) or {}) for kind in ("operator", "searcher", "sampler")]
+    parts[2] = {name: value for name, value in parts[2].items() if name not in NFE_FIELDS}
+    texts = [json.dumps(part, sort_keys=True) for part in parts]
+    return (str(prints.get("bank")), str((prints.get("evaluator") or {}).get("model")), *texts)
+
+
+def _subject(run: Run) -> str:
+    """The same for a reader, by names."""
+    bank, model, *_ = _searched(run)
+    names = [f"{kind} {(run.info['config'].get(kind) or {}).get('name')}" for kind in ("operator", "searcher")]
+    return " · ".join([model, *names, f"bank {bank[:12]}"])
 
 
 def _points(run: Run) -> list[dict[str, Any]]:

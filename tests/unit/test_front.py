@@ -109,6 +109,70 @@ def test_what_was_not_scored_alike_shares_no_front(several, tmp_path):
     assert front_files(opened([alone])) == {}
 
 
+def edit_info(path, change):
+    info = json.loads((path / "run.json").read_text())
+    change(info)
+    (path / "run.json").write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda info: info["fingerprints"].update(bank="c0" * 32),
+        lambda info: info["fingerprints"]["evaluator"].update(model="Consistency()"),
+        lambda info: info["config"].update(operator={"name": "linear", "rank": 8}),
+        lambda info: info["config"].update(searcher={"name": "random"}),
+        lambda info: info["config"]["searcher"].update(step=0.1),
+        lambda info: info["config"]["sampler"].update(name="heun"),
+    ],
+    ids=["bank", "model", "operator", "searcher", "setting", "sampler"],
+)
+def test_what_was_not_searched_alike_shares_no_front(several, tmp_path, change):
+    others = [own_run(tmp_path / f"other{n}", n, best, seed=1) for n, best in ((1, 90.0), (2, 70.0), (8, 50.0))]
+    (front,) = fronts(opened([*several, *others]))  # alike but for the seed: one line of means
+    assert front.lines().query("who == 'best'")["value"].tolist() == [140.0, 95.0, 55.0]
+    for path in others:
+        edit_info(path, change)
+    found = fronts(opened([*several, *others]))
+    values = [front.lines().query("who == 'best'")["value"].tolist() for front in found]
+    assert values == [[190.0, 120.0, 60.0], [90.0, 70.0, 50.0]]
+    assert fronts(opened([several[0], others[2]])) == []  # one point each is no front
+
+
+def test_a_front_says_what_was_searched_and_its_steps_may_differ(several):
+    (front,) = fronts(opened(several))
+    assert front.subject == "EDM(sigma_data=0.5) · operator linear · searcher cma · bank 9b9b9b9b9b9b"
+    texts = [text.get_text() for text in draw(front).texts]
+    assert f"{front.sentence()} · report seeds ± 1 standard error\n{front.subject}" in texts
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (204.9, 81.0, "at 5 NFE is at least as good as the best baseline at 5, at 1 within the error"),
+        (208.0, 900.0, "at 1 NFE is within the error of the best baseline at 5"),
+        (190.0, 81.0, "at 1 NFE is at least as good as the best baseline at 5"),
+        (230.0, 195.0, "at 5 NFE is at least as good as the best baseline at 5"),
+        (230.0, 197.0, "at 5 NFE is within the error of the best baseline at 5"),
+    ],
+)
+def test_a_difference_within_its_error_is_no_better_score(tmp_path, first, second, said):
+    (front,) = fronts(opened([own_run(tmp_path / f"own{n}", n, v) for n, v in ((1, first), (5, second))]))
+    lines = front.lines()
+    rival = lines.query("who == 'ema' and nfe == 5").iloc[0]
+    assert (rival["value"], rival["se"]) == (204.93, 3.0493)  # twice hypot(3.05, 2.95) is 8.5
+    assert front.sentence() == f"LCSC {said}"
+
+
+def test_scores_without_errors_are_compared_as_they_are(several):
+    for path in several:
+        text = (path / "journal.jsonl").read_text().splitlines()
+        rows = [row | {"se": None} if row["kind"] == "report" else row for row in map(json.loads, text)]
+        (path / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (front,) = fronts(opened(several))
+    assert front.sentence() == "LCSC at 1 NFE is at least as good as the best baseline at 8"
+
+
 def test_the_sentence_names_the_fewest_calls_that_do(several):
     (front,) = fronts(opened(several))
     rival = front.lines().query("who != 'best' and nfe == 8")["value"].min()
