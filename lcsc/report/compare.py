@@ -10,7 +10,7 @@ from typing import Any
 
 from lcsc.core.errors import RunError
 from lcsc.core.files import write_bytes
-from lcsc.report.page import render
+from lcsc.report.page import data_uri, render
 from lcsc.report.run import Run
 from lcsc.report.tables import NOTHING, display_label, html_table, number, text_table
 
@@ -46,6 +46,8 @@ class Group:
 def compare_runs(paths: Iterable[Path | str], to: Path | str) -> Path:
     """Write comparison.html and comparison.csv into the folder `to`; older ones are replaced.
 
+    Runs at several NFEs also give front.png and front.csv, quality against NFE; the page shows the picture.
+
     Returns:
         The path of comparison.html.
 
@@ -54,18 +56,26 @@ def compare_runs(paths: Iterable[Path | str], to: Path | str) -> Path:
     """
     import pandas as pd
 
-    from lcsc.report.front import front_files
+    from lcsc.report.front import front_files, fronts
 
     paths = list(paths)
     groups = grouped(paths)
     rows = [{"group": index, **row} for index, group in enumerate(groups, start=1) for row in group.rows]
     shown = [{"title": g.title, "sentence": g.sentence, "table": html_table(HEAD, _cells(g), NUM_LEFT)} for g in groups]
-    page = render("comparison", title="lcsc · comparison of runs", under=_headline(groups), groups=shown)
+    runs = [Run.open(path) for path in paths]
+    files = front_files(runs)
+    sources = [data_uri(data) for name, data in files.items() if name.endswith(".png")]
+    pictures = [
+        {"subject": front.subject, "sentence": front.sentence(), "picture": source}
+        for front, source in zip(fronts(runs), sources, strict=True)
+    ]
+    title = "lcsc · comparison of runs"
+    page = render("comparison", title=title, under=_headline(groups), groups=shown, fronts=pictures)
     table = pd.DataFrame(rows).astype({"rank": "Int64"}).to_csv(index=False, lineterminator="\n").encode()
     folder = Path(to)
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "comparison.csv", table)
-    for name, data in front_files([Run.open(path) for path in paths]).items():
+    for name, data in files.items():
         write_bytes(folder / name, data)
     write_bytes(folder / "comparison.html", page)
     return folder / "comparison.html"

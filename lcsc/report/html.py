@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import zipfile
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lcsc.core.errors import RunError
 from lcsc.core.files import write_bytes
 from lcsc.report.compare import compare_runs, comparison_text
-from lcsc.report.page import render
+from lcsc.report.page import data_uri, render
 from lcsc.report.run import Run
 from lcsc.report.tables import html_table, place_notes, place_rows, score_rows, status_line
 
@@ -112,7 +111,7 @@ def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
     head, rows = score_rows(run)
     place_head, places = place_rows(run)
     embedded = dict.fromkeys(("scores", "front", "convergence", "coefficients", "geometry", "samples"), "")
-    embedded |= {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()}
+    embedded |= {name: data_uri(data) for name, data in pictures.items()}
     config = io.StringIO()
     json.dump(run.info["config"], config, indent=2, ensure_ascii=False, sort_keys=True)
     return render(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,11 @@ COMPARISON = """{% extends "shell" %}
 <p class="faint">{{ group.sentence }}</p>
 {{ group.table }}
 {% endfor %}
+{% for front in fronts %}
+<h2>Quality against network calls</h2>
+<p class="faint">{{ front.subject }}{% if front.sentence %} · {{ front.sentence }}{% endif %}</p>
+<img src="{{ front.picture }}" alt="scores against network calls an image, winners and baselines">
+{% endfor %}
 {% endblock %}
 """
 
@@ -122,6 +128,11 @@ def _environment() -> Environment:
 
     pages = {"shell": SHELL, "report": REPORT, "comparison": COMPARISON}
     return Environment(loader=DictLoader(pages), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+
+
+def data_uri(png: bytes) -> str:
+    """A picture as the text of an `src`, so that a page needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def render(page: str, **values: Any) -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers_cli import TOY
@@ -162,6 +164,26 @@ def test_sweep_and_comparison(here, lcsc):
     assert code == 0, err
     assert out.count("random") >= 2
     assert (here / "comparison" / "comparison.html").exists()
+
+
+@pytest.mark.slow
+def test_two_lines_make_a_front_of_quality_against_calls(here, lcsc):
+    """One set of coefficients for each NFE, all from the same bank, against the baselines tuned at that NFE."""
+    words = [*TOY, "sampler=euler", "search.num_trials=3", "quiet=true"]
+    code, _, err = lcsc("search", "-m", *words, "sampler.num_steps=1,2,4")
+    assert code == 0, err
+    code, _, err = lcsc("report", "runs=runs/*")
+    assert code == 0, err
+    runs = [json.loads(file.read_text()) for file in here.glob("runs/*/run.json")]
+    assert sorted(run["nfe"] for run in runs) == [1, 2, 4]
+    assert len({run["fingerprints"]["bank"] for run in runs}) == 1
+    points = pd.read_csv(here / "comparison" / "front.csv").query("who == 'best'").set_index("run")
+    for file in here.glob("runs/*/summary.json"):
+        summary, point = json.loads(file.read_text()), points.loc[file.parent.name]
+        assert (point["nfe"], point["coefficients"]) == (summary["nfe"], "a set for each NFE")
+        assert point["value"] == pytest.approx(summary["report"]["best"]["value"], rel=1e-12)
+    page = (here / "comparison" / "comparison.html").read_text(encoding="utf-8")
+    assert base64.b64encode((here / "comparison" / "front.png").read_bytes()).decode() in page
 
 
 def test_list_shows_every_part_with_its_source(lcsc):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import pytest
 from helpers_fake_run import FLOOR, make_fake_run, read_records
 from PIL import Image
 
+from lcsc.report.compare import compare_runs
 from lcsc.report.front import JOINT, OWN, draw, front_files, fronts
 from lcsc.report.run import Run
 
@@ -193,6 +196,20 @@ def test_the_files_hold_the_points_and_the_picture(one, several):
     pd.testing.assert_frame_equal(table, fronts(opened([one, *several]))[0].points, check_dtype=False)
     assert Image.open(io.BytesIO(files["front.png"])).size == (1800, 1000)
     assert files == front_files(opened([one, *several]))
+
+
+def test_the_comparison_shows_each_front(several, tmp_path):
+    strange = [own_run(tmp_path / f"s{n}", n, 70.0, detector_digest="0" * 64) for n in (2, 4)]
+    page = compare_runs([*several, *strange], tmp_path / "out").read_text(encoding="utf-8")
+    inside = [
+        base64.b64decode(found, validate=True) for found in re.findall(r'src="data:image/png;base64,([^"]*)"', page)
+    ]
+    assert inside == [(tmp_path / "out" / name).read_bytes() for name in ("front.png", "front_2.png")]
+    for front in fronts(opened([*several, *strange])):
+        assert f"{front.subject} · {front.sentence()}</p>" in page
+    alone = compare_runs(several[:1], tmp_path / "alone").read_text(encoding="utf-8")
+    assert "<img" not in alone
+    assert "Quality against network calls" not in alone
 
 
 def test_the_picture_draws_the_lines_with_their_errors(one, several):
