@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -64,6 +64,7 @@ def model_card(
         *(["", lora_text(recipe["rank"], recipe["error"])] if "error" in recipe else []),
         "",
         *_use(recipe["arch"], adapter),
+        *_levels(evaluator, recipe["evaluator"].get("levels") or {}),
         "## How it was made",
         "",
         f"    {info['command'] or 'lcsc.run_search(...)'}",
@@ -114,6 +115,22 @@ def _places(report: Mapping[str, Any]) -> list[str]:
     ]
     head = ["", "| model | distance from last | sum of abs(coef) | max abs(coef) |", "|---|---|---|---|"]
     return [*head, *rows] if rows else []
+
+
+def _levels(evaluator: Mapping[str, Any], levels: Mapping[str, Sequence[float]]) -> list[str]:
+    """How to sample where the noise levels were searched with the weights; nothing where the sampler has its own."""
+    if not levels:
+        return []
+    calls, names = str(evaluator["nfe"]).split("+"), evaluator["sampler"]
+    samplers = dict(zip(calls, names if isinstance(names, list) else [names], strict=True))
+    lines = [
+        "The noise levels were searched with the weights, and the scores above hold with them only. In place of its own",
+        "levels the sampler gets these (a sampler of lcsc as the first argument of `run`):",
+    ]
+    for nfe, found in levels.items():
+        row = ", ".join(repr(float(level)) for level in found)
+        lines += ["", f"- {nfe} network evaluations, `{samplers[nfe]}`: `levels = [{row}]`"]
+    return [*lines, ""]
 
 
 def _se(row: Mapping[str, Any], before: str = "") -> str:

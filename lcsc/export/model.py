@@ -70,12 +70,13 @@ def export_model(
         weights = candidate.weights()
     if candidate.adapter is not None:
         _check_plain(format, max_shard_size)
+    levels = searched_levels(objective)
     recipe = {
         **candidate.recipe,
         **_origin(bank),
         "arch": candidate.arch,
         "run_id": info["run_id"],
-        "evaluator": {**info["fingerprints"]["evaluator"], **_levels(objective)},
+        "evaluator": {**info["fingerprints"]["evaluator"], **({"levels": levels} if levels else {})},
         "score": {key: expected[key] for key in ("value", "se", "num_images")},
     }
     with new_directory(to) as folder:
@@ -108,12 +109,18 @@ def _origin(bank: CheckpointBank) -> dict[str, Any]:
     return {"bank": bank_config(bank), "parents": parents, **copied, "lcsc_version": importlib.metadata.version("lcsc")}
 
 
-def _levels(objective: Objective) -> dict[str, Any]:
-    """The noise levels that were searched with the weights, by sampler; they are part of what was scored."""
+def searched_levels(objective: Objective) -> dict[str, list[float]]:
+    """The noise levels that were searched with the weights, by number of network calls; part of what was scored.
+
+    Args:
+        objective: at the point whose levels are wanted (`lcsc.objectives.base.tuned`).
+
+    Returns:
+        Falling levels by NFE, as text; empty where the samplers run on their own.
+    """
     members = getattr(objective, "members", (objective,))
     samplers = [getattr(member, "sampler", None) for member in members]
-    found = {str(sampler.nfe()): sampler.levels() for sampler in samplers if isinstance(sampler, Retimed)}
-    return {"levels": found} if found else {}
+    return {str(sampler.nfe()): sampler.levels() for sampler in samplers if isinstance(sampler, Retimed)}
 
 
 def _score_again(candidate: Candidate, objective: Objective, seed: int, expected: Mapping[str, Any]) -> float:

@@ -14,7 +14,7 @@ from lcsc.core.files import write_bytes
 from lcsc.report.compare import compare_runs, comparison_text
 from lcsc.report.page import data_uri, render
 from lcsc.report.run import Run
-from lcsc.report.tables import html_table, place_notes, place_rows, score_rows, status_line
+from lcsc.report.tables import html_table, level_rows, place_notes, place_rows, score_rows, status_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,6 +158,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("seed", config.get("seed")),
         ("NFE (network calls an image)", info.get("nfe")),
         ("sampler", evaluator.get("sampler")),
+        *level_rows(summary.get("levels") or {}),
         ("model", evaluator.get("model")),
         ("data set", evaluator.get("dataset")),
         ("searcher", (config.get("searcher") or {}).get("name")),

@@ -163,6 +163,14 @@ def _slope_note(slope: Mapping[str, Any]) -> str:
     return f"{text} ones, where the score hardly changed: other coefficients are as good."
 
 
+def level_rows(levels: Mapping[str, Sequence[float]]) -> list[tuple[str, str]]:
+    """Searched noise levels in full, for a table of facts: what the winner's score holds at, by network calls."""
+    return [
+        (f"searched noise levels at {nfe} NFE", ", ".join(repr(float(level)) for level in found))
+        for nfe, found in levels.items()
+    ]
+
+
 def report_text(run: Run) -> str:
     """The tables of final scores and of where the winner lies, for a terminal; of an unfinished run, its progress."""
     head, rows = score_rows(run)

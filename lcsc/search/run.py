@@ -12,7 +12,7 @@ import numpy as np
 from lcsc.bank.content import duplicates_note
 from lcsc.core.files import write_bytes, write_json
 from lcsc.core.seeds import Purpose
-from lcsc.export.model import export_model
+from lcsc.export.model import export_model, searched_levels
 from lcsc.objectives.base import tuned
 from lcsc.operators.base import notes_of
 from lcsc.search.geometry import geometry
@@ -198,6 +198,7 @@ def _summary(problem: Problem, search: Search, outcome: Outcome, run: RunDir) ->
         "floor": outcome.floor,
         "report": _report_section(outcome),
         "coefficients": _coefficients(problem, search, outcome),
+        "levels": searched_levels(tuned(problem.objective, search.point(outcome.winner))),
         "export": "best",
     }
 

@@ -1,0 +1,98 @@
+"""What a finished search leaves beside its journal: summary, report and cards say what a user of the model needs."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from lcsc.bank import CheckpointBank
+from lcsc.core.registry import build
+from lcsc.core.seeds import Purpose
+from lcsc.models.network import load_network
+from lcsc.operators.base import Candidate
+from lcsc.report.html import write_report
+from lcsc.search.loop import Budget, Problem
+from lcsc.search.run import run_search
+
+NET = {"class": "GaussianDenoiser", "config": {"shape": [1, 2, 2]}}
+BUDGET = Budget(4, 40, 2, 60, 80)
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    """Four checkpoints of an ideal denoiser."""
+    data, out = build("dataset", "gaussian"), tmp_path_factory.mktemp("toy") / "bank"
+    trainer = build("trainer", "gaussian_toy", num_checkpoints=4)
+    return trainer.train(arch=NET, model=build("model", "direct"), dataset=data, out=out, seed=0, progress=False)
+
+
+def problem_of(bank, objective="sample_quality", search_times=False, budget=BUDGET, **settings):
+    parts = {kind: build(kind, name) for kind, name in (("model", "direct"), ("dataset", "gaussian"))}
+    parts["sampler"] = build("sampler", "euler", num_steps=3, sigma_max=5.0, search_times=search_times)
+    parts["metric"] = build("metric", "fid_pixels")
+    scorer = build("objective", objective, **parts, **settings, device="cpu")
+    searcher = build("searcher", "gradient")
+    return Problem(CheckpointBank.open(bank), build("operator", "linear"), searcher, scorer, budget, seed=0)
+
+
+def summary_of(path):
+    return json.loads((path / "summary.json").read_text())
+
+
+# ---- searched noise levels
+
+
+@pytest.fixture(scope="module")
+def timed(bank, tmp_path_factory):
+    """A finished search of weights and noise levels at 1 and 3 network calls."""
+    problem = problem_of(bank, "fid_nfe", search_times=True, nfe=[1, 3])
+    return run_search(problem, name="toy", runs_dir=tmp_path_factory.mktemp("runs"), quiet=True)
+
+
+class Given:
+    """A sampler on the levels that a card gives."""
+
+    def __init__(self, sampler, levels):
+        self.sampler, self.levels, self.sigma_max = sampler, levels, sampler.sigma_max
+
+    def nfe(self):
+        return self.sampler.nfe()
+
+    def __call__(self, denoise, noise_NCHW, labels_N=None, *, rng=None):
+        return self.sampler.run(self.levels, denoise, noise_NCHW, labels_N, rng=rng)
+
+
+def test_a_model_used_as_its_card_says_has_the_cards_score(timed, bank):
+    summary, card = summary_of(timed), (timed / "best" / "README.md").read_text()
+    (found,) = re.findall(r"^- 3 network evaluations, `Euler\(num_steps=3, .*`: `levels = \[(.*)\]`$", card, re.M)
+    levels = [float(level) for level in found.split(", ")]
+    assert summary["levels"] == {"3": levels}  # one call has no level to move
+    own = problem_of(bank)
+    net, sampler = load_network(timed / "best"), own.objective.sampler
+    assert levels[0] == 5.0
+    assert levels != sampler.levels()
+
+    def score(sampler):
+        layout = own.bank.layout
+        candidate = Candidate(NET, layout, lambda theta_P: layout.flatten(net.state_dict(), theta_P), {})
+        metric = build("objective", "sample_quality", model=own.objective.model, sampler=sampler,
+                       metric=own.objective.metric, dataset=own.objective.dataset, device="cpu")  # fmt: skip
+        return metric(candidate, seed=0, purpose=Purpose.REPORT, images=range(80)).value
+
+    lines = [json.loads(line) for line in (timed / "journal.jsonl").read_text().splitlines()]
+    best = next(line for line in lines if line["kind"] == "report" and line["who"] == "best")
+    wanted = best["others"]["fid_pixels@3"]["value"]
+    assert score(Given(sampler, levels)) == pytest.approx(wanted, rel=1e-9)
+    assert score(sampler) != pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_report_shows_searched_levels_in_full(timed, bank, tmp_path):
+    page = write_report(timed).read_text(encoding="utf-8")
+    levels = ", ".join(map(repr, summary_of(timed)["levels"]["3"]))
+    assert f'<td class="left">searched noise levels at 3 NFE</td><td class="left">{levels}</td>' in page
+    plain = run_search(problem_of(bank), name="toy", runs_dir=tmp_path, quiet=True)
+    assert summary_of(plain)["levels"] == {}
+    assert "searched noise levels" not in write_report(plain).read_text(encoding="utf-8")
+    assert "levels" not in (plain / "best" / "README.md").read_text()
