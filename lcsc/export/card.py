@@ -124,8 +124,8 @@ def _levels(evaluator: Mapping[str, Any], levels: Mapping[str, Sequence[float]])
     calls, names = str(evaluator["nfe"]).split("+"), evaluator["sampler"]
     samplers = dict(zip(calls, names if isinstance(names, list) else [names], strict=True))
     lines = [
-        "The noise levels were searched with the weights, and the scores above hold with them only. In place of its own",
-        "levels the sampler gets these (a sampler of lcsc as the first argument of `run`):",
+        "The noise levels were searched with the weights, and the scores above hold with them only. In place of its",
+        "own levels the sampler gets these (a sampler of lcsc as the first argument of `run`):",
     ]
     for nfe, found in levels.items():
         row = ", ".join(repr(float(level)) for level in found)

@@ -14,7 +14,7 @@ from lcsc.core.files import write_bytes
 from lcsc.report.compare import compare_runs, comparison_text
 from lcsc.report.page import data_uri, render
 from lcsc.report.run import Run
-from lcsc.report.tables import html_table, level_rows, place_notes, place_rows, score_rows, status_line
+from lcsc.report.tables import html_table, level_rows, place_notes, place_rows, score_rows, status_line, veto_notes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,6 +121,7 @@ def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
         result=status_line(run),
         finished=run.finished,
         scores=html_table(head, rows, strong=0) if rows else "",
+        vetoes=veto_notes(run),
         places=html_table(place_head, places, strong=0) if places else "",
         notes=place_notes(run),
         account=run.account,

@@ -69,6 +69,8 @@ are not those of the report seeds, and flatter whatever was chosen by them.</p>{
 of the reference images that neither the search nor the choice of the winner has seen. The ratio is to the best
 baseline; each baseline was tuned on the same search seeds.</p>
 {% else %}<p>The winner and the baselines are not scored on the report seeds yet.</p>{% endif %}
+{% for line in vetoes %}<p class="faint">{{ line }}</p>
+{% endfor %}
 {% if pictures.scores %}<img src="{{ pictures.scores }}" alt="bar chart of the final scores">{% endif %}
 {% if pictures.front %}<h2>Quality against network calls</h2>
 <img src="{{ pictures.front }}" alt="scores against network calls an image, winner and baselines">{% endif %}

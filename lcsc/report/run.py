@@ -121,6 +121,11 @@ class Run:
         return tuple(str(line) for record in self._records("account") for line in record["lines"])
 
     @property
+    def vetoed(self) -> tuple[Record, ...]:
+        """The finalists that a guard kept from winning, with the reason under `vetoed`."""
+        return tuple(record for record in self._records("select") if record.get("vetoed"))
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """Names of the layer groups where each has coefficients of its own, else empty."""
         best = self.best

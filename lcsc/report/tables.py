@@ -163,6 +163,14 @@ def _slope_note(slope: Mapping[str, Any]) -> str:
     return f"{text} ones, where the score hardly changed: other coefficients are as good."
 
 
+def veto_notes(run: Run) -> list[str]:
+    """One sentence for each finalist that a guard vetoed; its value is on the select seeds."""
+    return [
+        f"{record['label']}, {number(record['value'])} on the select seeds, is vetoed by a guard: {record['vetoed']}."
+        for record in run.vetoed
+    ]
+
+
 def level_rows(levels: Mapping[str, Sequence[float]]) -> list[tuple[str, str]]:
     """Searched noise levels in full, for a table of facts: what the winner's score holds at, by network calls."""
     return [
@@ -177,8 +185,9 @@ def report_text(run: Run) -> str:
     if not rows:
         return progress_line(run)
     blocks, (place_head, places) = [text_table(head, rows)], place_rows(run)
-    if run.account:
-        blocks.append("\n".join(printable(line) for line in run.account))
+    for lines in (veto_notes(run), run.account):
+        if lines:
+            blocks.append("\n".join(printable(line) for line in lines))
     if places:
         blocks.append(text_table(place_head, places) + "".join(f"\n{note}" for note in place_notes(run)))
     return "\n\n".join(blocks)

@@ -197,6 +197,11 @@ def _summary(problem: Problem, search: Search, outcome: Outcome, run: RunDir) ->
         "wall_seconds": round(_wall_seconds(run.path), 1),
         "floor": outcome.floor,
         "report": _report_section(outcome),
+        "vetoed": [
+            {"label": record["label"], "value": record["value"], "reason": record["vetoed"]}
+            for record in records
+            if record["kind"] == "select" and "vetoed" in record
+        ],
         "coefficients": _coefficients(problem, search, outcome),
         "levels": searched_levels(tuned(problem.objective, search.point(outcome.winner))),
         "export": "best",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import json
 import re
 
@@ -13,6 +15,8 @@ from lcsc.core.seeds import Purpose
 from lcsc.models.network import load_network
 from lcsc.operators.base import Candidate
 from lcsc.report.html import write_report
+from lcsc.report.run import Run
+from lcsc.report.tables import number, report_text
 from lcsc.search.loop import Budget, Problem
 from lcsc.search.run import run_search
 
@@ -23,18 +27,21 @@ BUDGET = Budget(4, 40, 2, 60, 80)
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory):
     """Four checkpoints of an ideal denoiser."""
-    data, out = build("dataset", "gaussian"), tmp_path_factory.mktemp("toy") / "bank"
+    return trained(tmp_path_factory.mktemp("toy") / "bank", NET, build("dataset", "gaussian"))
+
+
+def trained(out, net, data):
     trainer = build("trainer", "gaussian_toy", num_checkpoints=4)
-    return trainer.train(arch=NET, model=build("model", "direct"), dataset=data, out=out, seed=0, progress=False)
+    return trainer.train(arch=net, model=build("model", "direct"), dataset=data, out=out, seed=0, progress=False)
 
 
-def problem_of(bank, objective="sample_quality", search_times=False, budget=BUDGET, **settings):
-    parts = {kind: build(kind, name) for kind, name in (("model", "direct"), ("dataset", "gaussian"))}
+def problem_of(bank, objective="sample_quality", *, search_times=False, budget=BUDGET, searcher="gradient", **settings):
+    given = {"model": "direct", "dataset": "gaussian", "metric": "fid_pixels"}
+    parts = {kind: settings.pop(kind, None) or build(kind, name) for kind, name in given.items()}
     parts["sampler"] = build("sampler", "euler", num_steps=3, sigma_max=5.0, search_times=search_times)
-    parts["metric"] = build("metric", "fid_pixels")
     scorer = build("objective", objective, **parts, **settings, device="cpu")
-    searcher = build("searcher", "gradient")
-    return Problem(CheckpointBank.open(bank), build("operator", "linear"), searcher, scorer, budget, seed=0)
+    operator = build("operator", "linear")
+    return Problem(CheckpointBank.open(bank), operator, build("searcher", searcher), scorer, budget, seed=0)
 
 
 def summary_of(path):
@@ -94,5 +101,27 @@ def test_the_report_shows_searched_levels_in_full(timed, bank, tmp_path):
     assert f'<td class="left">searched noise levels at 3 NFE</td><td class="left">{levels}</td>' in page
     plain = run_search(problem_of(bank), name="toy", runs_dir=tmp_path, quiet=True)
     assert summary_of(plain)["levels"] == {}
-    assert "searched noise levels" not in write_report(plain).read_text(encoding="utf-8")
     assert "levels" not in (plain / "best" / "README.md").read_text()
+
+
+# ---- vetoes
+
+
+def test_vetoes_of_guards_are_in_summary_report_and_terminal(bank, tmp_path):
+    budget = dataclasses.replace(BUDGET, guards={"kid_pixels": 0.0})
+    others = (build("metric", "kid_pixels"),)
+    problem = problem_of(bank, budget=budget, searcher="random", other_metrics=others)
+    path = run_search(problem, name="toy", runs_dir=tmp_path, quiet=True)
+    lines = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
+    rival, *finalists = [line for line in lines if line["kind"] == "select"]
+    worse = [row for row in finalists if row["others"]["kid_pixels"]["value"] > rival["others"]["kid_pixels"]["value"]]
+    assert worse  # random trials are worse than the best baseline
+    summary = summary_of(path)
+    assert [row["label"] for row in summary["vetoed"]] == [row["label"] for row in worse]
+    assert [row["value"] for row in summary["vetoed"]] == [row["value"] for row in worse]
+    page = html.unescape(write_report(path).read_text(encoding="utf-8"))
+    for row in summary["vetoed"]:
+        assert row["reason"].startswith("`kid_pixels` is ")
+        said = f"{row['label']}, {number(row['value'])} on the select seeds, is vetoed by a guard: {row['reason']}."
+        assert said in report_text(Run.open(path))
+        assert f'<p class="faint">{said}</p>' in page
