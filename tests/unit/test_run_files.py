@@ -10,6 +10,7 @@ import re
 import pytest
 
 from lcsc.bank import CheckpointBank
+from lcsc.cli.export import export_run
 from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose
 from lcsc.models.network import load_network
@@ -125,3 +126,17 @@ def test_vetoes_of_guards_are_in_summary_report_and_terminal(bank, tmp_path):
         said = f"{row['label']}, {number(row['value'])} on the select seeds, is vetoed by a guard: {row['reason']}."
         assert said in report_text(Run.open(path))
         assert f'<p class="faint">{said}</p>' in page
+
+
+# ---- exports
+
+
+def test_an_exports_card_has_the_same_table_of_places_as_the_runs(timed, tmp_path):
+    export_run(timed, tmp_path / "out")
+    rows, table = [], "| model | distance from last | sum of abs(coef) | max abs(coef) |"
+    for card in (timed / "best" / "README.md", tmp_path / "out" / "README.md"):
+        text = card.read_text()
+        assert table in text
+        rows.append(text[text.index(table) : text.index("## Use")])
+    assert rows[0] == rows[1]
+    assert rows[0].count("\n| ") == 1 + len(summary_of(timed)["report"]["baselines"])
