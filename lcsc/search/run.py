@@ -13,6 +13,7 @@ from lcsc.bank.content import duplicates_note
 from lcsc.core.files import write_bytes, write_json
 from lcsc.core.seeds import Purpose
 from lcsc.export.model import export_model, searched_levels
+from lcsc.metrics.frechet import FrechetDistance
 from lcsc.objectives.base import tuned
 from lcsc.operators.base import notes_of
 from lcsc.search.geometry import geometry
@@ -65,7 +66,7 @@ def run_search(
         rates = bank.rates or (None,) * bank.num_checkpoints
         parents = [{**parent, "rate": rate} for parent, rate in zip(bank.parents, rates, strict=True)]
         twins = [f"note: {note}" for note in duplicates_note(parents)]
-        for line in (*bank.lines, *twins, *notes_of(problem.operator, bank), begins):
+        for line in (*bank.lines, *twins, *notes_of(problem.operator, bank), *few_images(problem), begins):
             say(line)
     with Progress(name, 0, quiet) as progress, Journal(run.path, progress.note) as journal:
         search = Search(problem, journal, progress)
@@ -95,6 +96,24 @@ def _info(problem: Problem, name: str, command: str) -> dict[str, Any]:
         "nfe": prints["evaluator"].get("nfe"),
         "metric": problem.objective.name,
     }
+
+
+def few_images(problem: Problem) -> list[str]:
+    """A note where the images of a score are too few for the covariance of their features."""
+    metric = getattr(problem.objective, "metric", None)
+    if not isinstance(metric, FrechetDistance):
+        return []
+    names = ("num_images", "num_images_select", "num_images_report")
+    sizes = {f"search.{name}": getattr(problem.budget, name) for name in names}
+    few = " and ".join(f"`{name}` ({num})" for name, num in sizes.items() if metric.rank_deficient(num))
+    if not few:
+        return []
+    detector = metric.load_detector()
+    return [
+        f"note: {few}: not above the {detector.num_features} features of detector `{detector.name}`, so their "
+        f"covariance is singular and `{metric.name}` strongly biased; such scores compare only with those of equally "
+        "many images."
+    ]
 
 
 def _save_samples(problem: Problem, search: Search, outcome: Outcome, folder: Path) -> None:

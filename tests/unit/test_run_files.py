@@ -19,7 +19,7 @@ from lcsc.report.html import write_report
 from lcsc.report.run import Run
 from lcsc.report.tables import number, report_text
 from lcsc.search.loop import Budget, Problem
-from lcsc.search.run import run_search
+from lcsc.search.run import few_images, run_search
 
 NET = {"class": "GaussianDenoiser", "config": {"shape": [1, 2, 2]}}
 BUDGET = Budget(4, 40, 2, 60, 80)
@@ -140,3 +140,25 @@ def test_an_exports_card_has_the_same_table_of_places_as_the_runs(timed, tmp_pat
         rows.append(text[text.index(table) : text.index("## Use")])
     assert rows[0] == rows[1]
     assert rows[0].count("\n| ") == 1 + len(summary_of(timed)["report"]["baselines"])
+
+
+# ---- too few images
+
+
+def test_fewer_images_than_features_are_noted(tmp_path, capsys):
+    data, metric = build("dataset", "gaussian", shape=[1, 8, 8]), build("metric", "fid_digits")  # 64 features
+    net = {"class": "GaussianDenoiser", "config": {"shape": [1, 8, 8]}}
+    bank = trained(tmp_path / "bank", net, data)
+
+    def notes(**sizes):
+        budget = dataclasses.replace(BUDGET, **sizes)
+        return few_images(problem_of(bank, dataset=data, metric=metric, budget=budget))
+
+    said = "not above the 64 features of detector `digits`, so their covariance is singular and `fid_digits` strongly"
+    said += " biased; such scores compare only with those of equally many images."
+    assert notes() == [f"note: `search.num_images` (40) and `search.num_images_select` (60): {said}"]
+    assert notes(num_images=65, num_images_select=64) == [f"note: `search.num_images_select` (64): {said}"]
+    assert notes(num_images=65, num_images_select=65) == []
+    problem = problem_of(bank, dataset=data, metric=metric, searcher="random", budget=Budget(1, 40, 1, 70, 80))
+    run_search(problem, name="toy", runs_dir=tmp_path)
+    assert f"note: `search.num_images` (40): {said}" in capsys.readouterr().out.splitlines()
