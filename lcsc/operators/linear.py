@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,14 @@ def whitened_axes(bank: CheckpointBank, whitening: float) -> Axes:
     return axes
 
 
+def delta_blocks(bank: CheckpointBank) -> Iterator[tuple[slice, np.ndarray]]:
+    """Deltas from the mean block by block, because float64 doubles the memory: (columns, float64 (K, C)); one pass."""
+    for part, W_KC in bank.blocks(max(1, 2**22 // bank.num_checkpoints)):
+        block = W_KC.astype(np.float64)
+        block -= block.mean(0)
+        yield part, block
+
+
 def gram_matrices(bank: CheckpointBank, groups: Groups | None = None) -> np.ndarray:
     """Inner products of the deltas from the mean, one matrix for each layer group, float64, shape (G, K, K).
 
@@ -82,9 +90,7 @@ def gram_matrices(bank: CheckpointBank, groups: Groups | None = None) -> np.ndar
     K = bank.num_checkpoints
     starts, ids, G = (None, (0,), 1) if groups is None else (groups.starts, groups.groups, groups.num_groups)
     gram_GKK = np.zeros((G, K, K))
-    for part, W_KC in bank.blocks(max(1, 2**22 // K)):  # blocks, because float64 doubles the memory
-        block = W_KC.astype(np.float64)
-        block -= block.mean(0)
+    for part, block in delta_blocks(bank):
         if starts is None:
             gram_GKK[0] += block @ block.T
             continue
@@ -95,22 +101,35 @@ def gram_matrices(bank: CheckpointBank, groups: Groups | None = None) -> np.ndar
     return gram_GKK
 
 
+def singular_directions(gram_KK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Singular directions of deltas with these inner products, longest first, in coefficients that sum to zero.
+
+    Returns:
+        Squared lengths, shape (Z,), Z = K - 1, and orthonormal coefficients of the directions, shape (K, Z).
+    """
+    K = len(gram_KK)
+    if K == 1:
+        return np.zeros(0), np.zeros((1, 0))
+    plane_ZK = np.linalg.svd(np.ones((1, K)))[2][1:]  # orthonormal basis of the coefficients that sum to zero
+    energy_Z, turn_ZZ = np.linalg.eigh(plane_ZK @ gram_KK @ plane_ZK.T)
+    turn_ZZ = turn_ZZ[:, ::-1]
+    turn_ZZ = turn_ZZ * np.where(turn_ZZ[np.abs(turn_ZZ).argmax(0), np.arange(K - 1)] < 0, -1.0, 1.0)  # fix the signs
+    return np.clip(energy_Z[::-1], 0.0, None), plane_ZK.T @ turn_ZZ
+
+
 def axes_of(gram_KK: np.ndarray, whitening: float) -> Axes | None:
     """Whitened axes of deltas with these inner products, shape (K, K); None when all checkpoints are the same."""
     K = len(gram_KK)
-    plane_ZK = np.linalg.svd(np.ones((1, K)))[2][1:]  # orthonormal basis of the coefficients that sum to zero
-    variance_Z, turn_ZZ = np.linalg.eigh(plane_ZK @ gram_KK @ plane_ZK.T)
-    spread_Z = np.sqrt(np.clip(variance_Z[::-1], 0.0, None))
-    turn_ZZ = turn_ZZ[:, ::-1]
-    turn_ZZ = turn_ZZ * np.where(turn_ZZ[np.abs(turn_ZZ).argmax(0), np.arange(K - 1)] < 0, -1.0, 1.0)  # fix the signs
+    energy_Z, directions_KZ = singular_directions(gram_KK)
+    spread_Z = np.sqrt(energy_Z)
     if not spread_Z[0] > 0:
         return None
     length_Z = np.maximum(spread_Z, SHORTEST * spread_Z[0])
     stretch_Z = (np.exp(np.log(length_Z).mean()) / length_Z) ** whitening / np.sqrt(K)
     return Axes(
         center_K=np.full(K, 1.0 / K),
-        axes_KZ=(plane_ZK.T @ turn_ZZ) * stretch_Z,
-        inverse_ZK=(turn_ZZ.T @ plane_ZK) / stretch_Z[:, None],
+        axes_KZ=directions_KZ * stretch_Z,
+        inverse_ZK=directions_KZ.T / stretch_Z[:, None],
         spread_Z=spread_Z,
     )
 

@@ -14,6 +14,7 @@ import torch
 from lcsc.bank import CheckpointBank
 from lcsc.core.space import SearchSpace
 from lcsc.operators.base import Operator
+from lcsc.operators.linear import delta_blocks, singular_directions
 from lcsc.search.journal import Record
 
 #: Share of the squared slope that the steep directions hold together.
@@ -101,15 +102,11 @@ def bank_shape(bank: CheckpointBank, way_P: np.ndarray | None) -> dict[str, Any]
     """
     K = bank.num_checkpoints
     gram_KK, cross_K = np.zeros((K, K)), np.zeros(K)
-    for part, W_KC in bank.blocks(max(1, 2**22 // K)):  # blocks, because float64 doubles the memory
-        block = W_KC.astype(np.float64)
-        block -= block.mean(0)
+    for part, block in delta_blocks(bank):
         gram_KK += block @ block.T
         if way_P is not None:
             cross_K += block @ way_P[part].astype(np.float64)
-    plane_DK = np.linalg.svd(np.ones((1, K)))[2][1:]  # orthonormal basis of the coefficients that sum to zero
-    energy_D, turn_DD = np.linalg.eigh(plane_DK @ gram_KK @ plane_DK.T)
-    energy_D, turn_DD = np.clip(energy_D[::-1], 0.0, None), turn_DD[:, ::-1]
+    energy_D, directions_KD = singular_directions(gram_KK)
     longest, total = energy_D.max(initial=0.0), float(energy_D.sum())
     first, last = gram_KK[0, 0], gram_KK[-1, -1]
     shape: dict[str, Any] = {
@@ -126,7 +123,7 @@ def bank_shape(bank: CheckpointBank, way_P: np.ndarray | None) -> dict[str, Any]
     if length > 0:
         kept_D = energy_D > ROUNDING**2 * longest
         along_D = np.zeros(K - 1)
-        along_D[kept_D] = (turn_DD.T @ plane_DK @ cross_K)[kept_D] ** 2 / energy_D[kept_D] / length**2
+        along_D[kept_D] = (directions_KD.T @ cross_K)[kept_D] ** 2 / energy_D[kept_D] / length**2
         outside = max(0.0, 1.0 - float(along_D.sum()))
         rank = effective_rank(along_D)
         shape["way"] = {"length": length, "effective_rank": rank, "along": along_D.tolist(), "outside": outside}

@@ -10,12 +10,12 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from lcsc.bank import CheckpointBank
+from lcsc.bank import CheckpointBank, Selection
 from lcsc.core.registry import build
 from lcsc.core.space import Box, SearchSpace
 from lcsc.operators.base import Candidate
 from lcsc.operators.linear import Linear
-from lcsc.search.geometry import ENOUGH, FLAT, coefficient_size, effective_rank, geometry, slope_shape
+from lcsc.search.geometry import ENOUGH, FLAT, bank_shape, coefficient_size, effective_rank, geometry, slope_shape
 from lcsc.search.loop import Budget, Problem
 from lcsc.search.run import run_search
 
@@ -103,6 +103,14 @@ def test_a_copy_of_a_checkpoint_makes_a_short_direction(tiny_bank):
     assert (found["bank"]["num_directions"], found["bank"]["num_short"]) == (5, 1)
     assert found["points"]["best"]["from_last_relative"] == pytest.approx(0, abs=1e-6)  # 3 copies - 2 copies
     assert "way" not in found
+
+
+def test_a_single_checkpoint_spans_no_direction(tiny_bank):
+    bank = CheckpointBank.open(tiny_bank, select=Selection(last=1))
+    shape = bank_shape(bank, np.ones(bank.layout.num_parameters, dtype=np.float32))
+    assert (shape["bank"]["num_directions"], shape["bank"]["spread"]) == (0, [])
+    assert (shape["bank"]["last_to_mean"], shape["bank"]["effective_rank"]) == (0.0, 0.0)
+    assert shape["way"]["outside"] == 1.0
 
 
 def test_what_no_combination_reaches_is_outside_and_operators_without_coefficients_have_no_sizes(bank):
