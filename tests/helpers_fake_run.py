@@ -51,17 +51,50 @@ def make_fake_run(
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     steps = [25 * (k + 1) for k in range(num_checkpoints)]
-    evaluator = {
-        "metric": "fid_digits",
-        "detector": "digits_cnn",
-        "detector_digest": detector_digest,
+    info = _info(folder.name, name, command, steps, nfe)
+    info["config"] = _config(seed, searcher, nfe, num_trials, num_images_report)
+    info["fingerprints"] = _fingerprints(nfe, detector_digest)
+    records = _search_records(rng, steps, num_trials if done is None else done, best)
+    if descent:
+        records = [r | ({"block": r["uid"]} if r["kind"] == "trial" else {}) for r in records]
+    if finished:
+        records += _final_records(rng, records, best, num_images_report)
+    if groups:
+        records = [r | _in_groups(r, len(groups)) for r in records]
+    records = [{"seq": seq, **record} for seq, record in enumerate(records)]
+    timed = _write_records(folder, info, records, torn)
+    if finished:
+        summary = _summary(info, records, timed, groups) | {"geometry": _geometry(records, descent)}
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        if samples:
+            np.savez_compressed(folder / "samples.npz", **_samples(rng))
+    return folder
+
+
+def read_records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The complete records of one kind, read without the package."""
+    lines = (folder / "journal.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def _info(run_id: str, name: str, command: str, steps: list[int], nfe: int) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "run_id": run_id,
+        "name": name,
+        "created_utc": "2026-11-23T18:00:00Z",
+        "lcsc_version": "0.1.0",
+        "command": command,
+        "config": {},
+        "fingerprints": {},
+        "bank": {"steps": steps, "num_checkpoints": len(steps), "num_parameters": 300_000},
         "nfe": nfe,
-        "sampler": f"Euler(num_steps={nfe}, sigma_max=80.0)",
-        "model": "EDM(sigma_data=0.5)",
-        "dataset": "Digits()",
-        "split_seed": 0,
+        "metric": "fid_digits",
     }
-    config = {
+
+
+def _config(seed: int, searcher: str, nfe: int, num_trials: int, num_images_report: int) -> dict[str, Any]:
+    return {
         "seed": seed,
         "bank": {"path": "runs/banks/digits"},
         "operator": {"name": "linear", "whitening": 1.0},
@@ -77,32 +110,28 @@ def make_fake_run(
             "num_images_report": num_images_report,
         },
     }
-    info = {
-        "schema": 1,
-        "run_id": folder.name,
-        "name": name,
-        "created_utc": "2026-11-23T18:00:00Z",
-        "lcsc_version": "0.1.0",
-        "command": command,
-        "config": config,
-        "fingerprints": {
-            "bank": "9b" * 32,
-            "evaluator": evaluator,
-            "versions": {"lcsc": "0.1.0", "torch": "2.13.0", "numpy": "2.3.5"},
-        },
-        "bank": {"steps": steps, "num_checkpoints": num_checkpoints, "num_parameters": 300_000},
-        "nfe": nfe,
+
+
+def _fingerprints(nfe: int, detector_digest: str) -> dict[str, Any]:
+    evaluator = {
         "metric": "fid_digits",
+        "detector": "digits_cnn",
+        "detector_digest": detector_digest,
+        "nfe": nfe,
+        "sampler": f"Euler(num_steps={nfe}, sigma_max=80.0)",
+        "model": "EDM(sigma_data=0.5)",
+        "dataset": "Digits()",
+        "split_seed": 0,
     }
+    versions = {"lcsc": "0.1.0", "torch": "2.13.0", "numpy": "2.3.5"}
+    return {"bank": "9b" * 32, "evaluator": evaluator, "versions": versions}
+
+
+def _write_records(
+    folder: Path, info: dict[str, Any], records: list[dict[str, Any]], torn: bool
+) -> list[dict[str, Any]]:
+    """Write run.json, journal.jsonl and timing.jsonl; returns the rows of the last."""
     (folder / "run.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
-    records = _search_records(rng, steps, num_trials if done is None else done, best)
-    if descent:
-        records = [r | ({"block": r["uid"]} if r["kind"] == "trial" else {}) for r in records]
-    if finished:
-        records += _final_records(rng, records, best, num_images_report)
-    if groups:
-        records = [r | _in_groups(r, len(groups)) for r in records]
-    records = [{"seq": seq, **record} for seq, record in enumerate(records)]
     lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
     (folder / "journal.jsonl").write_text(lines + ('{"coef": [0.1, 0.' if torn else ""), encoding="utf-8")
     timed = [
@@ -111,18 +140,7 @@ def make_fake_run(
         if r["kind"] != "floor"
     ]
     (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timed), encoding="utf-8")
-    if finished:
-        summary = _summary(info, records, timed, groups) | {"geometry": _geometry(records, descent)}
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-        if samples:
-            np.savez_compressed(folder / "samples.npz", **_samples(rng))
-    return folder
-
-
-def read_records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The complete records of one kind, read without the package."""
-    lines = (folder / "journal.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+    return timed
 
 
 def _search_records(rng: np.random.Generator, steps: list[int], num_trials: int, best: float) -> list[dict[str, Any]]:
