@@ -51,7 +51,7 @@ class SampleQuality:
         sampler: how noise becomes images.
         metric: the distance.
         dataset: the real images.
-        other_metrics: scored beside `metric` in full evaluations; same detector.
+        other_metrics: scored beside `metric` in full evaluations, on the same images; with whatever detectors.
         batch_size: images per network call.
         split_seed: of the cut of the reference.
         device: torch device; `auto` takes the GPU where there is one.
@@ -78,11 +78,13 @@ class SampleQuality:
                 "List it under `other_metrics`, and in `search.guards` if it should veto winners."
             )
         self.__dict__["_caches"] = {"reference": {}}  # shared by copies with another sampler
-        digest = self.metric.load_detector().digest  # a missing weights file shows up here, before anything is done
-        for other in self.other_metrics:
-            if other.load_detector().digest != digest:
+        digests: dict[str, str] = {}
+        for metric in (self.metric, *self.other_metrics):
+            digest = metric.load_detector().digest  # a missing weights file shows up here, before anything is done
+            if digests.setdefault(metric.name, digest) != digest:
                 raise ConfigError(
-                    f"`{other.name}` uses another detector than `{self.metric.name}`; choose one with the same."
+                    f"`{metric.name}` is scored with two weights files of its detector, {digests[metric.name][:12]} "
+                    f"and {digest[:12]}; a name stands for one number. Drop one from `metric` and `other_metrics`."
                 )
 
     @property
@@ -100,9 +102,9 @@ class SampleQuality:
         self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, full: bool = False
     ) -> Score:
         """See `Objective.__call__`."""
-        features_ND, half = self._sampled(candidate, seed, purpose, images), _half(purpose)
         metrics = (self.metric, *self.other_metrics) if full else (self.metric,)
-        rows = {metric.name: self._measure(metric, features_ND, half, full) for metric in metrics}
+        features = self._sampled(candidate, seed, purpose, images, metrics)
+        rows = {m.name: self._measure(m, features[_digest(m)], _half(purpose), full) for m in metrics}
         value, se = rows.pop(self.metric.name)
         others = {name: {"value": other, "se": error} for name, (other, error) in rows.items() if error is not None}
         return Score(value, len(images), self.sampler.nfe(), se, others)
@@ -112,7 +114,7 @@ class SampleQuality:
         self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, num_blocks: int
     ) -> Blocks:
         """See `Raceable.block_states`."""
-        features_ND = self._sampled(candidate, seed, purpose, images)
+        features_ND = self._sampled(candidate, seed, purpose, images, (self.metric,))[_digest(self.metric)]
         return Blocks(tuple(_blocks(self.metric, features_ND, num_blocks)), len(images) * self.sampler.nfe())
 
     def merge_states(self, states: Sequence[Any]) -> Any:
@@ -136,12 +138,14 @@ class SampleQuality:
 
     def floor(self) -> float:
         """Search half scored against the report half: what real images reach."""
-        features_ND = self._features(self._reference_images("search").to(self.torch_device))
+        features_ND = self._reference_features(self.metric, "search")
         return self._measure(self.metric, features_ND, "report", full=False)[0]
 
     def circumstances(self) -> dict[str, Any]:
-        """Metric, detector, reference and sampler."""
+        """Metric, detectors, reference and sampler."""
         detector = self.metric.load_detector()
+        others = {other.name: other.load_detector() for other in self.other_metrics}
+        told = {name: {"detector": found.name, "detector_digest": found.digest} for name, found in others.items()}
         return {
             "metric": self.metric.name,
             "detector": detector.name,
@@ -151,6 +155,7 @@ class SampleQuality:
             "model": repr(self.model),
             "dataset": repr(self.dataset),
             "split_seed": self.split_seed,
+            **({"other_metrics": told} if told else {}),
         }
 
     def space(self) -> SearchSpace:
@@ -207,13 +212,23 @@ class SampleQuality:
         cost = (4 if self.recompute else 3) * len(images) * self.sampler.nfe()
         return Slope(value, grad_P, cost, {} if grad_T is None else {"times": grad_T})
 
-    def _sampled(self, candidate: Candidate, seed: int, purpose: Purpose, images: range) -> Tensor:
-        """Features of the candidate's images, shape (N, D)."""
+    def _sampled(
+        self, candidate: Candidate, seed: int, purpose: Purpose, images: range, metrics: Sequence[Metric]
+    ) -> dict[str, Tensor]:
+        """Features of the candidate's images, shape (N, D), by the digest of each detector of `metrics`.
+
+        The images are sampled once and each detector sees them once, batch by batch.
+        """
         live = self._live(candidate)
         candidate.write(live.theta_P)
         if not torch.isfinite(live.theta_P).all():
             raise EvaluationError("the combined weights hold NaN or Inf; the coefficients are too large for float32.")
-        return torch.cat([self._features(batch) for batch in self._batches(live, seed, purpose, images)])
+        detectors = {_digest(metric): metric.load_detector() for metric in metrics}
+        parts: dict[str, list[Tensor]] = {digest: [] for digest in detectors}
+        for batch in self._batches(live, seed, purpose, images):
+            for digest, detector in detectors.items():
+                parts[digest].append(detector.features(batch))
+        return {digest: torch.cat(batches) for digest, batches in parts.items()}
 
     def _batches(
         self, live: LiveModel, seed: int, purpose: Purpose, images: range, recompute: bool = False
@@ -246,8 +261,8 @@ class SampleQuality:
         return cached[1]
 
     @torch.no_grad()
-    def _features(self, images_NCHW: Tensor) -> Tensor:
-        return self.metric.load_detector().features(images_NCHW)
+    def _reference_features(self, metric: Metric, half: str) -> Tensor:
+        return metric.load_detector().features(self._reference_images(half).to(self.torch_device))
 
     def _reference_images(self, half: str) -> Tensor:
         images_NCHW = self.dataset.images()
@@ -259,7 +274,7 @@ class SampleQuality:
     def _reference(self, metric: Metric, half: str) -> Any:
         cache = self.__dict__["_caches"]["reference"]
         if (metric.name, half) not in cache:
-            features_ND = self._features(self._reference_images(half).to(self.torch_device))
+            features_ND = self._reference_features(metric, half)
             cache[metric.name, half] = metric.reference(metric.update(metric.zeros(), features_ND))
         return cache[metric.name, half]
 
@@ -278,6 +293,11 @@ def with_sampler(quality: SampleQuality, sampler: Sampler) -> SampleQuality:
     other = copy.copy(quality)
     other.__dict__["sampler"] = sampler
     return other
+
+
+def _digest(metric: Metric) -> str:
+    digest: str = metric.load_detector().digest
+    return digest
 
 
 def _half(purpose: Purpose) -> str:
