@@ -10,15 +10,16 @@ from lcsc.core.errors import EvaluationError
 from lcsc.metrics.base import Metric, Reference, State
 
 
-def bootstrap_se(
+def bootstrap(
     metric: Metric[State, Reference],
     states: Sequence[State],
     reference: Reference,
     *,
     rng: np.random.Generator,
     num_resamples: int = 100,
-) -> float:
-    """Standard error of `metric.compute(merge of states)` by the bootstrap (Efron, 1979) over blocks.
+) -> tuple[float, list[float]]:
+    """Standard error of `metric.compute(merge of states)` by the bootstrap (Efron, 1979) over blocks, and the scores
+    of the resamples, R of them. Equal generators draw equally many blocks alike, so that candidates' scores pair up.
 
     Each resample draws B of the B blocks with replacement and merges them; the standard error is the
     standard deviation (ddof=1) of the scores. It covers the noise of the sampled images, with the reference
@@ -42,7 +43,8 @@ def bootstrap_se(
             "Cut the images into more blocks (10 or more) or raise the number of resamples."
         )
     draws_RB = rng.integers(len(states), size=(num_resamples, len(states)))
-    return float(np.std(resampled_scores(metric, states, reference, draws_RB), ddof=1))
+    scores = resampled_scores(metric, states, reference, draws_RB)
+    return float(np.std(scores, ddof=1)), scores
 
 
 def resampled_scores(

@@ -27,6 +27,8 @@ class Score:
         num_images: images generated.
         nfe: network evaluations per image.
         others: scores of further metrics on the same images, `{name: {"value", "se"}}`.
+        resamples: the others' scores on bootstrap resamples of the images, by name; resample r holds the same images
+            for all candidates scored on as many.
     """
 
     value: float
@@ -34,6 +36,7 @@ class Score:
     nfe: int
     se: float | None = None
     others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    resamples: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def image_forwards(self) -> int:

@@ -117,12 +117,14 @@ class QualityNFE:
         value, shares = self._mean([score.value for score in scores])
         errors = [share * score.se for share, score in zip(shares, scores, strict=True) if score.se is not None]
         others: dict[str, Any] = {}
+        resamples: dict[str, Sequence[float]] = {}
         for nfe, score in zip(self.nfe, scores, strict=True):
             if score.se is not None:
                 others[f"{self.metric.name}@{nfe}"] = {"value": score.value, "se": score.se}
             others |= {f"{name}@{nfe}": other for name, other in score.others.items()}
+            resamples |= {f"{name}@{nfe}": drawn for name, drawn in score.resamples.items()}
         se = sum(errors) if len(errors) == len(scores) else None
-        return Score(value, len(images), sum(self.nfe), se, others)
+        return Score(value, len(images), sum(self.nfe), se, others, resamples)
 
     def floor(self) -> float:
         """Real images against real ones; the same at each NFE, and so their mean."""

@@ -21,7 +21,7 @@ from lcsc.core.space import Point, SearchSpace
 from lcsc.datasets.base import Dataset
 from lcsc.datasets.split import split_halves
 from lcsc.metrics.base import DifferentiableMetric, Metric
-from lcsc.metrics.bootstrap import bootstrap_se
+from lcsc.metrics.bootstrap import bootstrap
 from lcsc.metrics.paired import paired_scores
 from lcsc.models.base import Model
 from lcsc.models.flat import LiveModel
@@ -105,9 +105,10 @@ class SampleQuality:
         metrics = (self.metric, *self.other_metrics) if full else (self.metric,)
         features = self._sampled(candidate, seed, purpose, images, metrics)
         rows = {m.name: self._measure(m, features[_digest(m)], _half(purpose), full) for m in metrics}
-        value, se = rows.pop(self.metric.name)
-        others = {name: {"value": other, "se": error} for name, (other, error) in rows.items() if error is not None}
-        return Score(value, len(images), self.sampler.nfe(), se, others)
+        value, se, _ = rows.pop(self.metric.name)
+        others = {name: {"value": other, "se": error} for name, (other, error, _) in rows.items() if error is not None}
+        resamples = {name: drawn for name, (*_, drawn) in rows.items()}
+        return Score(value, len(images), self.sampler.nfe(), se, others, resamples)
 
     @torch.no_grad()
     def block_states(
@@ -278,14 +279,17 @@ class SampleQuality:
             cache[metric.name, half] = metric.reference(metric.update(metric.zeros(), features_ND))
         return cache[metric.name, half]
 
-    def _measure(self, metric: Metric, features_ND: Tensor, half: str, full: bool) -> tuple[float, float | None]:
+    def _measure(
+        self, metric: Metric, features_ND: Tensor, half: str, full: bool
+    ) -> tuple[float, float | None, list[float]]:
+        """The score; where a full one is asked for, its standard error and the scores of the resamples too."""
         reference = self._reference(metric, half)
         blocks = _blocks(metric, features_ND, NUM_BLOCKS)
         value = metric.compute(functools.reduce(metric.merge, blocks), reference)
         if not full:
-            return value, None
+            return value, None, []
         rng = SeedRange(0, Purpose.BOOTSTRAP).generator()
-        return value, bootstrap_se(metric, blocks, reference, rng=rng)
+        return value, *bootstrap(metric, blocks, reference, rng=rng)
 
 
 def with_sampler(quality: SampleQuality, sampler: Sampler) -> SampleQuality:

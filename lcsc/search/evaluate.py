@@ -30,8 +30,10 @@ class Evaluator:
         """The candidate at a point, shape (size,)."""
         return self.operator.apply(self.bank, self.space.to_point(vector))
 
-    def score(self, vector: np.ndarray, purpose: Purpose, images: range, full: bool = False) -> dict[str, Any]:
-        """Value; `full` adds the standard error and the other metrics."""
+    def score(
+        self, vector: np.ndarray, purpose: Purpose, images: range, full: bool = False, resamples: bool = False
+    ) -> dict[str, Any]:
+        """Value; `full` adds the standard error and the other metrics, `resamples` their scores by resample too."""
         candidate = self.candidate(vector)
         head = head_of(candidate)
         try:
@@ -42,7 +44,11 @@ class Evaluator:
             return failed_row(head, str(error))
         if not math.isfinite(score.value):
             return failed_row(head, f"the score is {score.value}")
-        tail = {"se": score.se, "others": dict(score.others), "num_images": score.num_images} if full else {}
+        tail: dict[str, Any] = {}
+        if full:
+            tail = {"se": score.se, "others": dict(score.others), "num_images": score.num_images}
+        if resamples:
+            tail["resamples"] = {name: list(drawn) for name, drawn in score.resamples.items()}
         return done_row(head, score.value, score.image_forwards, tail)
 
     def slope(self, vector: np.ndarray, purpose: Purpose, images: range) -> dict[str, Any]:

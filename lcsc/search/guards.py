@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lcsc.core.errors import ConfigError, did_you_mean
 from lcsc.objectives.base import Objective
+
+#: Standard errors by which a guard has to be worse than its share allows: chance alone vetoes in about one of 40.
+NUM_SE = 2.0
 
 Row = dict[str, Any]
 
@@ -26,8 +32,10 @@ def check_guards(objective: Objective, guards: Mapping[str, float]) -> None:
 class Watch:
     """Compares finalists with the best baseline by the guards, all on the select seeds.
 
-    A finalist is vetoed when a guard is worse than the best baseline's by more than its share of the baseline's value.
-    The baseline itself is judged against nothing and can never be vetoed.
+    A finalist is vetoed when a guard is worse than the best baseline's by more than its share of the baseline's value
+    and two standard errors of that excess. Both saw the same noise, so the error is that of the paired bootstrap where
+    the objective tells its resamples; otherwise it is the one of independent scores, which is larger, and none for a
+    score without standard error. The baseline itself is judged against nothing and can never be vetoed.
 
     Args:
         objective: has `other_metrics`.
@@ -40,24 +48,49 @@ class Watch:
         self.rival: Row | None = None
 
     def judged(self, row: Row) -> Row:
-        """The row, with the reason under `vetoed` where a guard objects."""
-        others, theirs = row.get("others") or {}, (self.rival or {}).get("others") or {}
-        for name, share in self._guards.items():
-            for key in sorted(k for k in theirs if k == name or k.startswith(f"{name}@")):
-                reason = self._objection(name, key, share, others.get(key), theirs[key]["value"])
-                if reason:
-                    return {**row, "vetoed": reason}
+        """The row, with the reason under `vetoed` where a guard objects.
+
+        While there is no rival it may become one, and keeps the guards' resamples; later rows need them no more.
+        """
+        drawn = {key: values for key, values in row.get("resamples", {}).items() if self._share(key)}
+        row = {key: value for key, value in row.items() if key != "resamples"}
+        if self.rival is None:
+            return {**row, "resamples": drawn} if drawn else row
+        ours, theirs = row.get("others") or {}, self.rival.get("others") or {}
+        for key in sorted(set(ours) & set(theirs)):
+            found = self._share(key)
+            if found is None:
+                continue
+            pair = (drawn.get(key), (self.rival.get("resamples") or {}).get(key))
+            reason = self._objection(key, found, ours[key], theirs[key], pair)
+            if reason:
+                return {**row, "vetoed": reason}
         return row
 
+    def _share(self, key: str) -> tuple[str, float] | None:
+        """The guard that a score falls under and its share."""
+        name = key if key in self._guards else key.partition("@")[0]
+        return (name, self._guards[name]) if name in self._guards else None
+
     def _objection(
-        self, name: str, key: str, share: float, ours: Mapping[str, float] | None, theirs: float
+        self, key: str, guard: tuple[str, float], ours: Row, theirs: Row, pair: tuple[Any, Any]
     ) -> str | None:
-        if ours is None:
+        name, share = guard
+        sign = -1.0 if self._directions[name] else 1.0
+
+        def excess(mine: Any, other: Any) -> Any:
+            return sign * (np.asarray(mine) - np.asarray(other)) - share * np.abs(other)
+
+        if None not in pair and len(pair[0]) == len(pair[1]) > 1:
+            se = float(np.std(excess(*pair), ddof=1))
+        else:
+            se = math.hypot(ours.get("se") or 0.0, (1 + share) * (theirs.get("se") or 0.0))
+        if not float(excess(ours["value"], theirs["value"])) > NUM_SE * se:
             return None
-        worse = theirs - ours["value"] if self._directions[name] else ours["value"] - theirs
-        if not worse > share * abs(theirs):
-            return None
-        return f"`{key}` is {ours['value']:.4g}, the best baseline's {theirs:.4g}; {share:.4g} of it is allowed"
+        return (
+            f"`{key}` is {ours['value']:.4g}, the best baseline's {theirs['value']:.4g}; {share:.4g} of it is allowed, "
+            f"and {NUM_SE * se:.2g} for chance"
+        )
 
 
 def _directions(objective: Objective) -> dict[str, bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,8 @@ from lcsc.searchers.base import Accountable, Proposal, Searcher, Session, Start,
 
 #: Consecutive failed trials after which the search stops: something is wrong with more than one candidate.
 MAX_FAILURES = 20
+#: Members of a baseline family that are scored on the select seeds, at most.
+NUM_MEMBERS = 3
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class Budget:
     Args:
         num_trials: proposals scored on the search seeds.
         num_images: images a trial.
-        num_finalists: best trials scored again on the select seeds.
+        num_finalists: best trials scored again on the select seeds; of each baseline family as many, but at most 3.
         num_images_select, num_images_report: images of those, and of the final scores.
         prefixes: sizes of a race, increasing and below `num_images`: trials are scored on so many images first and
             dropped when they cannot win. Empty scores all trials on all images.
         drop_level: a trial is dropped when it beats the best one in less than this share of the paired bootstrap
             resamples of the images so far.
         guards: further metrics that veto a finalist, and the relative share by which each may be worse than the best
-            baseline's, such as `{recall_digits: 0.05}`; None for no guards.
+            baseline's, beside what chance explains, such as `{recall_digits: 0.05}`; None for no guards.
     """
 
     num_trials: int = 300
@@ -128,6 +130,7 @@ class Search:
         self.racer = Racer(self.evaluator, sizes, problem.budget.drop_level) if problem.budget.prefixes else None
         self.images = self.forwards = self.saved = 0
         self._told_unraced = False
+        self._rated: dict[tuple[float, ...], Record] = {}  # baselines on the select seeds
 
     def run(self) -> Outcome:
         """Run, or continue, to the end.
@@ -137,7 +140,6 @@ class Search:
         """
         floor = self.journal.step("floor", {}, lambda: {"value": self.problem.objective.floor()})["value"]
         baselines = self._baselines()
-        tuned = _best_of_family(baselines)
         starts = tuple(
             Start(np.array(record["vector"]), record["value"], record["label"], record["family"])
             for record in sorted((b for b in baselines if b["value"] is not None), key=lambda record: record["value"])
@@ -146,11 +148,11 @@ class Search:
         trials = self._trials(session, baselines, floor)
         if isinstance(session, Accountable):
             self.journal.step("account", {}, lambda: {"lines": session.account()})
-        winner = self._select(session, trials, starts)
+        winner, tuned = self._select(session, trials, baselines)
         own = self._own(winner)
         if any(value.any() for value in own.values()):  # what helps the winner beside its weights, baselines get too
             baselines += self._baselines(own, ", settings of the winner")
-            tuned = _best_of_family(baselines)
+            tuned = self._tuned(baselines)
         reports = [self._report("best", winner["label"], winner)]
         reports += [self._report(family, record["label"], record) for family, record in tuned.items()]
         failed = sum(trial["status"] != "ok" for trial in trials)
@@ -252,38 +254,62 @@ class Search:
             self.progress.note("note: the searcher's gradients and trials on noise of their own are not raced")
             self._told_unraced = True
 
-    def _select(self, session: Session, trials: list[Record], starts: tuple[Start, ...]) -> Record:
-        """Score the finalists and the best baseline on the select seeds; the winner is the best there."""
+    def _select(
+        self, session: Session, trials: list[Record], baselines: list[Record]
+    ) -> tuple[Record, dict[str, Record]]:
+        """Score the baselines' best and the finalists on the select seeds: the winner there, and `_tuned`."""
         if all(trial["value"] is None for trial in trials):
             raise EvaluationError(
                 f"no trial of {len(trials)} could be scored: {trials[-1]['reason'] if trials else 'none ran'}."
             )
-        finalists = list(enumerate(self._finalists(session, trials)))
-        watch, num = self._watch(starts), self.problem.budget.num_images_select
-        if starts:  # a search may fail to beat where it began; guards compare with it, so it comes first
-            rival = (len(finalists), (starts[0].label, starts[0].vector))
-            finalists = [rival, *finalists] if watch else [*finalists, rival]
+        guards = self.problem.budget.guards
+        watch = Watch(self.problem.objective, guards) if guards else None
+        tuned = self._tuned(baselines, watch)
+        rivals = sorted((r for r in tuned.values() if r["kind"] == "select"), key=lambda record: record["value"])
+        if watch and rivals:
+            watch.rival = rivals[0]
+        elif watch:
+            watch = None
+            self.progress.note("note: no baseline could be scored, so `search.guards` has nothing to compare with")
+        records = [self._selected(label, vector, watch) for label, vector in self._finalists(session, trials)]
+        for record in records:
+            if "vetoed" in record:
+                self.progress.note(f"{record['label']} is vetoed: {record['vetoed']}")
+        # a search may fail to beat where it began; of equals the first wins
+        fit = [r for r in (*records, *rivals[:1]) if "vetoed" not in r and r["value"] is not None]
+        if not fit:
+            reason = records[-1]["reason"] if records else "none is left"
+            raise EvaluationError(f"no finalist could be scored on the select seeds: {reason}")
+        return min(fit, key=lambda record: record["value"]), tuned
+
+    def _tuned(self, baselines: list[Record], watch: Watch | None = None) -> dict[str, Record]:
+        """The representative of each family: of its best members on the search seeds the best on the select seeds.
+
+        So baselines get the second look that finalists get. Where none can be scored there it is the best of before.
+        """
+        count, tuned = min(NUM_MEMBERS, self.problem.budget.num_finalists), {}
+        ranked = sorted((b for b in baselines if b["value"] is not None), key=lambda record: record["value"])
+        for family in dict.fromkeys(record["family"] for record in baselines if record["value"] is not None):
+            best = [record for record in ranked if record["family"] == family][:count]
+            for record in best:
+                at = tuple(record["vector"])
+                if at not in self._rated:  # families share members, such as the last checkpoint
+                    self._rated[at] = self._selected(record["label"], np.array(at), watch)
+            rated = [{**self._rated[tuple(record["vector"])], "label": record["label"]} for record in best]
+            scored = [record for record in rated if record["value"] is not None]
+            tuned[family] = min(scored, key=lambda record: record["value"], default=best[0])
+        return tuned
+
+    def _selected(self, label: str, vector: np.ndarray, watch: Watch | None) -> Record:
+        """A vector scored on the select seeds, and judged by the guards."""
+        num = self.problem.budget.num_images_select
 
         def score(vector: np.ndarray) -> Record:
-            row = self.evaluator.score(vector, Purpose.SELECT, range(num), full=watch is not None)
-            return watch.judged(row) if watch else row
+            if watch is None:
+                return self.evaluator.score(vector, Purpose.SELECT, range(num))
+            return watch.judged(self.evaluator.score(vector, Purpose.SELECT, range(num), full=True, resamples=True))
 
-        scored: list[tuple[float, int, Record]] = []
-        for place, (label, vector) in finalists:
-            record = self._step("select", {"label": label, "vector": vector.tolist()}, num, score)
-            if watch and watch.rival is None:
-                watch.rival = record
-            if "vetoed" in record:
-                self.progress.note(f"{label} is vetoed: {record['vetoed']}")
-                continue
-            scored.append((math.inf if record["value"] is None else record["value"], place, record))
-        return min(scored)[2]
-
-    def _watch(self, starts: tuple[Start, ...]) -> Watch | None:
-        guards = self.problem.budget.guards
-        if guards and not starts:
-            self.progress.note("note: no baseline could be scored, so `search.guards` has nothing to compare with")
-        return Watch(self.problem.objective, guards) if guards and starts else None
+        return self._step("select", {"label": label, "vector": vector.tolist()}, num, score)
 
     def _finalists(self, session: Session, trials: list[Record]) -> list[tuple[str, np.ndarray]]:
         """The searcher's choice, else the best trials; none that was dropped from a race."""
@@ -309,20 +335,11 @@ class Search:
     def num_steps(self) -> int:
         """Steps of the plan that the progress display counts."""
         baselines: list[Baseline] = self.problem.operator.baselines(self.problem.bank)
-        families = {baseline.family for baseline in baselines}
-        budget = self.problem.budget
-        return len(baselines) + budget.num_trials + min(budget.num_finalists, budget.num_trials) + 2 + len(families)
+        families, budget = Counter(baseline.family for baseline in baselines), self.problem.budget
+        finalists = min(budget.num_finalists, budget.num_trials)
+        members = sum(min(NUM_MEMBERS, budget.num_finalists, num) for num in families.values())
+        return len(baselines) + budget.num_trials + finalists + members + 1 + len(families)
 
     def point(self, record: Record) -> Point:
         """The point a record was scored at."""
         return self.space.to_point(np.array(record["vector"]))
-
-
-def _best_of_family(baselines: list[Record]) -> dict[str, Record]:
-    """The best record of each family on the search seeds: its tuned representative."""
-    tuned: dict[str, Record] = {}
-    for record in baselines:
-        old = tuned.get(record["family"])
-        if record["value"] is not None and (old is None or record["value"] < old["value"]):
-            tuned[record["family"]] = record
-    return tuned

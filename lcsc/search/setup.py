@@ -17,6 +17,9 @@ from lcsc.search.loop import Budget, Problem
 #: Distributions whose version can change a score.
 VERSIONS = ("lcsc", "torch", "numpy", "scipy", "diffusers", "nevergrad", "safetensors")
 
+#: Raised when a search takes other steps than before, so that no older journal is continued.
+PROTOCOL = 2
+
 #: Kinds of parts that an objective may hold, in a field of that name; beside them `other_metrics`.
 PARTS = ("model", "sampler", "metric", "dataset")
 
@@ -95,4 +98,5 @@ def fingerprints(problem: Problem) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"bank": problem.bank.digest, "evaluator": problem.objective.circumstances(), "versions": versions}
+    prints = {"bank": problem.bank.digest, "evaluator": problem.objective.circumstances(), "versions": versions}
+    return {**prints, "protocol": PROTOCOL}

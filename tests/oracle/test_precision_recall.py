@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import build
 from lcsc.metrics import precision_recall
-from lcsc.metrics.bootstrap import bootstrap_se
+from lcsc.metrics.bootstrap import bootstrap
 
 PRECISION, RECALL = build("metric", "precision_pixels"), build("metric", "recall_pixels")
 
@@ -115,7 +115,7 @@ def test_standard_error_meets_the_scatter_of_fresh_samples(metric):
     blocks = [
         [state_of(metric, chunk) for chunk in features_of(200 + i, 300, 3, 0.8).tensor_split(20)] for i in range(4)
     ]
-    errors = [bootstrap_se(metric, states, reference, rng=np.random.default_rng(i)) for i, states in enumerate(blocks)]
+    errors = [bootstrap(metric, states, reference, rng=np.random.default_rng(i))[0] for i, states in enumerate(blocks)]
     assert np.mean(errors) == pytest.approx(np.std(fresh, ddof=1), rel=0.35)
 
 

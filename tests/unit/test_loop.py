@@ -72,6 +72,7 @@ class Scripted:
 
 
 def search(tmp_path, objective, num_trials=12, **budget):
+    tmp_path.mkdir(exist_ok=True)
     budget = Budget(num_trials, 10, **{"num_finalists": 3, "num_images_select": 20, "num_images_report": 30, **budget})
     problem = Problem(None, Line(), build("searcher", "one_plus_one"), objective, budget, 0)
     with Progress("loop", 0, quiet=True) as progress, Journal(tmp_path, print) as journal:
@@ -83,6 +84,7 @@ def of_kind(records, kind):
 
 
 BASELINES = 3  # calls with search seeds before the first trial
+RIVALS = 3  # calls with select seeds before the first finalist
 
 
 @pytest.mark.parametrize(
@@ -148,16 +150,17 @@ def test_twenty_failures_in_a_row_stop_the_search(tmp_path):
 def test_the_winner_is_chosen_on_the_select_seeds_and_reported_on_the_report_seeds(tmp_path):
     # the third of the finalists is the best on the select seeds
     spoil = {
-        (Purpose.SELECT, 0): 5.0,
-        (Purpose.SELECT, 1): math.nan,
-        (Purpose.SELECT, 2): 1.0,
+        (Purpose.SELECT, RIVALS): 5.0,
+        (Purpose.SELECT, RIVALS + 1): math.nan,
+        (Purpose.SELECT, RIVALS + 2): 1.0,
         (Purpose.REPORT, 0): 4.25,
     }
     outcome, records = search(tmp_path, Scripted(spoil))
-    finalists = of_kind(records, "select")
+    finalists = of_kind(records, "select")[RIVALS:]
     ranked = sorted(of_kind(records, "trial"), key=lambda r: (r["value"], r["uid"]))
     labels = [f"trial {record['uid']}" for record in ranked[:3]]
-    assert [record["label"] for record in finalists] == [*labels, "near"]
+    assert [record["label"] for record in finalists] == labels
+    assert [record["label"] for record in of_kind(records, "select")[:RIVALS]] == ["near", "far", "other"]
     assert outcome.winner["label"] == finalists[2]["label"]
     assert outcome.reports[0]["who"] == "best"
     assert (outcome.reports[0]["value"], outcome.reports[0]["se"]) == (4.25, 0.1)
@@ -172,7 +175,7 @@ def test_the_searcher_starts_at_the_best_baseline(tmp_path):
 def test_images_are_counted_once_also_when_continued(tmp_path):
     objective = Scripted()
     first, records = search(tmp_path, objective)
-    assert first.images_sampled == sum(num for _, num in objective.calls) == 3 * 10 + 12 * 10 + 4 * 20 + 3 * 30
+    assert first.images_sampled == sum(num for _, num in objective.calls) == 3 * 10 + 12 * 10 + 6 * 20 + 3 * 30
     idle = Scripted()
     again, same = search(tmp_path, idle)
     assert idle.calls == []
@@ -190,7 +193,7 @@ class Other:
 
 @dataclass
 class Guarded(Scripted):
-    """Scores `variety` (higher is better) and `spread` (lower is better) beside the distance."""
+    """Scores `variety` (higher is better) and `spread` (lower is better) beside the distance, to 0.001."""
 
     found: dict = field(default_factory=dict)
     other_metrics: tuple = (Other("variety", True), Other("spread", False))
@@ -199,20 +202,23 @@ class Guarded(Scripted):
         score = super().__call__(candidate, seed=seed, purpose=purpose, images=images, full=full)
         index = sum(p is purpose for p, _ in self.calls) - 1
         rows = {"variety": 0.5, "spread": 2.0} | self.found.get((purpose, index), {})
-        return Score(score.value, score.num_images, 1, score.se, {k: {"value": v, "se": 0.1} for k, v in rows.items()})
+        return Score(
+            score.value, score.num_images, 1, score.se, {k: {"value": v, "se": 0.001} for k, v in rows.items()}
+        )
 
 
 def test_a_guard_vetoes_what_loses_too_much_and_says_so(tmp_path, monkeypatch):
     notes = []
     monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
-    rows = {1: {"variety": 0.47}, 2: {"variety": 0.48}, 3: {"spread": 2.3}}  # call 0 is the best baseline
+    # call 0 is the best baseline
+    rows = {RIVALS: {"variety": 0.47}, RIVALS + 1: {"variety": 0.48}, RIVALS + 2: {"spread": 2.3}}
     objective = Guarded(found={(Purpose.SELECT, index): row for index, row in rows.items()})
-    objective.spoil = {(Purpose.SELECT, index): value for index, value in enumerate([9.0, 1.0, 4.0, 2.0])}
+    objective.spoil = {(Purpose.SELECT, index): value for index, value in enumerate([9.0, 9.5, 9.5, 1.0, 4.0, 2.0])}
     outcome, records = search(tmp_path, objective, guards={"variety": 0.05, "spread": 0.1})
-    baseline, lost, fine, wide = of_kind(records, "select")
+    baseline, _, _, lost, fine, wide = of_kind(records, "select")
     assert baseline["label"] == "near"
-    assert lost["vetoed"] == "`variety` is 0.47, the best baseline's 0.5; 0.05 of it is allowed"
-    assert wide["vetoed"] == "`spread` is 2.3, the best baseline's 2; 0.1 of it is allowed"
+    assert lost["vetoed"] == "`variety` is 0.47, the best baseline's 0.5; 0.05 of it is allowed, and 0.0029 for chance"
+    assert wide["vetoed"] == "`spread` is 2.3, the best baseline's 2; 0.1 of it is allowed, and 0.003 for chance"
     assert "vetoed" not in fine
     assert "vetoed" not in baseline
     assert outcome.winner["label"] == fine["label"]
@@ -223,25 +229,25 @@ def test_a_guard_vetoes_what_loses_too_much_and_says_so(tmp_path, monkeypatch):
 
 def test_the_best_baseline_is_never_vetoed(tmp_path):
     found = {(Purpose.SELECT, 0): {"variety": 0.5, "spread": -1.0}}  # shares are of the size, also below zero
-    found |= {(Purpose.SELECT, index): {"variety": 0.9, "spread": -0.8} for index in (1, 2, 3)}
-    spoil = {(Purpose.SELECT, 0): 9.0}
+    found |= {(Purpose.SELECT, RIVALS + i): {"variety": 0.9, "spread": -0.8} for i in range(3)}
+    spoil = {(Purpose.SELECT, i): 9.0 + i for i in range(RIVALS)}
     outcome, records = search(tmp_path, Guarded(spoil, found=found), guards={"spread": 0.1})
-    assert [("vetoed" in record) for record in of_kind(records, "select")] == [False, True, True, True]
+    assert [("vetoed" in record) for record in of_kind(records, "select")] == [False] * RIVALS + [True] * 3
     assert outcome.winner["label"] == "near"
 
 
 def test_guards_cost_nothing_where_none_is_set(tmp_path):
     _, records = search(tmp_path, Guarded())
     assert all("others" not in record for record in of_kind(records, "select"))
-    assert of_kind(records, "select")[-1]["label"] == "near"
+    assert of_kind(records, "select")[0]["label"] == "near"
 
 
 def test_a_guard_covers_a_metric_at_all_numbers_of_calls(tmp_path):
     found = {(Purpose.SELECT, 0): {"variety@1": 0.5, "variety@2": 0.5}}
-    found |= {(Purpose.SELECT, index): {"variety@1": 0.6, "variety@2": 0.3} for index in (1, 2, 3)}
+    found |= {(Purpose.SELECT, RIVALS + i): {"variety@1": 0.6, "variety@2": 0.3} for i in range(3)}
     _, records = search(tmp_path, Guarded(found=found), guards={"variety": 0.05})
     assert [record.get("vetoed", "")[:18] for record in of_kind(records, "select")] == [
-        "",
+        *[""] * RIVALS,
         *["`variety@2` is 0.3,"[:18]] * 3,
     ]
 
@@ -252,6 +258,51 @@ def test_guards_without_a_scored_baseline_are_said_to_be_idle(tmp_path, monkeypa
     monkeypatch.setattr(Line, "baselines", lambda self, bank: [])
     search(tmp_path, Guarded(), guards={"variety": 0.05})
     assert notes == ["note: no baseline could be scored, so `search.guards` has nothing to compare with"]
+
+
+def test_the_guards_rival_is_the_best_baseline_that_can_be_scored(tmp_path, monkeypatch):
+    """A baseline that breaks on the select seeds must not switch the guards off."""
+    notes = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
+    broken = EvaluationError("broken.")
+    spoil = {(Purpose.SELECT, 0): broken, (Purpose.SELECT, 1): 7.0, (Purpose.SELECT, 2): 6.0}
+    found = {(Purpose.SELECT, 1): {"variety": 0.1}, (Purpose.SELECT, 2): {"variety": 0.4}}
+    found |= {(Purpose.SELECT, RIVALS + i): {"variety": v} for i, v in enumerate((0.3, 0.39, 0.2))}
+    outcome, records = search(tmp_path / "one", Guarded(spoil, found=found), guards={"variety": 0.05})
+    rows = of_kind(records, "select")
+    assert [row["label"] for row in rows[:RIVALS]] == ["near", "far", "other"]
+    assert ["vetoed" in row for row in rows[RIVALS:]] == [True, False, True]  # against 0.4, which is `other`
+    assert outcome.winner["label"] == rows[RIVALS + 1]["label"]
+    assert [(r["who"], r["label"]) for r in outcome.reports[1:]] == [("a", "far"), ("b", "other")]
+    notes.clear()
+    all_broken = {(Purpose.SELECT, index): broken for index in range(RIVALS)}
+    outcome, _ = search(tmp_path / "all", Guarded(all_broken, found=found), guards={"variety": 0.05})
+    assert notes == ["note: no baseline could be scored, so `search.guards` has nothing to compare with"]
+    assert outcome.winner["label"].startswith("trial")
+
+
+def test_families_are_represented_by_their_best_on_the_select_seeds(tmp_path):
+    """`near` is ahead on the search seeds by luck; finalists get a second look, and so do baselines."""
+    outcome, records = search(tmp_path, Scripted({(Purpose.SELECT, 0): 8.0, (Purpose.SELECT, 1): 0.5}))
+    assert [(r["who"], r["label"]) for r in outcome.reports] == [("best", "far"), ("a", "far"), ("b", "other")]
+    assert outcome.winner["value"] == 0.5
+    assert outcome.image_forwards == outcome.images_sampled == 3 * 10 + 12 * 10 + 6 * 20 + 3 * 30
+    _, records = search(tmp_path / "one", Scripted(), num_finalists=1)
+    assert [record["label"] for record in of_kind(records, "select")][:2] == ["near", "other"]
+
+
+def test_a_member_of_two_families_is_scored_once(tmp_path, monkeypatch):
+    rows = [Baseline("a", "mine", {"x": [1.0, 1.0]}), Baseline("b", "yours", {"x": [1.0, 1.0]})]
+    monkeypatch.setattr(Line, "baselines", lambda self, bank: rows)
+    outcome, records = search(tmp_path, Scripted())
+    assert len(of_kind(records, "select")) == 1 + 3
+    assert [(r["who"], r["label"]) for r in outcome.reports[1:]] == [("a", "mine"), ("b", "yours")]
+
+
+def test_a_search_whose_finalists_all_fail_says_so(tmp_path):
+    spoil = {(Purpose.SELECT, index): EvaluationError(f"broken {index}.") for index in range(RIVALS + 3)}
+    with pytest.raises(EvaluationError, match=r"no finalist could be scored on the select seeds: broken 5\."):
+        search(tmp_path, Scripted(spoil))
 
 
 def test_unknown_guards_are_refused(tmp_path):
@@ -298,7 +349,7 @@ def test_baselines_get_the_winners_settings_of_the_objective(tmp_path):
 
 
 def test_a_winner_with_idle_settings_costs_no_second_round_of_baselines(tmp_path):
-    outcome, records = search(tmp_path, Knob({(Purpose.SELECT, i): 99.0 for i in range(3)}))
+    outcome, records = search(tmp_path, Knob({(Purpose.SELECT, RIVALS + i): 99.0 for i in range(3)}))
     assert outcome.winner["label"] == "near"
     assert len(of_kind(records, "baseline")) == 3
 
