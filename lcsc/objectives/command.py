@@ -23,7 +23,8 @@ from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose
 from lcsc.objectives.base import Score
-from lcsc.objectives.function import check_nfe, check_weights, checked_numbers, number_name
+from lcsc.objectives.function import check_nfe, checked_numbers, number_name
+from lcsc.objectives.shared import check_weights
 from lcsc.operators.base import Candidate
 
 #: What a command may ask for, as `{path}` or as `$LCSC_PATH`.

@@ -17,11 +17,11 @@ from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import Dataset
-from lcsc.datasets.split import split_halves
 from lcsc.models.base import Model
 from lcsc.models.flat import LiveModel
 from lcsc.models.losses import denoising_loss
 from lcsc.objectives.base import Score, Slope
+from lcsc.objectives.shared import KeptLive, choose_device, halves_of
 from lcsc.operators.base import Candidate
 
 #: Streams of a purpose: the noise of an image, its noise level, the order of the images.
@@ -60,6 +60,7 @@ class HeldOutLoss:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"`objective.batch_size` is {self.batch_size}; it must be at least 1.")
+        self.__dict__["_kept"] = KeptLive()
 
     def draw_levels(self, uniform_N: np.ndarray) -> tuple[np.ndarray, ...]:
         """Noise levels, float32 (N,) each, at uniform numbers in [0, 1), shape (N,)."""
@@ -151,21 +152,10 @@ class HeldOutLoss:
 
     @functools.cached_property
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
-        labels_N = self.dataset.labels()
-        labels = None if labels_N is None else labels_N.numpy()
-        return split_halves(len(self.dataset.images()), self.split_seed, labels)
+        return halves_of(self.dataset, self.split_seed)
 
     def _live(self, candidate: Candidate) -> LiveModel:
-        """The live network with the candidate's weights; kept while candidates share their layout."""
-        cached = self.__dict__.get("_live_cache")
-        if cached is None or cached[0] is not candidate.layout:
-            chosen = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-            live = LiveModel(candidate.arch, candidate.layout, candidate.constants, torch.device(chosen))
-            cached = self.__dict__["_live_cache"] = (candidate.layout, live)
-        live = cached[1]
-        candidate.write(live.theta_P)
-        if not torch.isfinite(live.theta_P).all():
-            raise EvaluationError("the combined weights hold NaN or Inf; the coefficients are too large for float32.")
+        live: LiveModel = self.__dict__["_kept"].filled(candidate, choose_device(self.device))
         return live
 
 

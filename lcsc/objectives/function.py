@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.models.flat import LiveModel
 from lcsc.objectives.base import Score
+from lcsc.objectives.shared import KeptLive, check_weights, choose_device
 from lcsc.operators.base import Candidate
 
 
@@ -53,6 +54,7 @@ class Function:
 
     def __post_init__(self) -> None:
         check_nfe(self.nfe)
+        self.__dict__["_kept"] = KeptLive()
         _ = self._called  # a name that is wrong shows up here, before anything is done
 
     @property
@@ -69,9 +71,7 @@ class Function:
         self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, full: bool = False
     ) -> Score:
         """See `Objective.__call__`; the standard error is the function's, if it gives one."""
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        )
+        device = choose_device(self.device)
         model = self._model(candidate, device)
         start = int(SeedRange(seed, purpose).generator(images.start).integers(2**63))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -142,20 +142,8 @@ class Function:
             weights = candidate.weights()
             check_weights(weights[entry.name] for entry in candidate.layout.entries)
             return weights
-        cached = self.__dict__.get("_live_cache")
-        if cached is None or cached[0] is not candidate.layout or not cached[1].intact:
-            live = LiveModel(candidate.arch, candidate.layout, candidate.constants, device)
-            cached = self.__dict__["_live_cache"] = (candidate.layout, live)
-        live = cached[1]
-        candidate.write(live.theta_P)
-        check_weights([live.theta_P])
+        live: LiveModel = self.__dict__["_kept"].filled(candidate, device)
         return live.net.eval().requires_grad_(False)
-
-
-def check_weights(tensors: Iterable[Tensor]) -> None:
-    """Raise EvaluationError for weights that are not finite: a candidate that diverged."""
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise EvaluationError("the combined weights hold NaN or Inf; the coefficients are too large for float32.")
 
 
 def check_nfe(nfe: int) -> None:

@@ -19,13 +19,13 @@ from lcsc.core.registry import register
 from lcsc.core.seeds import ImageNoise, Purpose, SeedRange
 from lcsc.core.space import Point, SearchSpace
 from lcsc.datasets.base import Dataset
-from lcsc.datasets.split import split_halves
 from lcsc.metrics.base import DifferentiableMetric, Metric
 from lcsc.metrics.bootstrap import bootstrap
 from lcsc.metrics.paired import paired_scores
 from lcsc.models.base import Model
 from lcsc.models.flat import LiveModel
 from lcsc.objectives.base import Blocks, Score, Slope
+from lcsc.objectives.shared import KeptLive, choose_device, halves_of
 from lcsc.operators.base import Candidate
 from lcsc.samplers.base import Sampler
 from lcsc.samplers.times import Retimed, times_box
@@ -77,7 +77,7 @@ class SampleQuality:
                 f"`metric` is `{self.metric.name}`, which is better when higher; an objective is minimised. "
                 "List it under `other_metrics`, and in `search.guards` if it should veto winners."
             )
-        self.__dict__["_caches"] = {"reference": {}}  # shared by copies with another sampler
+        self.__dict__["_caches"] = {"reference": {}, "live": KeptLive()}  # shared by copies with another sampler
         digests: dict[str, str] = {}
         for metric in (self.metric, *self.other_metrics):
             digest = metric.load_detector().digest  # a missing weights file shows up here, before anything is done
@@ -134,7 +134,6 @@ class SampleQuality:
     def images(self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int) -> Tensor:
         """The candidate's images, float32 NCHW in [-1, 1], on the CPU."""
         live = self._live(candidate)
-        candidate.write(live.theta_P)
         return torch.cat([batch.cpu() for batch in self._batches(live, seed, purpose, range(num_images))])
 
     def floor(self) -> float:
@@ -171,7 +170,7 @@ class SampleQuality:
     @functools.cached_property
     def torch_device(self) -> torch.device:
         """Where the networks run."""
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+        return choose_device(self.device)
 
     @property
     def no_gradient(self) -> str | None:
@@ -192,7 +191,6 @@ class SampleQuality:
             EvaluationError: the candidate diverged or collapsed, or the derivative is not finite.
         """
         live = self._live(candidate)
-        candidate.write(live.theta_P)
         reference = self._reference(self.metric, _half(purpose))
         detector = self.metric.load_detector()
         moved = self.sampler if isinstance(self.sampler, Retimed) else None
@@ -221,9 +219,6 @@ class SampleQuality:
         The images are sampled once and each detector sees them once, batch by batch.
         """
         live = self._live(candidate)
-        candidate.write(live.theta_P)
-        if not torch.isfinite(live.theta_P).all():
-            raise EvaluationError("the combined weights hold NaN or Inf; the coefficients are too large for float32.")
         detectors = {_digest(metric): metric.load_detector() for metric in metrics}
         parts: dict[str, list[Tensor]] = {digest: [] for digest in detectors}
         for batch in self._batches(live, seed, purpose, images):
@@ -254,23 +249,16 @@ class SampleQuality:
             yield batch
 
     def _live(self, candidate: Candidate) -> LiveModel:
-        """The live network for the candidate's layout; kept while candidates share it."""
-        cached = self.__dict__["_caches"].get("live")
-        if cached is None or cached[0] is not candidate.layout:
-            live = LiveModel(candidate.arch, candidate.layout, candidate.constants, self.torch_device)
-            cached = self.__dict__["_caches"]["live"] = (candidate.layout, live)
-        return cached[1]
+        live: LiveModel = self.__dict__["_caches"]["live"].filled(candidate, self.torch_device)
+        return live
 
     @torch.no_grad()
     def _reference_features(self, metric: Metric, half: str) -> Tensor:
         return metric.load_detector().features(self._reference_images(half).to(self.torch_device))
 
     def _reference_images(self, half: str) -> Tensor:
-        images_NCHW = self.dataset.images()
-        labels_N = self.dataset.labels()
-        labels = None if labels_N is None else labels_N.numpy()
-        search, report = split_halves(len(images_NCHW), self.split_seed, labels)
-        return images_NCHW[torch.from_numpy(search if half == "search" else report)]
+        search, report = halves_of(self.dataset, self.split_seed)
+        return self.dataset.images()[torch.from_numpy(search if half == "search" else report)]
 
     def _reference(self, metric: Metric, half: str) -> Any:
         cache = self.__dict__["_caches"]["reference"]
