@@ -24,12 +24,17 @@ def paired_scores(metric: Metric[State, Reference], states: Sequence[State], ref
     resample, and closer to the truth, because exact scores of resamples carry a bias and a scatter of their own (a
     resample holds two thirds of the images). Other metrics are scored exactly.
     """
-    rng = SeedRange(0, Purpose.BOOTSTRAP).generator(index=1)
-    draws_RB = rng.integers(len(states), size=(NUM_RESAMPLES, len(states)))
+    draws_RB = paired_draws(len(states))
     if isinstance(metric, FrechetDistance):
         counts_RB = np.stack([np.bincount(draws, minlength=len(states)) for draws in draws_RB])
         return frechet_to_first_order(metric, states, reference, counts_RB)  # type: ignore[arg-type]
     return np.array(resampled_scores(metric, states, reference, draws_RB))
+
+
+def paired_draws(num_blocks: int) -> np.ndarray:
+    """Which blocks make up each resample, int64, shape (R, B); the same for all candidates."""
+    rng = SeedRange(0, Purpose.BOOTSTRAP).generator(index=1)
+    return rng.integers(num_blocks, size=(NUM_RESAMPLES, num_blocks))
 
 
 def frechet_to_first_order(

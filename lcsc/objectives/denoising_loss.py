@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,10 +17,11 @@ from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import Dataset
+from lcsc.metrics.paired import paired_draws
 from lcsc.models.base import Model
 from lcsc.models.flat import LiveModel
 from lcsc.models.losses import denoising_loss
-from lcsc.objectives.base import Score, Slope
+from lcsc.objectives.base import Blocks, Score, Slope
 from lcsc.objectives.shared import KeptLive, choose_device, halves_of
 from lcsc.operators.base import Candidate
 
@@ -84,6 +85,32 @@ class HeldOutLoss:
         losses_N = torch.cat(list(self._batches(live, seed, purpose, images))).double().cpu().numpy()
         value = _checked(float(losses_N.mean()))
         return Score(value, len(images), self.forwards[0], grouped_se(losses_N, rows_N) if full else None)
+
+    @torch.no_grad()
+    def block_states(
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, num_blocks: int
+    ) -> Blocks:
+        """See `Raceable.block_states`; a state is the number of images and the sum of their losses, float64 (2,)."""
+        live = self._live(candidate)
+        losses_N = torch.cat(list(self._batches(live, seed, purpose, images))).double().cpu().numpy()
+        blocks = np.array_split(losses_N, min(num_blocks, len(losses_N)))
+        states = tuple(np.array([len(block), block.sum()]) for block in blocks)
+        return Blocks(states, len(images) * self.forwards[0])
+
+    @staticmethod
+    def merge_states(states: Sequence[Any]) -> Any:
+        """See `Raceable.merge_states`."""
+        return np.sum(states, axis=0)
+
+    def value_of(self, states: Sequence[Any], purpose: Purpose) -> float:
+        """See `Raceable.value_of`."""
+        count, total = self.merge_states(states)
+        return _checked(float(total / count))
+
+    def resampled(self, states: Sequence[Any], purpose: Purpose) -> np.ndarray:
+        """See `Raceable.resampled`."""
+        counts_R, totals_R = np.stack(states)[paired_draws(len(states))].sum(1).T
+        return totals_R / counts_R  # type: ignore[no-any-return]
 
     def slope(self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range) -> Slope:
         """Backward through one batch after the other, so memory is that of one batch.

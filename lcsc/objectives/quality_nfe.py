@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from lcsc.core.space import Point, SearchSpace
 from lcsc.datasets.base import Dataset
 from lcsc.metrics.base import Metric
 from lcsc.models.base import Model
-from lcsc.objectives.base import Score, Slope
+from lcsc.objectives.base import Blocks, Score, Slope
 from lcsc.objectives.sample_quality import SampleQuality, with_sampler
 from lcsc.operators.base import Candidate
 from lcsc.samplers.base import Sampler, with_nfe
@@ -126,6 +127,36 @@ class QualityNFE:
         se = sum(errors) if len(errors) == len(scores) else None
         return Score(value, len(images), sum(self.nfe), se, others, resamples)
 
+    @torch.no_grad()
+    def block_states(
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, num_blocks: int
+    ) -> Blocks:
+        """See `Raceable.block_states`; the state of a block holds the members' states, in the order of `nfe`."""
+        shared, found = self._written(candidate), []
+        where: dict[str, Any] = {"seed": seed, "purpose": purpose, "images": images, "num_blocks": num_blocks}
+        for nfe, member in zip(self.nfe, self.members, strict=True):
+            with _naming(nfe):
+                found.append(member.block_states(shared, **where))
+        states = tuple(zip(*(blocks.states for blocks in found), strict=True))
+        return Blocks(states, sum(blocks.image_forwards for blocks in found))
+
+    def merge_states(self, states: Sequence[Any]) -> Any:
+        """See `Raceable.merge_states`."""
+        rows = zip(self.members, zip(*states, strict=True), strict=True)
+        return tuple(member.merge_states(own) for member, own in rows)
+
+    def value_of(self, states: Sequence[Any], purpose: Purpose) -> float:
+        """See `Raceable.value_of`."""
+        return self._mean(self._values_of(states, purpose))[0]
+
+    def resampled(self, states: Sequence[Any], purpose: Purpose) -> np.ndarray:
+        """See `Raceable.resampled`; to first order in the members, whose resamples may lie below 0."""
+        values = self._values_of(states, purpose)
+        value, shares = self._mean(values)
+        rows = zip(self.members, shares, values, zip(*states, strict=True), strict=True)
+        moves = [share * (member.resampled(own, purpose) - at) for member, share, at, own in rows]
+        return value + np.sum(moves, axis=0)  # type: ignore[no-any-return]
+
     def floor(self) -> float:
         """Real images against real ones; the same at each NFE, and so their mean."""
         return self.members[0].floor()
@@ -174,6 +205,7 @@ class QualityNFE:
         other.__dict__["members"] = tuple(m.at(part) for m, part in zip(self.members, own, strict=True))
         return other
 
+    @torch.no_grad()
     def images(self, candidate: Candidate, *, seed: int, purpose: Purpose, num_images: int) -> Tensor:
         """The candidate's images at the first NFE, float32 NCHW in [-1, 1], on the CPU."""
         return self.members[0].images(candidate, seed=seed, purpose=purpose, num_images=num_images)
@@ -187,6 +219,14 @@ class QualityNFE:
         """Of the members, with sum 1."""
         weights = self.weights or [1.0] * len(self.nfe)
         return [weight / sum(weights) for weight in weights]
+
+    def _values_of(self, states: Sequence[Any], purpose: Purpose) -> list[float]:
+        """The members' scores of all blocks together."""
+        values = []
+        for nfe, member, own in zip(self.nfe, self.members, zip(*states, strict=True), strict=True):
+            with _naming(nfe):
+                values.append(member.value_of(own, purpose))
+        return values
 
     def _mean(self, values: Sequence[float]) -> tuple[float, list[float]]:
         """The mean of the members' values and its derivative by each of them."""

@@ -102,7 +102,7 @@ def test_run_directory_is_as_described(run):
     kinds = [record["kind"] for record in records]
     assert kinds[0] == "floor"
     assert kinds.count("trial") == 30
-    assert kinds.count("select") == 4
+    assert kinds.count("select") == 15 + 3  # the best of each baseline family, each once; finalists
     assert kinds.count("report") == 7
     images = np.load(path / "samples.npz")
     assert images["best"].shape == images["last"].shape == images["ema"].shape == (64, 1, 2, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pytest
@@ -14,13 +14,13 @@ from scipy import stats
 from lcsc.bank import CheckpointBank
 from lcsc.config.hydra_app import compose_config
 from lcsc.core.errors import ConfigError, EvaluationError
-from lcsc.core.registry import build
+from lcsc.core.registry import build, discover, part
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.core.space import Box, SearchSpace
 from lcsc.metrics.bootstrap import resampled_scores
 from lcsc.metrics.paired import NUM_RESAMPLES, chance_better, frechet_to_first_order, paired_scores
 from lcsc.models.network import build_network, save_network
-from lcsc.objectives.base import Blocks, Score
+from lcsc.objectives.base import Blocks, Raceable, Score
 from lcsc.operators.base import Baseline
 from lcsc.search.evaluate import Evaluator
 from lcsc.search.journal import Journal, read_records
@@ -332,6 +332,74 @@ def test_sampled_images_race(tmp_path, metric):
     assert (lost["dropped_at"], lost["images"], lost["coef"]) == (40, 40, evaluator.candidate(bad).recipe["coef"])
     assert lost["image_forwards"] == 40 * objective.sampler.nfe()
     assert racer.race(good) == row
+
+
+KINDS = {"model": "direct", "sampler": "euler", "dataset": "gaussian", "metric": "fid_pixels"}
+
+
+def gaussian_problem(folder, objective, budget, **settings):
+    """A search among three scattered ideal denoisers, by one of lcsc's own objectives."""
+    torch.manual_seed(0)
+    net = build_network({"class": "GaussianDenoiser", "config": {"shape": [1, 2, 2]}})
+    for step in (1, 2, 3):
+        for parameter in net.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        save_network(net, folder / f"checkpoint-{step}" / "unet")
+    wanted = {f.name for f in fields(part("objective", objective).cls)}
+    parts = {kind: build(kind, name) for kind, name in KINDS.items() if kind in wanted}
+    if objective == "consistency_loss":
+        parts["model"] = build("model", "consistency")
+    scorer = build("objective", objective, **parts, batch_size=64, device="cpu", **settings)
+    searcher = build("searcher", "lcsc_evolution", mutation=0.9, mutation_scale=1.0)
+    return Problem(CheckpointBank.open(folder), build("operator", "linear"), searcher, scorer, Budget(**budget), 0)
+
+
+def raced(problem, folder):
+    with Progress("race", 0, quiet=True) as progress, Journal(folder, print) as journal:
+        return Search(problem, journal, progress).run()
+
+
+RACED = {"fid_nfe": {"nfe": [1, 2]}, "denoising_loss": {}, "consistency_loss": {}}
+
+
+@pytest.mark.parametrize("objective", RACED)
+def test_other_objectives_race_and_survivors_score_what_they_score_alone(tmp_path, objective):
+    budget = {"num_images_select": 50, "num_images_report": 50, "num_finalists": 1}
+    budget |= {"num_trials": 25, "num_images": 300, "prefixes": [40, 120]}
+    problem = gaussian_problem(tmp_path / "bank", objective, budget, **RACED[objective])
+    outcome = raced(problem, tmp_path)
+    evaluator = Evaluator(problem.bank, problem.operator, problem.objective, problem.space(), 0)
+    trials, baselines = of_kind(tmp_path, "trial"), of_kind(tmp_path, "baseline")
+    survivors = [trial for trial in trials if "dropped_at" not in trial]
+    assert 0 < len(survivors) < len(trials)
+    for record in (*survivors, *baselines):
+        plain = evaluator.score(np.array(record["vector"]), Purpose.SEARCH, range(300))
+        assert record["value"] == pytest.approx(plain["value"], rel=1e-9)
+        assert record["image_forwards"] == plain["image_forwards"]
+    best = min(record["value"] for record in (*survivors, *baselines))
+    for trial in trials:  # none that was dropped would have won
+        assert evaluator.score(np.array(trial["vector"]), Purpose.SEARCH, range(300))["value"] >= best * (1 - 1e-9)
+    assert outcome.images_saved == sum(300 - trial["images"] for trial in trials) > 0
+
+
+def test_resamples_of_a_mean_over_nfes_are_of_first_order(tmp_path):
+    problem = gaussian_problem(tmp_path, "fid_nfe", {"num_images": 300}, nfe=[1, 2], weights=[3.0, 1.0])
+    scorer, candidate = problem.objective, problem.operator.apply(problem.bank, {"z": np.array([0.2, -0.1])})
+    blocks = scorer.block_states(candidate, seed=0, purpose=Purpose.SEARCH, images=range(2000), num_blocks=20)
+    own = [member.resampled([s[i] for s in blocks.states], Purpose.SEARCH) for i, member in enumerate(scorer.members)]
+    exact_R, first_R = own[0] ** 0.75 * own[1] ** 0.25, scorer.resampled(blocks.states, Purpose.SEARCH)
+    assert exact_R.std() > 0
+    assert abs(first_R - exact_R).max() < 0.1 * exact_R.std()
+    merged = [scorer.merge_states(blocks.states[:7]), scorer.merge_states(blocks.states[7:])]
+    assert scorer.value_of(merged, Purpose.SEARCH) == pytest.approx(scorer.value_of(blocks.states, Purpose.SEARCH))
+
+
+def test_all_objectives_race_but_those_that_run_the_users_own_code():
+    known = discover("objective")
+    assert {name for name in known if not issubclass(known[name].cls, Raceable)} == {"command", "function"}
+    command = build("objective", "command", command="true")
+    with pytest.raises(ConfigError, match=r"is \[100\], but objective `command` cannot score a part of its images"):
+        Problem(None, Plane(), None, command, Budget(prefixes=[100]), 0)
 
 
 def test_a_candidate_that_fails_early_costs_its_prefix(tmp_path):
