@@ -98,6 +98,7 @@ def test_run_directory_is_as_described(run):
     names = {p.name for p in path.iterdir()}
     assert {"run.json", "journal.jsonl", "timing.jsonl", "samples.npz", "summary.json", "best", "report"} <= names
     assert (path / "report" / "report.html").stat().st_size > 10_000
+    assert json.loads((path / "run.json").read_text())["fingerprints"]["protocol"] == 2
     records, _ = read_records(path / "journal.jsonl")
     kinds = [record["kind"] for record in records]
     assert kinds[0] == "floor"

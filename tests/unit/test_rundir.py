@@ -10,6 +10,7 @@ import pytest
 from lcsc.core.differences import differences
 from lcsc.core.errors import RunError
 from lcsc.search.rundir import RunDir, open_run_dir
+from lcsc.search.setup import PROTOCOL
 
 INFO = {"name": "toy", "config": {"seed": 0, "search": {"num_trials": 5}}, "fingerprints": {"bank": "abc"}}
 
@@ -34,6 +35,13 @@ def test_other_circumstances_start_a_new_run_and_say_why(tmp_path):
     assert state == "new"
     assert run.path != old.path
     assert notes == [f"not continuing `{old.path}`, its circumstances differ: `fingerprints.bank`: abc -> xyz"]
+
+
+def test_a_run_from_before_steps_were_counted_is_not_continued(tmp_path):
+    old, _ = open_run_dir(tmp_path, None, INFO, print)
+    notes, prints = [], {**INFO["fingerprints"], "protocol": PROTOCOL}
+    assert open_run_dir(tmp_path, None, {**INFO, "fingerprints": prints}, notes.append)[1] == "new"
+    assert notes == [f"not continuing `{old.path}`, its circumstances differ: `fingerprints.protocol`: None -> 2"]
 
 
 def test_a_named_directory_of_another_configuration_is_refused_field_by_field(tmp_path):
