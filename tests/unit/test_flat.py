@@ -98,7 +98,7 @@ def test_a_function_scores_a_network_with_tied_embeddings(tmp_path, nets, save):
         for scorer in (objective, spoiling, spoiling):
             found = scorer(candidate, seed=0, purpose=Purpose.SEARCH, images=range(1))
             assert found.value == pytest.approx(wanted, rel=1e-5)
-    live = objective.__dict__["_live_cache"][1]
+    live = objective.__dict__["_kept"].filled(candidate, torch.device("cpu"))
     assert live.intact  # one network served both candidates
     live.theta_P.zero_()
     assert not live.net.lm_head.weight.any()
