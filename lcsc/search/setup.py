@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lcsc.bank import CheckpointBank, Selection
+from lcsc.bank.shard_index import shown
 from lcsc.core import registry
+from lcsc.core.errors import ConfigError
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.objectives.base import Objective
 from lcsc.search.loop import Budget, Problem
@@ -22,6 +24,9 @@ PROTOCOL = 2
 
 #: Kinds of parts that an objective may hold, in a field of that name; beside them `other_metrics`.
 PARTS = ("model", "sampler", "metric", "dataset")
+
+#: Objectives that run what a setting of theirs names, and that setting.
+RUNNERS = {"command": "command", "function": "function"}
 
 
 def open_bank(config: Mapping[str, Any]) -> CheckpointBank:
@@ -61,17 +66,45 @@ def build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_problem(config: Mapping[str, Any]) -> Problem:
+def build_problem(config: Mapping[str, Any], *, trust: bool = False) -> Problem:
     """Everything a search needs.
 
     Args:
         config: plain values with the sections bank, operator, searcher, objective, model, sampler, metric,
             other_metrics, dataset, search and seed.
+        trust: whether code that the configuration names may run: a command, a function, a part that is not lcsc's own.
+            A run.json names whatever its writer liked.
 
     Raises:
-        LcscError: a part, a setting or a checkpoint is not as it should be.
+        LcscError: a part, a setting or a checkpoint is not as it should be, or names code and is not trusted.
     """
+    if not trust:
+        refuse_code(config)
     return Problem(bank=open_bank(config), **build_parts(config))
+
+
+def refuse_code(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a configuration names code that is not lcsc's own; nothing of it is run or imported."""
+    objective = config["objective"]
+    field = RUNNERS.get(str(objective["name"]))
+    named = f"the {field} `{shown(objective.get(field), 2000)}`" if field else None
+    for kind, name in _named_parts(config):
+        cls = registry.part(kind, name).cls
+        if named is None and cls.__module__.partition(".")[0] != "lcsc":
+            named = f"{kind} `{shown(name)}` of the package `{cls.__module__}`"
+    if named:
+        raise ConfigError(
+            f"the configuration asks to run {named}, and nothing that a run's files name is run unasked. If you trust "
+            "it, add `trust=true` (in Python: `trust=True`)."
+        )
+
+
+def _named_parts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Kind and name of all parts of a search that a configuration names."""
+    kinds = [kind for kind in ("operator", "searcher", "objective", *PARTS) if config.get(kind) is not None]
+    rows = [(kind, config[kind]) for kind in kinds] + [("metric", other) for other in config.get("other_metrics") or ()]
+    named = [(kind, str(section["name"])) for kind, section in rows]
+    return named + [("detector", str(row["detector"])) for kind, row in rows if kind == "metric" and "detector" in row]
 
 
 def describe_problem(problem: Problem) -> dict[str, Any]:

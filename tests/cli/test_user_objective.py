@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from helpers_cli import TOY
 from lcsc.bank import Layout
 from lcsc.cli.train import train
 from lcsc.config.hydra_app import compose_config
+from lcsc.core import registry
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose
@@ -26,7 +28,7 @@ from lcsc.models.network import load_network
 from lcsc.objectives.command import fill_in
 from lcsc.operators.base import Candidate
 from lcsc.search.run import run_search
-from lcsc.search.setup import build_objective, build_problem
+from lcsc.search.setup import build_objective, build_problem, refuse_code
 
 #: The toy with a handful of evaluations.
 SMALL = [*TOY, "bank.last=2", "search.num_trials=3", "search.num_finalists=1", "quiet=true"]
@@ -81,7 +83,7 @@ def searched(*words):
     """The same search without the command line and without its report."""
     config = compose_config([*SMALL, *words])
     train(config)
-    return found_in(run_search(build_problem(config), name="x", quiet=True))
+    return found_in(run_search(build_problem(config, trust=True), name="x", quiet=True))
 
 
 def test_a_command_is_searched_exported_and_reported(here, lcsc):
@@ -96,9 +98,54 @@ def test_a_command_is_searched_exported_and_reported(here, lcsc):
     assert [r["image_forwards"] for r in records if r["kind"] == "trial"] == [64] * 3
     assert "gap" in out
     assert not {"model", "sampler", "metric", "dataset"} & set(info["config"])
-    code, _, err = lcsc("export", f"run={path}", "to=out")  # built again from the run's own configuration
+    code, _, err = lcsc("export", f"run={path}", "to=out", "trust=true")  # built again from the run's configuration
     assert code == 0, err
-    assert run_search(build_problem(info["config"]), name="gap", quiet=True) == path.relative_to(here)  # found again
+    again = build_problem(info["config"], trust=True)
+    assert run_search(again, name="gap", quiet=True) == path.relative_to(here)  # found again
+
+
+def test_what_a_strangers_run_names_is_not_run_unasked(here, lcsc):
+    """A command, a function and a part of another package, put into a finished run's configuration."""
+    info = searched(*words_of("command", command="echo 3"))[2]
+    theirs = f"run=runs/{info['run_id']}"
+    file = here / "runs" / info["run_id"] / "run.json"
+    (here / "evil_scores.py").write_text("open('pwned', 'w')\ndef score(model, **circumstances):\n    return 3.0\n")
+
+    def set_objective(**objective):
+        file.write_text(json.dumps({**info, "config": {**info["config"], "objective": objective}}))
+
+    for objective, said in (
+        ({"name": "command", "command": "touch pwned;\necho 3"}, r"asks to run the command `touch pwned;\necho 3`, and"),
+        ({"name": "function", "function": "evil_scores:score"}, "asks to run the function `evil_scores:score`, and"),
+    ):
+        set_objective(**objective)
+        code, _, err = lcsc("export", theirs, "to=out")
+        assert (code, err.count("\n")) == (2, 1), err
+        assert said in err
+        assert "add `trust=true`" in err
+        assert not (here / "pwned").exists()
+        assert not (here / "out").exists()
+    set_objective(name="command", command="touch pwned; echo 3")
+    assert lcsc("export", theirs, "to=out", "trust=yes")[2].startswith("lcsc: `trust` is `yes`; it must be")
+    assert lcsc("export", theirs, "to=out", "trust=true")[0] == 0
+    assert (here / "pwned").exists()
+
+
+def test_a_part_of_another_package_is_not_run_unasked(monkeypatch):
+    @dataclass(frozen=True)
+    class Foreign:
+        """An objective of somebody's package."""
+
+    monkeypatch.setattr(Foreign, "__module__", "lcsc_theirs.objective")
+    monkeypatch.setitem(registry._PARTS["objective"], "theirs", registry.Part("objective", "theirs", Foreign, "x", {}))
+    parts = {"operator": {"name": "linear"}, "searcher": {"name": "auto"}, "other_metrics": [{"name": "kid_pixels"}]}
+    with pytest.raises(ConfigError, match="objective `theirs` of the package `lcsc_theirs.objective`, and nothing"):
+        build_problem({**parts, "objective": {"name": "theirs"}})
+    config = {**parts, "objective": {"name": "sample_quality"}}
+    monkeypatch.setitem(registry._PARTS["detector"], "theirs", registry.Part("detector", "theirs", Foreign, "x", {}))
+    refuse_code(config)
+    with pytest.raises(ConfigError, match="detector `theirs` of the package"):
+        refuse_code({**config, "metric": {"name": "fid", "detector": "theirs"}})
 
 
 def test_a_function_is_searched(here, monkeypatch):
