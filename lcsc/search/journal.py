@@ -68,6 +68,23 @@ class Journal:
         self._file.close()  # releases the lock
 
     @property
+    def records(self) -> tuple[Record, ...]:
+        """All records that there are, replayed already or not."""
+        return tuple(self._records)
+
+    def forget(self, start: int) -> None:
+        """Cut off the records from place `start` on, none of which was replayed yet; they will be computed again.
+
+        A file is cut at once or not at all, so an interruption leaves a whole journal.
+        """
+        assert self._cursor <= start <= len(self._records)
+        self._file.seek(0)
+        size = sum(len(self._file.readline()) for _ in range(start))
+        self._file.truncate(size)
+        os.fsync(self._file.fileno())
+        del self._records[start:]
+
+    @property
     def replaying(self) -> bool:
         """Whether the next step is already recorded."""
         return self._cursor < len(self._records)

@@ -21,10 +21,9 @@ from lcsc.search.guards import Watch, check_guards
 from lcsc.search.journal import Journal, Record
 from lcsc.search.progress import Progress
 from lcsc.search.racing import Racer, check_race
+from lcsc.search.retry import MAX_FAILURES, retry_from
 from lcsc.searchers.base import Accountable, Proposal, Searcher, Session, Start, Task
 
-#: Consecutive failed trials after which the search stops: something is wrong with more than one candidate.
-MAX_FAILURES = 20
 #: Members of a baseline family that are scored on the select seeds, at most.
 NUM_MEMBERS = 3
 
@@ -138,6 +137,7 @@ class Search:
         Raises:
             EvaluationError: no baseline and no trial could be scored, or too many trials failed in a row.
         """
+        self._forget_failures()
         floor = self.journal.step("floor", {}, lambda: {"value": self.problem.objective.floor()})["value"]
         baselines = self._baselines()
         starts = tuple(
@@ -157,6 +157,13 @@ class Search:
         reports += [self._report(family, record["label"], record) for family, record in tuned.items()]
         failed = sum(trial["status"] != "ok" for trial in trials)
         return Outcome(winner, reports, floor, self.images, self.forwards, failed, self.saved)
+
+    def _forget_failures(self) -> None:
+        """Drop the failures that stopped the search when it ran last, so that the same line can mend them."""
+        num, start = len(self.journal.records), retry_from(self.journal.records, self.problem.budget.num_trials)
+        if start < num:
+            self.journal.forget(start)
+            self.progress.note(f"the last {num - start} steps failed and stopped the search; trying them again")
 
     def _step(self, kind: str, key: Mapping[str, Any], num: int, score: Callable[[np.ndarray], Record]) -> Record:
         """Score `key["vector"]` on `num` images, unless the journal holds it already."""
@@ -207,7 +214,7 @@ class Search:
                 session.tell(proposal.uid, told, None if gradient is None else np.array(gradient))
             if all(t["value"] is None for t in trials[-MAX_FAILURES:]) and len(trials) >= MAX_FAILURES:
                 raise EvaluationError(
-                    f"the last {MAX_FAILURES} trials failed: {record['reason']} "
+                    f"the last {MAX_FAILURES} trials failed: {record['reason'].rstrip('.')}. "
                     "Mend the cause and run the same line again."
                 )
         return trials
@@ -259,8 +266,9 @@ class Search:
     ) -> tuple[Record, dict[str, Record]]:
         """Score the baselines' best and the finalists on the select seeds: the winner there, and `_tuned`."""
         if all(trial["value"] is None for trial in trials):
+            reason = trials[-1]["reason"].rstrip(".") if trials else "none ran"
             raise EvaluationError(
-                f"no trial of {len(trials)} could be scored: {trials[-1]['reason'] if trials else 'none ran'}."
+                f"no trial of {len(trials)} could be scored: {reason}. Mend the cause and run the same line again."
             )
         guards = self.problem.budget.guards
         watch = Watch(self.problem.objective, guards) if guards else None
@@ -329,7 +337,10 @@ class Search:
             "report", key, num, lambda vector: self.evaluator.score(vector, Purpose.REPORT, range(num), full=True)
         )
         if report["value"] is None:
-            raise EvaluationError(f"`{who}` ({label}) could not be scored on the report seeds: {report['reason']}")
+            raise EvaluationError(
+                f"`{who}` ({label}) could not be scored on the report seeds: {report['reason'].rstrip('.')}. "
+                "Mend the cause and run the same line again."
+            )
         return report
 
     def num_steps(self) -> int:

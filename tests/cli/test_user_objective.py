@@ -115,7 +115,10 @@ def test_what_a_strangers_run_names_is_not_run_unasked(here, lcsc):
         file.write_text(json.dumps({**info, "config": {**info["config"], "objective": objective}}))
 
     for objective, said in (
-        ({"name": "command", "command": "touch pwned;\necho 3"}, r"asks to run the command `touch pwned;\necho 3`, and"),
+        (
+            {"name": "command", "command": "touch pwned;\necho 3"},
+            r"asks to run the command `touch pwned;\necho 3`, and",
+        ),
         ({"name": "function", "function": "evil_scores:score"}, "asks to run the function `evil_scores:score`, and"),
     ):
         set_objective(**objective)

@@ -147,6 +147,31 @@ def test_twenty_failures_in_a_row_stop_the_search(tmp_path):
     assert len(of_kind(records, "trial")) == MAX_FAILURES
 
 
+@pytest.mark.parametrize(
+    ("broken", "num_trials", "num_again"),
+    [
+        ({(Purpose.SEARCH, i) for i in range(BASELINES, 40)}, 30, MAX_FAILURES),
+        ({(Purpose.SEARCH, i) for i in range(40)}, 30, BASELINES + MAX_FAILURES),  # baselines failed by the same cause
+        ({(Purpose.SEARCH, i) for i in range(BASELINES + 5, 40)}, 30, MAX_FAILURES),  # after some good trials
+        ({(Purpose.SEARCH, i) for i in range(BASELINES, 40)}, 7, 7),  # all trials, though they are few
+        ({(Purpose.REPORT, 1)}, 7, 1),
+    ],
+)
+def test_failures_that_stopped_a_search_are_tried_again(tmp_path, monkeypatch, broken, num_trials, num_again):
+    notes = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    whole, _ = search(tmp_path / "a", Scripted(), num_trials)
+    with pytest.raises(EvaluationError, match=r"disk full\. Mend the cause and run the same line again\.$"):
+        search(tmp_path / "b", Scripted(dict.fromkeys(broken, EvaluationError("disk full."))), num_trials)
+    assert notes == []
+    outcome, _ = search(tmp_path / "b", Scripted(), num_trials)
+    assert notes == [f"the last {num_again} steps failed and stopped the search; trying them again"]
+    assert outcome == whole
+    assert (tmp_path / "b" / "journal.jsonl").read_bytes() == (tmp_path / "a" / "journal.jsonl").read_bytes()
+
+
 def test_the_winner_is_chosen_on_the_select_seeds_and_reported_on_the_report_seeds(tmp_path):
     # the third of the finalists is the best on the select seeds
     spoil = {

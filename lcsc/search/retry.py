@@ -1,0 +1,30 @@
+"""Which failures at the end of a journal stopped the search, so that continuing tries them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lcsc.search.journal import Record
+
+#: Consecutive failed trials after which the search stops: something is wrong with more than one candidate.
+MAX_FAILURES = 20
+
+
+def retry_from(records: Sequence[Record], num_trials: int) -> int:
+    """Place of the first record to compute again; `len(records)` where no failure stopped the search.
+
+    A search stops when `MAX_FAILURES` trials in a row, all trials, or a score on the report seeds fail. What failed
+    directly before, baselines too, is tried again with them: they share the cause.
+    """
+    end = len(records)
+    if end and records[-1]["kind"] == "account":  # written after the last trial, whatever became of the trials
+        end -= 1
+    start = end
+    while start and records[start - 1]["kind"] in ("baseline", "trial") and records[start - 1]["value"] is None:
+        start -= 1
+    failed = sum(record["kind"] == "trial" for record in records[start:end])
+    if failed and failed >= min(MAX_FAILURES, num_trials):
+        return start
+    if records and records[-1]["kind"] == "report" and records[-1]["value"] is None:
+        return len(records) - 1
+    return len(records)
