@@ -17,6 +17,7 @@ from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import Dataset
+from lcsc.datasets.content import data_digest
 from lcsc.metrics.paired import paired_draws
 from lcsc.models.base import Model
 from lcsc.models.flat import LiveModel
@@ -147,6 +148,7 @@ class HeldOutLoss:
             "nfe": self.forwards[0],
             "model": repr(self.model),
             "dataset": repr(self.dataset),
+            "data_digest": self._data_digest,
             "split_seed": self.split_seed,
             **settings,
         }
@@ -176,6 +178,10 @@ class HeldOutLoss:
             order = seeds.generator(int(turn), ORDER).permutation(len(half_H))
             rows_N[mine] = half_H[order[places_N[mine] % len(half_H)]]
         return rows_N
+
+    @functools.cached_property
+    def _data_digest(self) -> str:
+        return data_digest(self.dataset)
 
     @functools.cached_property
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from lcsc.core.registry import register
 from lcsc.core.seeds import ImageNoise, Purpose, SeedRange
 from lcsc.core.space import Point, SearchSpace
 from lcsc.datasets.base import Dataset
+from lcsc.datasets.content import data_digest
 from lcsc.metrics.base import DifferentiableMetric, Metric
 from lcsc.metrics.bootstrap import bootstrap
 from lcsc.metrics.paired import paired_scores
@@ -154,6 +155,7 @@ class SampleQuality:
             "sampler": repr(self.sampler),
             "model": repr(self.model),
             "dataset": repr(self.dataset),
+            "data_digest": self._data_digest,
             "split_seed": self.split_seed,
             **({"other_metrics": told} if told else {}),
         }
@@ -166,6 +168,10 @@ class SampleQuality:
     def at(self, point: Point) -> SampleQuality:
         """See `Tunable.at`."""
         return with_sampler(self, Retimed(self.sampler, point["times"])) if self.space().boxes else self
+
+    @functools.cached_property
+    def _data_digest(self) -> str:
+        return data_digest(self.dataset)
 
     @functools.cached_property
     def torch_device(self) -> torch.device:

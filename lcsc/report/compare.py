@@ -31,7 +31,9 @@ HEAD = (
 NUM_LEFT = 2  # columns of HEAD that hold no number
 
 #: What two runs must share to be ranked, and how a reader is told.
-EVALUATOR = ("metric", "detector", "detector_digest", "nfe", "dataset", "split_seed", "num_images_report")
+EVALUATOR = (
+    *("metric", "detector", "detector_digest", "nfe", "dataset", "data_digest", "split_seed", "num_images_report"),
+)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from lcsc.core.differences import differences
@@ -21,15 +19,10 @@ from lcsc.core.errors import OutputExistsError, RunError
 from lcsc.core.files import new_directory, write_json
 from lcsc.core.registry import describe, plain
 from lcsc.datasets.base import Dataset
+from lcsc.datasets.content import images_digest
 from lcsc.models.network import save_network
 
 SCHEMA = 1
-
-
-def images_digest(images_NCHW: Tensor) -> str:
-    """Hex SHA-256 of the shape and the float32 values."""
-    array = np.ascontiguousarray(images_NCHW.detach().cpu().numpy(), dtype="<f4")
-    return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
 
 
 def make_config(

@@ -388,3 +388,22 @@ def test_stratified_halves_hold_every_class_equally():
 
 def test_digit_labels_are_sklearns():
     assert np.array_equal(Digits().labels().numpy(), load_digits().target)
+
+
+@pytest.mark.parametrize("objective", ["sample_quality", "denoising_loss", "fid_nfe"])
+def test_other_images_or_labels_under_an_old_name_are_another_evaluator(tmp_path: Path, objective: str) -> None:
+    kinds = {"model": "edm", "sampler": "euler", "metric": "kid_pixels"}
+    if objective == "denoising_loss":
+        kinds = {"model": "edm"}
+    parts = {kind: registry.build(kind, name) for kind, name in kinds.items()}
+    first, path = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8), tmp_path / "data.npz"
+    found = []
+    labels = [0, 1, 0, 1]
+    for images, classes in ((first, labels), (first[::-1], labels), (first, [0, 0, 1, 1]), (first, labels)):
+        np.savez(path, images=images, labels=np.array(classes))
+        dataset = registry.build("dataset", "npz", path=str(path))
+        scorer = registry.build("objective", objective, **parts, dataset=dataset)
+        found.append(scorer.circumstances())
+    assert found[0] == found[3]
+    assert len({row.pop("data_digest") for row in found}) == 3
+    assert found[0] == found[1] == found[2]
