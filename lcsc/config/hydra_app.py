@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lcsc.config.schema import store_parts
 from lcsc.core import registry
 from lcsc.core.errors import ConfigError, LcscError, did_you_mean
+from lcsc.core.finite import need_finite
 
 _CHECKOUT = Path(__file__).resolve().parents[2] / "conf"
 
@@ -64,11 +65,12 @@ def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def to_plain(cfg: Any) -> dict[str, Any]:
-    """Resolved plain values; a mandatory value that is absent is a ConfigError."""
+    """Resolved plain values; a mandatory value that is absent, or a number that is not finite, is a ConfigError."""
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise explain(error) from error
+    need_finite(plain)
     return plain  # type: ignore[return-value]
 
 

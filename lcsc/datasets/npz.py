@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,9 @@ from lcsc.core.registry import register
 from lcsc.datasets.files import FileDataset
 from lcsc.datasets.images import existing, resize_square, to_nchw, to_unit_range
 from lcsc.datasets.labels import AUTO, choose_images, choose_labels, class_numbers
+
+#: What numpy and zipfile raise for archives that are damaged, encrypted, packed in a way they do not know, or none.
+FAULTS = (OSError, ValueError, AttributeError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @register("dataset", "npz", source="numpy .npz, NEP 1")
@@ -42,7 +46,8 @@ class Npz(FileDataset):
         path = existing(self.path, "npz")
         try:
             with np.load(path, allow_pickle=False) as archive:
-                names = list(archive.files)
+                # whatever else lies in the archive, such as a readme, is no array
+                names = [name.removesuffix(".npy") for name in archive.zip.namelist() if name.endswith(".npy")]
                 fitting = ["images"] if "images" in names else [n for n in names if _num_axes(archive, n) in (3, 4)]
                 key = choose_images(self.key, names, fitting, what="array", setting="key", where=f"`{path}`")
                 rest = [name for name in names if name != key]
@@ -51,7 +56,7 @@ class Npz(FileDataset):
                 labels = None if labels_key is None else archive[labels_key]
         except ConfigError:
             raise
-        except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except FAULTS as error:
             raise ConfigError(f"cannot read `{path}` as an .npz archive: {error}. Save it with numpy.savez.") from error
         where = f"array `{key}` of `{path}`"
         images_NCHW = to_nchw(to_unit_range(array, where), where)

@@ -78,7 +78,7 @@ class Function:
             torch.manual_seed(start)
             try:
                 result = self._called(model, seed=seed, purpose=purpose, images=images)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 text = " ".join(str(error).split())
                 where = f"{os.path.basename(last.filename)}:{last.lineno}"
@@ -88,9 +88,9 @@ class Function:
         parts = result if isinstance(result, tuple) else (result,)
         try:
             numbers = [float(part) for part in parts]
-        except (TypeError, ValueError, RuntimeError):
+        except Exception:  # the user's object may raise anything, and whole numbers have no limit
             numbers = []
-        value, se = checked_numbers(numbers, f"function `{self.function}` returned `{str(result)[:80]}`")
+        value, se = checked_numbers(numbers, f"function `{self.function}` returned `{_brief(result)}`")
         return Score(-value if self.higher_is_better else value, len(images), self.nfe, se if full else None)
 
     def floor(self) -> None:
@@ -144,6 +144,14 @@ class Function:
             return weights
         live: LiveModel = self.__dict__["_kept"].filled(candidate, device)
         return live.net.eval().requires_grad_(False)
+
+
+def _brief(result: Any) -> str:
+    """A result in at most 80 characters."""
+    try:
+        return str(result)[:80]
+    except Exception:  # a text of a whole number above 4,300 digits, or of the user's object
+        return f"a {type(result).__name__}"
 
 
 def check_nfe(nfe: int) -> None:

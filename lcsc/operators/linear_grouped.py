@@ -223,7 +223,8 @@ def _checked(groups: Any) -> str | Pairs:
             r"{attn: 'attentions\.'}."
         )
     for pair in pairs:
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) and text for text in pair):
+        texts = [] if isinstance(pair, str) or not isinstance(pair, Sequence) else pair
+        if len(texts) != 2 or not all(isinstance(text, str) and text for text in texts):
             raise ConfigError(f"`operator.groups` holds `{pair}`; each group is a name and a regular expression.")
         try:
             re.compile(pair[1])

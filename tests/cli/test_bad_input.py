@@ -44,6 +44,10 @@ def refuse(lcsc, here, words, text):
         (["search", *TOY, "search.num_trials=many"], "`search.num_trials`"),
         (["search", *TOY, "search.num_trials=0"], "`search.num_trials` is 0; it must be at least 1"),
         (["search", *TOY, "seed=-1"], "`seed` is -1; it must lie in"),
+        (["search", *TOY, "searcher.sigma0=inf"], "`searcher.sigma0` is inf; it must be a finite number"),
+        (["search", *TOY, "search.guards={kid_pixels: nan}"], "`search.guards.kid_pixels` is nan; it must be a finite"),
+        (["search", *TOY, "other_metrics=[{name: kid_pixels, degree: -inf}]"], "`other_metrics.0.degree` is -inf; it"),
+        (["search", *TOY, "operator=linear_grouped", "operator.groups=[5]"], "`operator.groups` holds `5`; each group"),
         (["search", "seed=1"], "is not set"),
         (
             ["search", *DIGITS],

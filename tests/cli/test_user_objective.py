@@ -284,6 +284,9 @@ def test_a_function_gets_a_network_in_order(tmp_path, monkeypatch, candidate):
         "def keys(model, **circumstances):\n    return sum(t.sum() for t in model.values())\n"
         "def wrong(model, **circumstances):\n    raise RuntimeError('bad\\nluck')\n"
         "def text(model, **circumstances):\n    return 'good'\n"
+        "def huge(model, **circumstances):\n    return 10**400\n"
+        "def huger(model, **circumstances):\n    return 10**5000\n"
+        "def leave(model, **circumstances):\n    raise SystemExit(3)\n"
         "value = 3\n"
     )
 
@@ -304,6 +307,12 @@ def test_a_function_gets_a_network_in_order(tmp_path, monkeypatch, candidate):
         score(function("wrong"), candidate)
     with pytest.raises(EvaluationError, match="returned `good`; wanted is one finite number"):
         score(function("text"), candidate)
+    with pytest.raises(EvaluationError, match=f"returned `1{'0' * 79}`; wanted is one finite number"):
+        score(function("huge"), candidate)
+    with pytest.raises(EvaluationError, match="returned `a int`; wanted is one finite number"):
+        score(function("huger"), candidate)
+    with pytest.raises(EvaluationError, match=r"`spoilers:leave` raised SystemExit at spoilers.py:\d+: 3$"):
+        score(function("leave"), candidate)
     diverged = Candidate(candidate.arch, candidate.layout, lambda theta_P: theta_P.fill_(np.nan), {})
     for objective in (function("keys"), command("echo 1")):
         with pytest.raises(EvaluationError, match="NaN or Inf"):

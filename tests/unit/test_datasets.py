@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,16 @@ def test_npz_finds_images_and_labels_under_any_usual_name(tmp_path: Path, name: 
     assert dataset.labels().dtype == torch.int64
     assert dataset.labels() is dataset.labels()
     assert Npz(path=str(tmp_path / "a.npz"), labels_key=None).labels() is None
+
+
+def test_npz_may_hold_what_is_no_array(tmp_path: Path) -> None:
+    path = tmp_path / "set.npz"
+    np.savez(path, scans=np.zeros((4, 8, 8), np.uint8))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert Npz(str(path)).images().shape == (4, 1, 8, 8)
+    with pytest.raises(ConfigError, match=r"has no array `readme.txt`\..* Known: scans"):
+        Npz(str(path), key="readme.txt").images()
 
 
 def test_npz_prefers_images_and_asks_where_it_is_in_doubt(tmp_path: Path) -> None:
