@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lcsc.cli.train import train
-from lcsc.config.hydra_app import run_job
+from lcsc.config.hydra_app import overridden, run_job
 from lcsc.config.schema import SEARCH_SECTIONS
 from lcsc.report.html import write_report
 from lcsc.report.run import Run
 from lcsc.report.tables import report_text, result_line
 from lcsc.search.loop import Problem
+from lcsc.search.progress import say
 from lcsc.search.run import run_search
-from lcsc.search.setup import build_parts, open_bank
+from lcsc.search.setup import PARTS, build_parts, check_before_training, open_bank, parts_of
 from lcsc.training.folder import needs_training
 
 
 def main(words: Sequence[str]) -> None:
     """Search, or continue; see `lcsc --help`."""
     command = shlex.join(["lcsc", "search", *words])
-    run_job("search", words, lambda config: search(config, command))
+    run_job("search", words, lambda config: search(config, command, overridden(words)))
 
 
-def search(config: dict[str, Any], command: str) -> Path:
-    """Run one search to its end, draw its report and print the result; returns the run directory."""
+def search(config: dict[str, Any], command: str, given: Sequence[str] = ()) -> Path:
+    """Run one search to its end, draw its report and print the result; returns the run directory.
+
+    Args:
+        config: plain configuration.
+        command: the line that started it, for the record.
+        given: settings that the user gave; those that count for nothing are named.
+    """
     sections = {key: config[key] for key in SEARCH_SECTIONS}
     parts = build_parts(sections)  # every setting is checked before anything is made
+    if not config["quiet"]:
+        for line in idle_settings(config, given):
+            say(line)
     if config["train_if_missing"] and needs_training(Path(config["bank"]["path"])):
+        check_before_training(parts)
         train(config)
     path = run_search(
         Problem(bank=open_bank(sections), **parts),
@@ -47,3 +58,16 @@ def search(config: dict[str, Any], command: str) -> Path:
     print(result_line(run.summary))
     print(f"report: {report}\nmodel:  {path / 'best'}", flush=True)
     return path
+
+
+def idle_settings(config: Mapping[str, Any], given: Sequence[str]) -> list[str]:
+    """One note for each kind of settings that the user gave and that count for nothing."""
+    objective, notes = config["objective"]["name"], []
+    used = parts_of(objective) | ({"model", "dataset"} if config["train_if_missing"] else set())
+    sections = dict.fromkeys(key.partition(".")[0] for key in given)
+    idle = [f"`{key}`" for key in sections if key in (*PARTS, "other_metrics") and key not in used]
+    if idle:
+        notes.append(f"note: objective `{objective}` takes no {', no '.join(idle)}; what you set there counts for nothing")
+    if "search.drop_level" in given and not config["search"]["prefixes"]:
+        notes.append("note: `search.drop_level` counts for nothing without `search.prefixes`")
+    return notes

@@ -127,6 +127,12 @@ def check_overrides(overrides: Sequence[str]) -> None:
                     raise ConfigError(f"no experiment named `{name}`.{did_you_mean(name, known)}")
 
 
+def overridden(overrides: Sequence[str]) -> list[str]:
+    """The settings that an override list gives, such as `sampler` and `sampler.num_steps`, as they are spelled there."""
+    words = [word for word in overrides if "=" in word and not word.startswith("-")]
+    return [override.key_or_group for override in OverridesParser.create().parse_overrides(words)]
+
+
 def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     """One sentence for an error of Hydra or OmegaConf that `overrides` led to."""
     text = str(error)

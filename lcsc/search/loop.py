@@ -73,6 +73,18 @@ class Budget:
                 raise ConfigError(f"`search.guards.{name}` is `{share}`; a share is a number of at least 0.")
 
 
+def check_budget(objective: Objective, budget: Budget) -> None:
+    """Raise ConfigError for a budget that does not fit the objective."""
+    for name in ("num_images", "num_images_select", "num_images_report"):
+        num, least = getattr(budget, name), objective.min_images
+        if num < least:
+            raise ConfigError(
+                f"`search.{name}` is {num}: too few images for `{objective.name}`; it needs at least {least}."
+            )
+    check_race(objective, budget.prefixes)
+    check_guards(objective, budget.guards or {})
+
+
 @dataclass(frozen=True)
 class Problem:
     """Everything a search is about."""
@@ -85,15 +97,7 @@ class Problem:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "num_images_select", "num_images_report"):
-            num, least = getattr(self.budget, name), self.objective.min_images
-            if num < least:
-                raise ConfigError(
-                    f"`search.{name}` is {num}: too few images for `{self.objective.name}`; it needs at least {least}."
-                )
-
-        check_race(self.objective, self.budget.prefixes)
-        check_guards(self.objective, self.budget.guards or {})
+        check_budget(self.objective, self.budget)
 
     def space(self) -> SearchSpace:
         """What is varied: the operator's boxes, then the objective's own."""

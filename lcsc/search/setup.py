@@ -13,8 +13,10 @@ from lcsc.bank.shard_index import shown
 from lcsc.core import registry
 from lcsc.core.errors import ConfigError
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.objectives.base import Objective
-from lcsc.search.loop import Budget, Problem
+from lcsc.core.space import Box, SearchSpace
+from lcsc.objectives.base import Objective, joint_space, why_no_gradient
+from lcsc.search.loop import Budget, Problem, check_budget
+from lcsc.searchers.base import Task
 
 #: Distributions whose version can change a score.
 VERSIONS = ("lcsc", "torch", "numpy", "scipy", "diffusers", "nevergrad", "safetensors")
@@ -37,13 +39,18 @@ def open_bank(config: Mapping[str, Any]) -> CheckpointBank:
     return CheckpointBank.open(Path(bank["path"]), select=select, **how)
 
 
+def parts_of(objective: str) -> set[str]:
+    """The sections of a configuration, beside its own, that an objective of that name is made of."""
+    cls = registry.part("objective", objective).cls
+    return {f.name for f in dataclasses.fields(cls) if f.init and f.metadata.get("internal")}
+
+
 def build_objective(config: Mapping[str, Any]) -> Objective:
     """The objective of a configuration, with those of `PARTS` that it has an internal field for.
 
     The others are not even built, so what an objective does not use need not fit it.
     """
-    cls = registry.part("objective", str(config["objective"]["name"])).cls
-    wanted = {f.name for f in dataclasses.fields(cls) if f.init and f.metadata.get("internal")}
+    wanted = parts_of(str(config["objective"]["name"]))
     parts: dict[str, Any] = {kind: registry.build(kind, config[kind]) for kind in PARTS if kind in wanted}
     if "other_metrics" in wanted:
         parts["other_metrics"] = tuple(registry.build("metric", other) for other in config["other_metrics"])
@@ -64,6 +71,25 @@ def build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
         "objective": build_objective(config),
         "seed": config["seed"],
     }
+
+
+def check_before_training(parts: Mapping[str, Any]) -> None:
+    """Raise what a search would raise later, when its checkpoints are there, as far as it does not depend on them.
+
+    The searcher is started on two coordinates in place of the unknown ones, so that one which needs a derivative that
+    the objective does not have, or an optimizer that nobody knows, costs no training.
+
+    Args:
+        parts: what `build_parts` made.
+
+    Raises:
+        ConfigError: objective, budget and searcher do not fit one another.
+    """
+    objective, budget = parts["objective"], parts["budget"]
+    check_budget(objective, budget)
+    space = joint_space(SearchSpace((Box("unknown", 2),)), objective)
+    reason = why_no_gradient(objective, parts["operator"])
+    parts["searcher"].start(Task(space, budget.num_trials, parts["seed"], (), reason))
 
 
 def build_problem(config: Mapping[str, Any], *, trust: bool = False) -> Problem:

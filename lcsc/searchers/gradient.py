@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -135,6 +136,16 @@ def need_gradient(searcher: str, task: Task) -> None:
         )
 
 
+def check_idle(searcher: Any, name: str, noise: str) -> None:
+    """Raise ConfigError for a setting `name` that was changed though only the noise `noise` looks at it."""
+    value = getattr(searcher, name)
+    if searcher.noise != noise and value != type(searcher).__dataclass_fields__[name].default:
+        raise ConfigError(
+            f"`searcher.{name}` is {value}, but counts for nothing with `searcher.noise` {searcher.noise}. "
+            f"Set `searcher.noise` to {noise}, or leave `{name}` out."
+        )
+
+
 @register("searcher", "gradient", source="Adam, arXiv:1412.6980, on the exact derivative; see docs/methods.md")
 @dataclass(frozen=True)
 class Gradient:
@@ -167,6 +178,7 @@ class Gradient:
                 f"`searcher.noise` is `{self.noise}` with `num_blocks` {self.num_blocks}; it must be one of "
                 f"{', '.join(NOISES)}, with at least 1 block."
             )
+        check_idle(self, "num_blocks", "rotating")
         if not 0 <= self.hold <= 1 or not 0 <= self.final <= 1:
             raise ConfigError(f"`searcher.hold` is {self.hold} and `final` {self.final}; both must lie in [0, 1].")
 

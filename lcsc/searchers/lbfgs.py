@@ -11,7 +11,7 @@ import numpy as np
 from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.searchers.base import Proposal, Session, Task, check_told
-from lcsc.searchers.gradient import BEST_TAIL, Region, need_gradient, tail_mean, tail_means
+from lcsc.searchers.gradient import BEST_TAIL, Region, check_idle, need_gradient, tail_mean, tail_means
 
 NOISES = ("common", "rotating")
 #: Wolfe's conditions: least share of the promised fall, largest share of the slope that may remain.
@@ -247,6 +247,8 @@ class Lbfgs:
         for name in ("num_blocks", "block_trials", "memory"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`searcher.{name}` is {getattr(self, name)}; it must be at least 1.")
+        for name in ("num_blocks", "block_trials"):
+            check_idle(self, name, "rotating")
 
     def start(self, task: Task) -> Session:
         """Begin at the best start; see `Searcher.start`.

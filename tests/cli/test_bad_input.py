@@ -9,6 +9,9 @@ import torch
 from helpers_cli import TOY
 from safetensors.torch import load_file, save_file
 
+from lcsc.cli.search import idle_settings
+from lcsc.config.hydra_app import compose_config, overridden
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIGITS = ["experiment=digits", "search.num_trials=2", "quiet=true"]
 
@@ -65,6 +68,50 @@ def refuse(lcsc, here, words, text):
 )
 def test_mistakes_on_the_line(here, lcsc, words, text):
     refuse(lcsc, here, words, text)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["search.guards={typo: 0.1}"], "`search.guards` names `typo`, which is none of the `other_metrics`"),
+        (["search.prefixes=[10,20]"], "`search.prefixes` begins with 10; a race needs at least 20 images"),
+        (["search.num_images=1"], "`search.num_images` is 1: too few images"),
+        (["searcher=nevergrad", "searcher.optimizer=CMAX"], "nevergrad has no optimizer `CMAX`. Did you mean `CMA`?"),
+        (["searcher=hybrid", "metric=kid_pixels", "objective=command", "objective.command=true"], "has no derivative"),
+        (["searcher=lbfgs", "searcher.num_blocks=3"], "`searcher.num_blocks` is 3, but counts for nothing with"),
+        (["searcher=lbfgs", "searcher.block_trials=5"], "`searcher.block_trials` is 5, but counts for nothing with"),
+        (["searcher=gradient", "searcher.num_blocks=3"], "with `searcher.noise` fresh. Set `searcher.noise` to rotating"),
+    ],
+)
+def test_nothing_is_trained_for_a_search_that_cannot_be(here, lcsc, words, text):
+    refuse(lcsc, here, ["search", *TOY, "quiet=true", *words], text)
+
+
+@pytest.mark.parametrize(
+    ("words", "notes"),
+    [
+        (
+            ["objective=command", "sampler.num_steps=99", "metric=kid_pixels", "dataset.seed=1"],
+            ["note: objective `command` takes no `sampler`, no `metric`; what you set there counts for nothing"],
+        ),
+        (
+            ["objective=command", "dataset.seed=1", "train_if_missing=false"],
+            ["note: objective `command` takes no `dataset`; what you set there counts for nothing"],
+        ),
+        (
+            ["objective=denoising_loss", "other_metrics=[]", "search.drop_level=0.1"],
+            [
+                "note: objective `denoising_loss` takes no `other_metrics`; what you set there counts for nothing",
+                "note: `search.drop_level` counts for nothing without `search.prefixes`",
+            ],
+        ),
+        (["sampler.num_steps=9", "metric=kid_pixels", "search.drop_level=0.1", "search.prefixes=[32]"], []),
+    ],
+)
+def test_settings_that_count_for_nothing_are_named(words, notes):
+    words = [*TOY, *words, "bank.path=nowhere"]
+    config = compose_config([*words, "objective.command=true"] if "objective=command" in words else words)
+    assert idle_settings(config, overridden(words)) == notes
 
 
 def edit(folder, change):
