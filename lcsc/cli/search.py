@@ -67,7 +67,9 @@ def idle_settings(config: Mapping[str, Any], given: Sequence[str]) -> list[str]:
     sections = dict.fromkeys(key.partition(".")[0] for key in given)
     idle = [f"`{key}`" for key in sections if key in (*PARTS, "other_metrics") and key not in used]
     if idle:
-        notes.append(f"note: objective `{objective}` takes no {', no '.join(idle)}; what you set there counts for nothing")
+        notes.append(
+            f"note: objective `{objective}` takes no {', no '.join(idle)}; what you set there counts for nothing"
+        )
     if "search.drop_level" in given and not config["search"]["prefixes"]:
         notes.append("note: `search.drop_level` counts for nothing without `search.prefixes`")
     return notes

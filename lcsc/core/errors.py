@@ -41,7 +41,12 @@ class NonFiniteError(BankError):
 
 
 class EvaluationError(LcscError, ValueError):
-    """A candidate or a sample set cannot be scored."""
+    """A candidate or a sample set cannot be scored.
+
+    `image_forwards`: network evaluations of one image that it took to find out.
+    """
+
+    image_forwards: int = 0
 
 
 class RunError(LcscError, ValueError):

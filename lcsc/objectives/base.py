@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from lcsc.core.errors import ConfigError
+from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.seeds import Purpose
 from lcsc.core.space import Point, SearchSpace
 from lcsc.operators.base import Candidate, PullsBack
@@ -94,7 +95,7 @@ class Objective(Protocol):
         """Score `candidate` on `images` of `(seed, purpose)`; `full` adds the standard error and the other metrics.
 
         Raises:
-            EvaluationError: the candidate produced something that cannot be scored.
+            EvaluationError: the candidate produced something that cannot be scored; says what that cost.
         """
         ...
 
@@ -174,6 +175,16 @@ class Tunable(Protocol):
     def at(self, point: Point) -> Objective:
         """The objective with its own boxes at `point`, which may hold other boxes too."""
         ...
+
+
+@contextlib.contextmanager
+def spending(image_forwards: int) -> Iterator[None]:
+    """Add what was spent before, in network evaluations of one image, to the cost of a failure inside."""
+    try:
+        yield
+    except EvaluationError as error:
+        error.image_forwards += image_forwards
+        raise
 
 
 def joint_space(space: SearchSpace, objective: Objective) -> SearchSpace:

@@ -22,7 +22,7 @@ from lcsc.core.digests import file_sha256, value_digest
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose
-from lcsc.objectives.base import Score
+from lcsc.objectives.base import Score, spending
 from lcsc.objectives.function import check_nfe, checked_numbers, number_name
 from lcsc.objectives.shared import check_weights
 from lcsc.operators.base import Candidate
@@ -93,12 +93,14 @@ class Command:
                 "num_images": str(len(images)),
                 "first_image": str(images.start),
             }
-            line = self._run(values, Path(folder))
+            with spending(len(images) * self.nfe):  # nobody knows how far a command came that failed
+                line = self._run(values, Path(folder))
         try:
             numbers = [float(word) for word in line.split()]
         except ValueError:
             numbers = []
-        value, se = checked_numbers(numbers, f"command `{self.command}` printed `{line[:80]}` last")
+        with spending(len(images) * self.nfe):
+            value, se = checked_numbers(numbers, f"command `{self.command}` printed `{line[:80]}` last")
         return Score(-value if self.higher_is_better else value, len(images), self.nfe, se if full else None)
 
     def floor(self) -> None:

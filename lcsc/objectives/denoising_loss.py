@@ -22,7 +22,7 @@ from lcsc.metrics.paired import paired_draws
 from lcsc.models.base import Model
 from lcsc.models.flat import LiveModel
 from lcsc.models.losses import denoising_loss
-from lcsc.objectives.base import Blocks, Score, Slope
+from lcsc.objectives.base import Blocks, Score, Slope, spending
 from lcsc.objectives.shared import KeptLive, choose_device, halves_of
 from lcsc.operators.base import Candidate
 
@@ -84,7 +84,8 @@ class HeldOutLoss:
         live = self._live(candidate)
         rows_N = self._rows(seed, purpose, images)
         losses_N = torch.cat(list(self._batches(live, seed, purpose, images))).double().cpu().numpy()
-        value = _checked(float(losses_N.mean()))
+        with spending(self.forwards[0] * len(images)):
+            value = _checked(float(losses_N.mean()))
         return Score(value, len(images), self.forwards[0], grouped_se(losses_N, rows_N) if full else None)
 
     @torch.no_grad()
@@ -124,9 +125,10 @@ class HeldOutLoss:
             for losses_N in self._batches(live, seed, purpose, images):
                 total += float(losses_N.detach().double().sum())
                 (losses_N.sum() / len(images)).backward()  # type: ignore[no-untyped-call]
-        value = _checked(total / len(images))
-        if not torch.isfinite(grad_P).all():
-            raise EvaluationError("the derivative of the loss is not finite; the candidate diverged.")
+        with spending(self.forwards[1] * len(images)):
+            value = _checked(total / len(images))
+            if not torch.isfinite(grad_P).all():
+                raise EvaluationError("the derivative of the loss is not finite; the candidate diverged.")
         return Slope(value, grad_P, self.forwards[1] * len(images))
 
     @property

@@ -21,7 +21,7 @@ from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.models.flat import LiveModel
-from lcsc.objectives.base import Score
+from lcsc.objectives.base import Score, spending
 from lcsc.objectives.shared import KeptLive, check_weights, choose_device
 from lcsc.operators.base import Candidate
 
@@ -73,24 +73,14 @@ class Function:
         """See `Objective.__call__`; the standard error is the function's, if it gives one."""
         device = choose_device(self.device)
         model = self._model(candidate, device)
-        start = int(SeedRange(seed, purpose).generator(images.start).integers(2**63))
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(start)
+        with spending(len(images) * self.nfe):
+            result = self._result(model, seed, purpose, images, device)
+            parts = result if isinstance(result, tuple) else (result,)
             try:
-                result = self._called(model, seed=seed, purpose=purpose, images=images)
-            except (Exception, SystemExit) as error:
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                text = " ".join(str(error).split())
-                where = f"{os.path.basename(last.filename)}:{last.lineno}"
-                raise EvaluationError(
-                    f"function `{self.function}` raised {type(error).__name__} at {where}: {text}"
-                ) from error
-        parts = result if isinstance(result, tuple) else (result,)
-        try:
-            numbers = [float(part) for part in parts]
-        except Exception:  # the user's object may raise anything, and whole numbers have no limit
-            numbers = []
-        value, se = checked_numbers(numbers, f"function `{self.function}` returned `{_brief(result)}`")
+                numbers = [float(part) for part in parts]
+            except Exception:  # the user's object may raise anything, and whole numbers have no limit
+                numbers = []
+            value, se = checked_numbers(numbers, f"function `{self.function}` returned `{_brief(result)}`")
         return Score(-value if self.higher_is_better else value, len(images), self.nfe, se if full else None)
 
     def floor(self) -> None:
@@ -111,6 +101,21 @@ class Function:
             "nfe": self.nfe,
             "higher_is_better": self.higher_is_better,
         }
+
+    def _result(self, model: Any, seed: int, purpose: Purpose, images: range, device: torch.device) -> Any:
+        """What the function returns; raises EvaluationError for whatever it raises."""
+        start = int(SeedRange(seed, purpose).generator(images.start).integers(2**63))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(start)
+            try:
+                return self._called(model, seed=seed, purpose=purpose, images=images)
+            except (Exception, SystemExit) as error:
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                text = " ".join(str(error).split())
+                where = f"{os.path.basename(last.filename)}:{last.lineno}"
+                raise EvaluationError(
+                    f"function `{self.function}` raised {type(error).__name__} at {where}: {text}"
+                ) from error
 
     @functools.cached_property
     def _called(self) -> Callable[..., Any]:

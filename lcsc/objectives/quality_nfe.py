@@ -21,7 +21,7 @@ from lcsc.core.space import Point, SearchSpace
 from lcsc.datasets.base import Dataset
 from lcsc.metrics.base import Metric
 from lcsc.models.base import Model
-from lcsc.objectives.base import Blocks, Score, Slope
+from lcsc.objectives.base import Blocks, Score, Slope, spending
 from lcsc.objectives.sample_quality import SampleQuality, with_sampler
 from lcsc.operators.base import Candidate
 from lcsc.samplers.base import Sampler, with_nfe
@@ -113,9 +113,10 @@ class QualityNFE:
         shared = self._written(candidate)
         scores = []
         for nfe, member in zip(self.nfe, self.members, strict=True):
-            with _naming(nfe):
+            with _naming(nfe), spending(sum(score.image_forwards for score in scores)):
                 scores.append(member(shared, seed=seed, purpose=purpose, images=images, full=full))
-        value, shares = self._mean([score.value for score in scores])
+        with spending(sum(score.image_forwards for score in scores)):
+            value, shares = self._mean([score.value for score in scores])
         errors = [share * score.se for share, score in zip(shares, scores, strict=True) if score.se is not None]
         others: dict[str, Any] = {}
         resamples: dict[str, Sequence[float]] = {}
@@ -181,15 +182,17 @@ class QualityNFE:
         shared = self._written(candidate)
         slopes = []
         for nfe, member in zip(self.nfe, self.members, strict=True):
-            with _naming(nfe):
+            with _naming(nfe), spending(sum(slope.image_forwards for slope in slopes)):
                 slopes.append(member.slope(shared, seed=seed, purpose=purpose, images=images))
-        value, shares = self._mean([slope.value for slope in slopes])
+        cost = sum(slope.image_forwards for slope in slopes)
+        with spending(cost):
+            value, shares = self._mean([slope.value for slope in slopes])
         grad_P = torch.zeros_like(slopes[0].grad_P)
         for share, slope in zip(shares, slopes, strict=True):
             grad_P.add_(slope.grad_P, alpha=share)
         rows = zip(self.nfe, shares, slopes, strict=True)
         own = {f"{name}@{nfe}": share * grad for nfe, share, slope in rows for name, grad in slope.own.items()}
-        return Slope(value, grad_P, sum(slope.image_forwards for slope in slopes), own)
+        return Slope(value, grad_P, cost, own)
 
     def space(self) -> SearchSpace:
         """See `Tunable.space`: the members' boxes, `times@4` for the times at 4 network calls."""
@@ -259,4 +262,6 @@ def _naming(nfe: int) -> Iterator[None]:
     try:
         yield
     except EvaluationError as error:
-        raise EvaluationError(f"at {nfe} network calls: {error}") from error
+        named = EvaluationError(f"at {nfe} network calls: {error}")
+        named.image_forwards = error.image_forwards
+        raise named from error

@@ -25,7 +25,7 @@ from lcsc.metrics.bootstrap import bootstrap
 from lcsc.metrics.paired import paired_scores
 from lcsc.models.base import Model
 from lcsc.models.flat import LiveModel
-from lcsc.objectives.base import Blocks, Score, Slope
+from lcsc.objectives.base import Blocks, Score, Slope, spending
 from lcsc.objectives.shared import KeptLive, choose_device, halves_of
 from lcsc.operators.base import Candidate
 from lcsc.samplers.base import Sampler
@@ -105,7 +105,8 @@ class SampleQuality:
         """See `Objective.__call__`."""
         metrics = (self.metric, *self.other_metrics) if full else (self.metric,)
         features = self._sampled(candidate, seed, purpose, images, metrics)
-        rows = {m.name: self._measure(m, features[_digest(m)], _half(purpose), full) for m in metrics}
+        with spending(len(images) * self.sampler.nfe()):
+            rows = {m.name: self._measure(m, features[_digest(m)], _half(purpose), full) for m in metrics}
         value, se, _ = rows.pop(self.metric.name)
         others = {name: {"value": other, "se": error} for name, (other, error, _) in rows.items() if error is not None}
         resamples = {name: drawn for name, (*_, drawn) in rows.items()}
@@ -206,15 +207,17 @@ class SampleQuality:
                 for batch in self._batches(live, seed, purpose, images, self.recompute)
             ]
             state = self.metric.zeros()
-            for batch in batches:
-                state = self.metric.update(state, batch.detach())
-            value = self.metric.compute(state, reference)
-            derivative = self.metric.gradient(state, reference)  # type: ignore[attr-defined]
+            with spending(len(images) * self.sampler.nfe()):
+                for batch in batches:
+                    state = self.metric.update(state, batch.detach())
+                value = self.metric.compute(state, reference)
+                derivative = self.metric.gradient(state, reference)  # type: ignore[attr-defined]
             for batch in batches:
                 batch.backward(derivative(batch.detach()).to(batch.dtype))
-        if not torch.isfinite(grad_P).all():
-            raise EvaluationError("the derivative of the score is not finite; the candidate diverged.")
         cost = (4 if self.recompute else 3) * len(images) * self.sampler.nfe()
+        with spending(cost):
+            if not torch.isfinite(grad_P).all():
+                raise EvaluationError("the derivative of the score is not finite; the candidate diverged.")
         return Slope(value, grad_P, cost, {} if grad_T is None else {"times": grad_T})
 
     def _sampled(
@@ -245,13 +248,8 @@ class SampleQuality:
             rows = images[start : start + self.batch_size]
             noise = noise_NCHW[start : start + len(rows)].to(self.torch_device)
             batch = self.sampler(denoise, noise, None, rng=ImageNoise(seeds, rows))
-            if not torch.isfinite(batch).all():
-                raise EvaluationError(
-                    f"{int((~torch.isfinite(batch)).sum())} sampled pixels are NaN or Inf; the candidate diverged."
-                )
-            batch = batch.clamp(-1, 1)
-            if start == 0 and len(rows) > 1 and torch.equal(batch, batch[:1].expand_as(batch)):
-                raise EvaluationError("all sampled images are equal; the candidate collapsed.")
+            with spending((start + len(rows)) * self.sampler.nfe()):
+                batch = _checked(batch, start == 0)
             yield batch
 
     def _live(self, candidate: Candidate) -> LiveModel:
@@ -296,6 +294,17 @@ def with_sampler(quality: SampleQuality, sampler: Sampler) -> SampleQuality:
 def _digest(metric: Metric) -> str:
     digest: str = metric.load_detector().digest
     return digest
+
+
+def _checked(batch_NCHW: Tensor, first: bool) -> Tensor:
+    """Images clamped to [-1, 1]; raises EvaluationError where they diverged, or in the first batch are all equal."""
+    if not torch.isfinite(batch_NCHW).all():
+        num = int((~torch.isfinite(batch_NCHW)).sum())
+        raise EvaluationError(f"{num} sampled pixels are NaN or Inf; the candidate diverged.")
+    batch_NCHW = batch_NCHW.clamp(-1, 1)
+    if first and len(batch_NCHW) > 1 and torch.equal(batch_NCHW, batch_NCHW[:1].expand_as(batch_NCHW)):
+        raise EvaluationError("all sampled images are equal; the candidate collapsed.")
+    return batch_NCHW
 
 
 def _half(purpose: Purpose) -> str:

@@ -41,9 +41,9 @@ class Evaluator:
                 candidate, seed=self.seed, purpose=purpose, images=images, full=full
             )
         except EvaluationError as error:
-            return failed_row(head, str(error))
+            return failed_row(head, str(error), error.image_forwards)
         if not math.isfinite(score.value):
-            return failed_row(head, f"the score is {score.value}")
+            return failed_row(head, f"the score is {score.value}", score.image_forwards)
         tail: dict[str, Any] = {}
         if full:
             tail = {"se": score.se, "others": dict(score.others), "num_images": score.num_images}
@@ -63,11 +63,11 @@ class Evaluator:
                 self.bank, self.space.to_point(vector), slope.grad_P
             )
         except EvaluationError as error:
-            return failed_row(head, str(error), gradient=None)
+            return failed_row(head, str(error), error.image_forwards, gradient=None)
         gradient = self.space.to_vector({**pulled, **slope.own})
         if not math.isfinite(slope.value) or not np.isfinite(gradient).all():
             reason = f"the score is {slope.value}, its derivative reaches {np.abs(gradient).max()}"
-            return failed_row(head, reason, gradient=None)
+            return failed_row(head, reason, slope.image_forwards, gradient=None)
         return done_row(head, slope.value, slope.image_forwards, {"gradient": gradient.tolist()})
 
 
@@ -76,9 +76,9 @@ def head_of(candidate: Candidate) -> dict[str, Any]:
     return {"coef": candidate.recipe["coef"]} if "coef" in candidate.recipe else {}
 
 
-def failed_row(head: dict[str, Any], reason: str, **tail: Any) -> dict[str, Any]:
+def failed_row(head: dict[str, Any], reason: str, cost: int, **tail: Any) -> dict[str, Any]:
     """The row of a candidate that could not be scored."""
-    return {**head, "value": None, "status": "failed", "reason": reason, **tail}
+    return {**head, "value": None, "status": "failed", "reason": reason, "image_forwards": cost, **tail}
 
 
 def done_row(head: dict[str, Any], value: float, cost: int, tail: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lcsc.search.journal import Journal, Record
 from lcsc.search.progress import Progress
 from lcsc.search.racing import Racer, check_race
 from lcsc.search.retry import MAX_FAILURES, retry_from
-from lcsc.searchers.base import Accountable, Proposal, Searcher, Session, Start, Task
+from lcsc.searchers.base import Accountable, Proposal, Searcher, Session, Start, Task, ran
 
 #: Members of a baseline family that are scored on the select seeds, at most.
 NUM_MEMBERS = 3
@@ -111,7 +111,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found: journal records of the winner's selection and of the final scores."""
+    """What a search found: journal records of the winner's selection and of the final scores.
+
+    `searcher_ran` names the searcher that ran where the configured one chose it; None where that is the one.
+    """
 
     winner: Record
     reports: list[Record]
@@ -120,6 +123,7 @@ class Outcome:
     image_forwards: int
     num_failed: int
     images_saved: int = 0
+    searcher_ran: str | None = None
 
 
 class Search:
@@ -160,7 +164,7 @@ class Search:
         reports = [self._report("best", winner["label"], winner)]
         reports += [self._report(family, record["label"], record) for family, record in tuned.items()]
         failed = sum(trial["status"] != "ok" for trial in trials)
-        return Outcome(winner, reports, floor, self.images, self.forwards, failed, self.saved)
+        return Outcome(winner, reports, floor, self.images, self.forwards, failed, self.saved, ran(session))
 
     def _forget_failures(self) -> None:
         """Drop the failures that stopped the search when it ran last, so that the same line can mend them."""
@@ -239,9 +243,10 @@ class Search:
             if floor is None or row["value"] is None or row["value"] >= floor or "dropped_at" in row:
                 return row
             again = self.evaluator.score(vector, Purpose.RECHECK, range(num))
-            if again["value"] is None:
-                return {**again, "reason": f"too good ({row['value']}), then: {again['reason']}", "recheck": None}
             cost = row["image_forwards"] + again["image_forwards"]
+            if again["value"] is None:
+                reason = f"too good ({row['value']}), then: {again['reason']}"
+                return {**again, "reason": reason, "recheck": None, "image_forwards": cost}
             worse = {"value": max(row["value"], again["value"]), "recheck": again["value"], "image_forwards": cost}
             return {**row, **worse}
 

@@ -85,9 +85,11 @@ class Racer:
             try:
                 value = course.reach(stage)
             except EvaluationError as error:
-                return self._row(course, stage, failed_row(course.head, str(error)))
+                spent = course.image_forwards + error.image_forwards
+                return self._row(course, stage, failed_row(course.head, str(error), spent))
             if not math.isfinite(value):
-                return self._row(course, stage, failed_row(course.head, f"the score is {value}"))
+                row = failed_row(course.head, f"the score is {value}", course.image_forwards)
+                return self._row(course, stage, row)
             estimate = self._beaten(course, stage) if may_drop else None
             if estimate is not None:
                 tail = {"dropped_at": self._sizes[stage], "prefix_value": value}

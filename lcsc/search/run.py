@@ -203,6 +203,7 @@ def _summary(problem: Problem, search: Search, outcome: Outcome, run: RunDir) ->
         "experiment": run.info["name"],
         "operator": config["operator"]["name"],
         "searcher": config["searcher"]["name"],
+        "searcher_ran": outcome.searcher_ran or config["searcher"]["name"],
         "num_trials": sum(record["kind"] == "trial" for record in records),
         "num_failed": outcome.num_failed,
         "num_checkpoints": problem.bank.num_checkpoints,

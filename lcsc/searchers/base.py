@@ -113,6 +113,11 @@ class Accountable(Protocol):
         ...
 
 
+def ran(session: Session) -> str | None:
+    """Name of the searcher that a session chose to run, where the choice was its own (attribute `ran`); else None."""
+    return getattr(session, "ran", None)
+
+
 @runtime_checkable
 class Searcher(Protocol):
     """Configuration of a search strategy."""

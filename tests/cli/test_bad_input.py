@@ -80,7 +80,10 @@ def test_mistakes_on_the_line(here, lcsc, words, text):
         (["searcher=hybrid", "metric=kid_pixels", "objective=command", "objective.command=true"], "has no derivative"),
         (["searcher=lbfgs", "searcher.num_blocks=3"], "`searcher.num_blocks` is 3, but counts for nothing with"),
         (["searcher=lbfgs", "searcher.block_trials=5"], "`searcher.block_trials` is 5, but counts for nothing with"),
-        (["searcher=gradient", "searcher.num_blocks=3"], "with `searcher.noise` fresh. Set `searcher.noise` to rotating"),
+        (
+            ["searcher=gradient", "searcher.num_blocks=3"],
+            "with `searcher.noise` fresh. Set `searcher.noise` to rotating",
+        ),
     ],
 )
 def test_nothing_is_trained_for_a_search_that_cannot_be(here, lcsc, words, text):

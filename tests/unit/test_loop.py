@@ -17,6 +17,7 @@ from lcsc.operators.base import Baseline
 from lcsc.search.journal import Journal, read_records
 from lcsc.search.loop import MAX_FAILURES, Budget, Problem, Search
 from lcsc.search.progress import Progress
+from lcsc.searchers.base import Task
 
 
 @dataclass
@@ -137,6 +138,7 @@ def test_a_suspect_that_fails_when_scored_again_has_failed(tmp_path):
     suspect = of_kind(records, "trial")[2]
     assert suspect["status"] == "failed"
     assert suspect["reason"] == "too good (0.001), then: collapsed"
+    assert suspect["image_forwards"] == 10  # of the first score; the other failed before it cost anything
 
 
 def test_twenty_failures_in_a_row_stop_the_search(tmp_path):
@@ -377,6 +379,20 @@ def test_a_winner_with_idle_settings_costs_no_second_round_of_baselines(tmp_path
     outcome, records = search(tmp_path, Knob({(Purpose.SELECT, RIVALS + i): 99.0 for i in range(3)}))
     assert outcome.winner["label"] == "near"
     assert len(of_kind(records, "baseline")) == 3
+
+
+def test_auto_says_what_it_chose(tmp_path):
+    budget = Budget(6, 10, num_finalists=2, num_images_select=20, num_images_report=30)
+    problem = Problem(None, Line(), build("searcher", "auto"), Scripted(), budget, 0)
+    for _ in range(2):  # also when replayed
+        with Progress("loop", 0, quiet=True) as progress, Journal(tmp_path, print) as journal:
+            outcome = Search(problem, journal, progress).run()
+        assert outcome.searcher_ran == "cma"
+    (record,) = of_kind(read_records(tmp_path / "journal.jsonl")[0], "account")
+    assert record["lines"] == ["auto chose cma: objective `distance` has no derivative"]
+    session = build("searcher", "auto").start(Task(SearchSpace((Box("x", 2),)), 6, 0, no_gradient=None))
+    assert session.account() == ["auto chose gradient: the problem has a derivative"]
+    assert session.ask().gradient
 
 
 def test_what_a_session_says_about_its_way_is_kept(tmp_path):
