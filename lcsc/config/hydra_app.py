@@ -128,7 +128,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def overridden(overrides: Sequence[str]) -> list[str]:
-    """The settings that an override list gives, such as `sampler` and `sampler.num_steps`, as they are spelled there."""
+    """The settings that an override list gives, as they are spelled there: `sampler`, `sampler.num_steps`."""
     words = [word for word in overrides if "=" in word and not word.startswith("-")]
     return [override.key_or_group for override in OverridesParser.create().parse_overrides(words)]
 

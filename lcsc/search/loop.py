@@ -17,6 +17,7 @@ from lcsc.core.space import Point, SearchSpace
 from lcsc.objectives.base import Objective, joint_space, why_no_gradient
 from lcsc.operators.base import Baseline, Operator
 from lcsc.search.evaluate import Evaluator
+from lcsc.search.fitting import fitting_note
 from lcsc.search.guards import Watch, check_guards
 from lcsc.search.journal import Journal, Record
 from lcsc.search.progress import Progress
@@ -136,7 +137,7 @@ class Search:
         sizes = (*problem.budget.prefixes, problem.budget.num_images)
         self.racer = Racer(self.evaluator, sizes, problem.budget.drop_level) if problem.budget.prefixes else None
         self.images = self.forwards = self.saved = 0
-        self._told_unraced = False
+        self._told_unraced = self._told_fitting = False
         self._rated: dict[tuple[float, ...], Record] = {}  # baselines on the select seeds
 
     def run(self) -> Outcome:
@@ -237,6 +238,7 @@ class Search:
         common = block is None and num == self.problem.budget.num_images
         racer = self.racer if common and not proposal.gradient else None
         self._say_unraced(racer)
+        self.say_fitting(proposal)
 
         def score() -> Record:
             row = racer.race(vector) if racer else evaluate(vector, purpose, images)
@@ -263,6 +265,15 @@ class Search:
         self.forwards += record.get("image_forwards", 0)
         self.progress.step("trial", record["value"], spent, replayed)
         return record
+
+    def say_fitting(self, proposal: Proposal) -> None:
+        """Once, that trials like this one share the noise of too few images."""
+        if not self._told_fitting:
+            objective, num = self.problem.objective, self.problem.budget.num_images
+            text = fitting_note(self.problem.searcher, objective, proposal, num, self.space.size)
+            if text:
+                self.progress.note(text)
+            self._told_fitting = text is not None
 
     def _say_unraced(self, racer: Racer | None) -> None:
         """Once, that `search.prefixes` is not for proposals on noise of their own or with a derivative."""

@@ -54,7 +54,7 @@ def run_search(
     """
     bank = problem.bank
     bank.load()  # damaged numbers show up here, before anything is written
-    problem.searcher.start(problem.task())  # refuses a task it cannot work on
+    preview = problem.searcher.start(problem.task())  # refuses a task it cannot work on
     info = _info(problem, name, command)
     run, state = open_run_dir(runs_dir, run_dir, info, (lambda _: None) if quiet else say)
     if state == "finished":
@@ -71,6 +71,7 @@ def run_search(
     with Progress(name, 0, quiet) as progress, Journal(run.path, progress.note) as journal:
         search = Search(problem, journal, progress)
         progress.expect(search.num_steps())
+        search.say_fitting(preview.ask())  # before anything is spent
         outcome = search.run()
         _save_samples(problem, search, outcome, run.path)
         where = _geometry(problem, outcome, run.path)

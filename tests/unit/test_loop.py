@@ -14,10 +14,11 @@ from lcsc.core.seeds import Purpose
 from lcsc.core.space import Box, SearchSpace
 from lcsc.objectives.base import Score
 from lcsc.operators.base import Baseline
+from lcsc.search.fitting import fitting_note
 from lcsc.search.journal import Journal, read_records
 from lcsc.search.loop import MAX_FAILURES, Budget, Problem, Search
 from lcsc.search.progress import Progress
-from lcsc.searchers.base import Task
+from lcsc.searchers.base import Proposal, Task
 
 
 @dataclass
@@ -379,6 +380,46 @@ def test_a_winner_with_idle_settings_costs_no_second_round_of_baselines(tmp_path
     outcome, records = search(tmp_path, Knob({(Purpose.SELECT, RIVALS + i): 99.0 for i in range(3)}))
     assert outcome.winner["label"] == "near"
     assert len(of_kind(records, "baseline")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "num_images", "noise"),
+    [
+        ("cma", {}, 199, "199"),
+        ("cma", {}, 200, None),  # 100 for each of 2 coefficients
+        ("lcsc_evolution", {}, 50, "50"),
+        ("gradient", {}, 10, None),  # fresh noise cannot be fitted
+        ("gradient", {"noise": "common"}, 10, "10"),
+        ("gradient", {"noise": "rotating", "num_blocks": 3}, 66, "198"),
+        ("gradient", {"noise": "rotating", "num_blocks": 4}, 50, None),
+        ("lbfgs", {}, 10, "10"),
+        ("auto", {}, 10, None),
+    ],
+)
+def test_noise_of_too_few_images_is_said_where_it_is_shared(name, settings, num_images, noise):
+    searcher, objective = build("searcher", name, **settings), Guarded()
+    task = Task(SearchSpace((Box("x", 2),)), 20, 0, no_gradient=None)
+    proposal = searcher.start(task).ask()
+    assert fitting_note(searcher, objective, proposal, num_images, 2) is None  # it has no data set
+    objective.dataset = "scans"
+    text = fitting_note(searcher, objective, proposal, num_images, 2)
+    assert (text is None) == (noise is None)
+    if text:
+        assert text.startswith(f"note: trials share the noise of {noise} images for 2 coefficients, so their scores fl")
+        assert ("`searcher.num_blocks` until there are 200" in text) == (settings.get("noise") == "rotating")
+
+
+def test_a_hybrid_says_it_when_it_comes_to_shared_noise(tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
+    objective = Scripted()
+    objective.dataset = "scans"
+    problem = Problem(None, Line(), build("searcher", "cma"), objective, Budget(3, 10), 0)
+    with Progress("loop", 0, quiet=True) as progress, Journal(tmp_path, print) as journal:
+        found = Search(problem, journal, progress)
+        for block in (0, 1, None, None):
+            found.say_fitting(Proposal(0, np.zeros(2), gradient=block is not None, block=block))
+            assert len(notes) == (block is None)
 
 
 def test_auto_says_what_it_chose(tmp_path):
