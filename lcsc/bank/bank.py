@@ -15,7 +15,7 @@ import numpy as np
 from lcsc.bank.content import chunk_sums, content_digest
 from lcsc.bank.extents import Source, read_source
 from lcsc.bank.find import Checkpoint, choose, find_groups
-from lcsc.bank.memory import bank_bytes, choose_device, choose_storage
+from lcsc.bank.memory import Extent, bank_bytes, choose_device, choose_storage
 from lcsc.bank.pack_read import open_pack, rows_by_rate, take_rows
 from lcsc.bank.rows import Checksums, Row
 from lcsc.bank.shape import Shape, several_emas, shape_of
@@ -100,11 +100,11 @@ class CheckpointBank:
         self.origins = shape.parents
         itemsize = 4 if dtype == "float32" else 2
         wanted = "auto" if storage == "exact" else storage
-        size = len(self.rows), self.layout.num_parameters, itemsize
+        self._extent = Extent.of(self.rows, self.layout)
         #: torch device of the rows
-        self.device, free = choose_device(device, *size)
+        self.device, free = choose_device(device, self._extent, itemsize)
         #: resident, delta or streamed
-        self.storage = choose_storage(wanted, *size, free=free)
+        self.storage = choose_storage(wanted, self._extent, itemsize, free)
         if storage == "exact" and self.storage == "delta":
             self.storage = "streamed"
         exact = "delta" if self.storage == "delta" else "exact"
@@ -169,7 +169,7 @@ class CheckpointBank:
     def lines(self) -> list[str]:
         """What a user should see before the bank is used: size, storage and what the reader has to say."""
         P = self.layout.num_parameters
-        size = bank_bytes(self.num_checkpoints, P, self.storage, 4 if self.dtype == "float32" else 2) / 1e6
+        size = bank_bytes(self._extent, self.storage, 4 if self.dtype == "float32" else 2) / 1e6
         kind = " ".join(word for word in (self.kind, self.rate) if word)
         place = self.storage if self.device == "cpu" else f"{self.storage} on {self.device}"
         return [

@@ -84,6 +84,20 @@ class Source:
         """Whether it is one piece in C order, so that any range of it is one range of the file."""
         return len(self.pieces) == 1 and self.pieces[0].stride is None and self.pieces[0].at is None
 
+    @property
+    def runs(self) -> list[tuple[int, Piece]] | None:
+        """First element and piece, in order, where each piece is one run of the tensor in C order; None where not."""
+        if self.plain:
+            return [(0, self.pieces[0])]
+        found, start = [], 0
+        for piece in sorted(self.pieces, key=lambda piece: piece.at or ()):
+            at = piece.at or (0,) * len(self.shape)
+            if piece.stride is not None or any(at[1:]) or piece.shape[1:] != self.shape[1:]:
+                return None
+            found.append((start, piece))
+            start += math.prod(piece.shape)
+        return found if start == self.numel else None
+
 
 #: tensors of a checkpoint by the name they have in it
 Table = Mapping[str, Source]
@@ -112,12 +126,13 @@ def pread_into(fd: int, buffer: np.ndarray, offset: int, path: Path) -> None:
         done += got
 
 
-def read_source(files: Sequence[Path], source: Source, base: int = 0) -> np.ndarray:
+def read_source(files: Sequence[Path], source: Source, base: int = 0, out: np.ndarray | None = None) -> np.ndarray:
     """The whole tensor as raw bits, shape `source.shape`, dtype `raw_dtype(source.dtype)`.
 
-    `base` is added to every offset.
+    `base` is added to every offset; `out` receives the bits where it is given.
     """
-    out = np.empty(source.shape, raw_dtype(source.dtype))
+    if out is None:
+        out = np.empty(source.shape, raw_dtype(source.dtype))
     for piece in source.pieces:
         path = files[piece.part]
         fd = os.open(path, os.O_RDONLY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 from collections.abc import Collection, Iterator, Sequence
@@ -69,7 +70,7 @@ def cut(layout: Layout, tables: Sequence[Table], columns: int = BLOCK, cuts: Col
     `cuts` are further positions at which a block must begin, each the first of a tensor.
 
     Blocks begin and end at whole content chunks, so that a chunk's checksum needs one block only. A block is longer
-    than `columns` only where a tensor must be assembled from parts or strides.
+    than `columns` only where a tensor lies in strides or in rectangles that are no runs of it.
     """
     blocks: list[Block] = []
     spans: list[Span] = []
@@ -86,7 +87,7 @@ def cut(layout: Layout, tables: Sequence[Table], columns: int = BLOCK, cuts: Col
         numel = entry.stop - entry.start
         dtypes = tuple(table[entry.name].dtype for table in tables)
         # a tensor that must be assembled is read once, as a whole
-        width = min(CHUNK, columns) if all(table[entry.name].plain for table in tables) else max(numel, 1)
+        width = max(numel, 1) if any(table[entry.name].runs is None for table in tables) else min(CHUNK, columns)
         for a in range(0, numel, width):
             b = min(a + width, numel)
             if size + b - a > columns or dtypes != kind or (a == 0 and entry.start in cuts):
@@ -104,16 +105,20 @@ def reads(block: Block, table: Table) -> list[Read] | None:
     at = 0
     for span in block.spans:
         source = table[span.name]
-        if not source.plain:
+        if (runs := source.runs) is None:
             return None
-        piece, size = source.pieces[0], ITEMSIZE[source.dtype]
-        offset, nbytes = piece.offset + span.a * size, (span.b - span.a) * size
-        last = found[-1] if found else None
-        if last and last.part == piece.part and last.offset + last.nbytes == offset:
-            found[-1] = Read(last.part, last.offset, last.nbytes + nbytes, last.at)
-        elif nbytes:
-            found.append(Read(piece.part, offset, nbytes, at))
-        at += nbytes
+        size = ITEMSIZE[source.dtype]
+        for first, piece in runs:
+            a, b = max(span.a, first), min(span.b, first + math.prod(piece.shape))
+            if a >= b:
+                continue
+            offset, nbytes = piece.offset + (a - first) * size, (b - a) * size
+            last = found[-1] if found else None
+            if last and last.part == piece.part and last.offset + last.nbytes == offset:
+                found[-1] = Read(last.part, last.offset, last.nbytes + nbytes, last.at)
+            else:
+                found.append(Read(piece.part, offset, nbytes, at))
+            at += nbytes
     return found
 
 
@@ -155,7 +160,11 @@ def read_row(files: Files, row: Row, block: Block, plan: list[Read] | None, out_
         at = 0
         for span in block.spans:
             source = row.table[span.name]
-            out_C[at : at + span.b - span.a] = read_source(row.files, source, row.base).reshape(-1)[span.a : span.b]
+            part_C = out_C[at : at + span.b - span.a]
+            if part_C.size == source.numel:  # no second copy of a long tensor
+                read_source(row.files, source, row.base, part_C.reshape(source.shape))
+            else:
+                part_C[...] = read_source(row.files, source, row.base).reshape(-1)[span.a : span.b]
             at += span.b - span.a
         return
     view = out_C.view(np.uint8)
@@ -188,6 +197,11 @@ class Checksums:
         self._sums = np.zeros((len(rows), count, 2), np.uint64)
         self._seen = np.zeros((len(rows), count), bool)
         self._crcs = Crcs(rows, self._first, count)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, `memory.PER_CHUNK` for each chunk of each row."""
+        return self._sums.nbytes + self._seen.nbytes
 
     def add(self, k: int, block: Block, out_C: np.ndarray) -> None:
         """Take the sums of one row of a block, raw bits; the block must hold whole chunks."""

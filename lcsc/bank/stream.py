@@ -19,6 +19,7 @@ import numpy as np
 from lcsc.bank.extents import ITEMSIZE, raw_dtype, read_source
 from lcsc.bank.layout import Layout
 from lcsc.bank.rows import (
+    BLOCK,
     Block,
     Checksums,
     Files,
@@ -171,12 +172,13 @@ def _hint(work: Pass, files: Files, used: Sequence[int], block: Block) -> None:
 
 
 def _groups(work: Pass, used: Sequence[int], block: Block) -> Iterator[tuple[str, list[int]]]:
-    """Consecutive rows of one dtype, at most GROUP at a time."""
+    """Consecutive rows of one dtype, at most GROUP at a time, and fewer of a long block."""
+    most = max(1, GROUP * BLOCK // max(block.stop - block.start, BLOCK))
     group: list[int] = []
     kind = ""
     for k in used:
         dtype = row_dtype(block, work.rows[k].table)
-        if group and (dtype != kind or len(group) == GROUP):
+        if group and (dtype != kind or len(group) == most):
             yield kind, group
             group = []
         kind = dtype

@@ -21,6 +21,7 @@ from lcsc.bank.content import CHUNK, chunk_sums, content_digest, same_bits
 from lcsc.bank.extents import ITEMSIZE, Piece, Source, Table, pread_into, raw_dtype, read_source
 from lcsc.bank.find import Checkpoint, Group, choose, find_groups
 from lcsc.bank.layout import is_combined
+from lcsc.bank.memory import Extent
 from lcsc.bank.pack_read import open_pack, pack_groups
 from lcsc.bank.shape import shape_of
 from lcsc.bank.shard_index import shown
@@ -66,14 +67,14 @@ class GroupRow:
         group: the checkpoints; see `find.Group`.
         files: one row a checkpoint, in step order.
         dtypes: dtype -> numbers of one checkpoint that have it, over all its tensors (of the last checkpoint).
-        num_parameters: numbers of one checkpoint that a bank combines.
+        extent: what the bank's memory depends on; `num_parameters` are the numbers that a bank combines.
         duplicates: steps that hold the same bits, two or more each; empty when the numbers were not read.
     """
 
     group: Group
     files: tuple[FileRow, ...]
     dtypes: dict[str, int]
-    num_parameters: int
+    extent: Extent
     duplicates: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -146,10 +147,10 @@ def _packed(path: Path, bases: Bases) -> list[Group]:
 
 
 def _group_row(group: Group, reader: _Reader | None, problems: list[BankError]) -> GroupRow:
-    count = 0
+    extent = None
     try:
         shape = shape_of(group, group.checkpoints)
-        count, group = shape.layout.num_parameters, dataclasses.replace(group, notes=shape.said)
+        extent, group = Extent.of(shape.rows, shape.layout), dataclasses.replace(group, notes=shape.said)
     except BankError as error:
         problems.append(error)
     sizes: dict[int, int] = {}
@@ -162,10 +163,11 @@ def _group_row(group: Group, reader: _Reader | None, problems: list[BankError]) 
     dtypes = collections.Counter[str]()
     for source in _once(last):
         dtypes[source.dtype] += source.numel
-    floats = {source for name, source in last.items() if is_combined(name, source.dtype)}
-    count = count or sum(source.numel for source in floats)
+    if extent is None:
+        floats = {source for name, source in last.items() if is_combined(name, source.dtype)}
+        extent = Extent(len(rows), sum(source.numel for source in floats))
     said = [(row.step, row.digest) for row in rows if row.digest is not None]
-    return GroupRow(group, tuple(rows), dict(dtypes.most_common()), count, same_bits(said))
+    return GroupRow(group, tuple(rows), dict(dtypes.most_common()), extent, same_bits(said))
 
 
 def _once(table: Table) -> set[Source]:
@@ -286,7 +288,7 @@ def blocks(
         base: added to every offset.
     """
     dtype = raw_dtype(source.dtype)
-    runs = _runs(source)
+    runs = source.runs
     width = len(buffer) // dtype.itemsize // CHUNK * CHUNK
     whole = read_source(files, source, base).reshape(-1) if runs is None else None
     for at in range(0, source.numel, width):
@@ -297,18 +299,6 @@ def blocks(
             bits = buffer[: (stop - at) * dtype.itemsize].view(dtype)
             _fill(files, fds, runs or [], bits, at, base)
             yield bits
-
-
-def _runs(source: Source) -> list[tuple[int, Piece]] | None:
-    """First element and piece, in order, where each piece is one run of the whole tensor; None where one is not."""
-    found, start = [], 0
-    for piece in sorted(source.pieces, key=lambda piece: piece.at or ()):
-        at = piece.at or (0,) * len(source.shape)
-        if piece.stride is not None or any(at[1:]) or piece.shape[1:] != source.shape[1:]:
-            return None
-        found.append((start, piece))
-        start += math.prod(piece.shape)
-    return found if start == source.numel else None
 
 
 def _fill(

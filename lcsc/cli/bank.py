@@ -92,7 +92,7 @@ def _table(found: Survey) -> Table:
 
 
 def _cells(row: GroupRow) -> tuple[str, ...]:
-    from lcsc.bank.memory import predicted_peak
+    from lcsc.bank.memory import STORAGES, bank_bytes, search_peak
     from lcsc.bank.survey import gaps
 
     group, steps = row.group, row.group.steps
@@ -100,7 +100,7 @@ def _cells(row: GroupRow) -> tuple[str, ...]:
     dtypes = ", ".join(
         dtype if count == total else f"{dtype} {100 * count / total:.3g} %" for dtype, count in row.dtypes.items()
     )
-    peaks = predicted_peak(len(steps), row.num_parameters)
+    peaks = (f"{s} {size_text(search_peak(row.extent, s))} ({size_text(bank_bytes(row.extent, s))})" for s in STORAGES)
     bad = sum(bool(file.bad) for file in row.files)
     finite = {None: "not read", True: "yes", False: f"not {bad} of {len(row.files)}"}[row.finite]
     return (
@@ -110,11 +110,11 @@ def _cells(row: GroupRow) -> tuple[str, ...]:
         str(steps[0]) if len(steps) == 1 else f"{steps[0]} .. {steps[-1]}",
         str(gaps(steps)),
         dtypes,
-        f"{row.num_parameters:,}",
+        f"{row.extent.num_parameters:,}",
         size_text(row.nbytes),
         ", ".join(sorted({file.format for file in row.files})),
         finite,
-        "\n".join(f"{name} {size_text(nbytes)}" for name, nbytes in peaks.items()),
+        "\n".join(peaks),
     )
 
 
@@ -123,6 +123,11 @@ def _notes(found: Survey) -> Iterator[str]:
     from lcsc.bank.content import duplicates_text
     from lcsc.bank.find import choose
 
+    if found.groups:
+        yield (
+            "peak memory is that of a search on the CPU: libraries, bank (its part in brackets), network and export; "
+            "to it come the activations of your batch (with derivatives most), your data and a large detector"
+        )
     about: dict[str, list[str]] = {}
     for row in found.groups:
         for note in row.group.notes:

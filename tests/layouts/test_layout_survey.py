@@ -93,7 +93,7 @@ def test_every_step_and_every_nan_is_found(tmp_path):
     assert not row.constant
     size = sum(t.numel() * t.itemsize for t in tensors.values())
     assert (row.nbytes, row.dtypes) == (5 * size, {"float32": 66, "int64": 1})
-    assert row.num_parameters == sum(p.numel() for p in net(1).parameters())
+    assert row.extent.num_parameters == sum(p.numel() for p in net(1).parameters())
     [problem] = found.problems
     assert isinstance(problem, NonFiniteError)
     assert "net-400.pt` holds 1 NaN or Inf in `body.1.running_var`, 4 in all its tensors" in str(problem)
@@ -206,7 +206,7 @@ def test_a_packed_bank_has_the_digests_of_its_checkpoints(tmp_path):
     [loose], [packed] = survey(run).groups, survey(to).groups
     assert packed.group.layout == "packed bank"
     assert [(row.step, row.digest) for row in packed.files] == [(row.step, row.digest) for row in loose.files]
-    assert (packed.num_parameters, packed.finite) == (loose.num_parameters, True)
+    assert (packed.extent, packed.finite) == (loose.extent, True)
 
 
 def test_a_flipped_bit_in_a_distributed_checkpoint_is_found(tmp_path):

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from lcsc.bank import CheckpointBank, Layout, Selection
-from lcsc.bank.memory import SHARE, bank_bytes
+from lcsc.bank.memory import SHARE, Extent, bank_bytes
 from lcsc.bank.pack import write_pack
 from lcsc.bank.survey import survey
 from lcsc.core.errors import BankError, ConfigError, NonFiniteError
@@ -204,7 +204,7 @@ def test_storage_auto_takes_what_fits(tiny_bank, monkeypatch):
     monkeypatch.setattr("lcsc.bank.memory.available_bytes", lambda: free["bytes"])
     assert CheckpointBank.open(tiny_bank).storage == "resident"
     bank = CheckpointBank.open(tiny_bank)
-    need = {s: bank_bytes(5, bank.layout.num_parameters, s) for s in ("resident", "delta")}
+    need = {s: bank_bytes(Extent.of(bank.rows, bank.layout), s) for s in ("resident", "delta")}
     free["bytes"] = int(need["resident"] / SHARE) - 1
     smaller = CheckpointBank.open(tiny_bank)
     assert (smaller.storage, smaller.config["storage"]) == ("delta", "delta")

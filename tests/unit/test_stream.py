@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from lcsc.bank import CheckpointBank
 from lcsc.bank.content import CHUNK
-from lcsc.bank.rows import cut
+from lcsc.bank.extents import Piece, Source
+from lcsc.bank.layout import Layout
+from lcsc.bank.rows import Files, Row, Span, cut, read_row, reads
 from lcsc.core.errors import BankError, EvaluationError, NonFiniteError
 from lcsc.kernels import Groups
 
@@ -177,6 +179,38 @@ def test_blocks_hold_whole_chunks_of_one_dtype(folder):
     for block in blocks:
         assert len({bank.rows[0].table[span.name].dtype for span in block.spans}) == 1
         assert all(span.a % CHUNK == 0 for span in block.spans)
+
+
+def test_a_tensor_in_runs_is_read_in_blocks_and_one_in_strides_as_a_whole(tmp_path):
+    """Shards along the first axis, as FSDP leaves them, are runs of the tensor; other rectangles are not."""
+    shape = (2, CHUNK // 2 + 3, 3)
+    numel = int(np.prod(shape))
+    value = np.arange(numel, dtype=np.float32).reshape(shape)
+    rows = [np.ascontiguousarray(part) for part in (value[1:], value[:1])]
+    columns = [np.ascontiguousarray(part) for part in (value[:, :5], value[:, 5:])]
+    pieces, offset = {}, 0
+    for name, parts, places in (("rows", rows, [(1, 0, 0), (0, 0, 0)]), ("columns", columns, [(0, 0, 0), (0, 5, 0)])):
+        found = []
+        for part, at in zip(parts, places, strict=True):
+            found.append(Piece(0, offset, part.shape, None, at))
+            offset += part.nbytes
+        pieces[name] = Source("float32", shape, tuple(found))
+    path = tmp_path / "parts"
+    path.write_bytes(b"".join(part.tobytes() for part in rows + columns))
+    layout = Layout.of({"rows": shape, "columns": shape}, {})
+    blocks = cut(layout, [pieces])
+    long = [block.spans for block in blocks if block.stop - block.start > CHUNK]
+    assert long == [(Span("columns", 0, numel),)]
+    row = Row(1, path, (path,), pieces)
+    files = Files([row])
+    for block in blocks:
+        out_C = np.full(block.stop - block.start, np.nan, np.float32)
+        plan = reads(block, pieces)
+        assert (plan is None) == (block.spans == long[0])
+        read_row(files, row, block, plan, out_C)
+        expected = np.concatenate([value.reshape(-1)[span.a : span.b] for span in block.spans])
+        np.testing.assert_array_equal(out_C, expected)
+    files.close()
 
 
 def test_content_digests_come_with_the_pass(folder, monkeypatch):
