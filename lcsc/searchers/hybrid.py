@@ -142,7 +142,7 @@ class Hybrid(Gradient):
 
     def black_box(self) -> Nevergrad:
         """The searcher of the second part."""
-        return Nevergrad(self.optimizer, self.sigma0)
+        return Nevergrad(self.optimizer, self.sigma0, warm_start=False)  # its start has no value on the common noise
 
     def start(self, task: Task) -> Session:
         """Begin at the best start; see `Searcher.start`.

@@ -201,7 +201,8 @@ class _Session:
         start = Start(champion.vector[family.index], champion.value, champion.label, champion.name)
         seed = (task.seed + len(self._descents)) % 2**64
         sub = Task(family.space, num_trials, seed, (start,), task.no_gradient)
-        searcher: Searcher = Gradient() if task.no_gradient is None else Nevergrad()
+        # the champion's value may be of a test's noise: nothing to compare a trial's with
+        searcher: Searcher = Gradient() if task.no_gradient is None else Nevergrad(warm_start=False)
         return _Descent(family, champion.vector.copy(), searcher.start(sub), self._asked)
 
     def _challenge(self, rung: Rung) -> Steps:

@@ -10,6 +10,7 @@ a third of its optimizers): a search is resumed by replaying its own asks and te
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lcsc.core.errors import ConfigError, did_you_mean
+from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.searchers.base import Proposal, Task, check_told
@@ -62,6 +63,7 @@ class Recipe:
         sigma0: length of the first moves, in that unit.
         state: seed of its random numbers.
         budget: number of proposals.
+        warm: scored points to begin with, in that unit, with their values, best first.
     """
 
     optimizer: str
@@ -71,6 +73,7 @@ class Recipe:
     sigma0: float
     state: int
     budget: int
+    warm: tuple[tuple[tuple[float, ...], float], ...] = ()
 
     def make(self) -> Any:
         """The optimizer, an object of nevergrad."""
@@ -82,6 +85,13 @@ class Recipe:
         array.random_state.seed(self.state)
         return ng.optimizers.registry[self.optimizer](array, budget=self.budget, num_workers=1)
 
+    def session(self, scale: np.ndarray) -> NevergradSession:
+        """The optimizer, told of the best scored points: a population's worth of them."""
+        session = NevergradSession(self.make(), scale)
+        for point, value in self.warm[: session.population()]:
+            session.hear(np.array(point), value)
+        return session
+
 
 class NevergradSession:
     """An optimizer of nevergrad, asked for one point at a time."""
@@ -91,6 +101,26 @@ class NevergradSession:
         self._scale = scale
         self._asked: dict[int, Any] = {}
         self._count = 0
+
+    def population(self) -> int:
+        """How many scored points the optimizer can begin with: those it breeds from; 1 where it says nothing."""
+        optimizer = self._optimizer
+        while (inner := getattr(optimizer, "optim", None)) is not None:  # one that chooses another by the problem
+            optimizer = inner
+        if getattr(optimizer, "one_shot", False):  # it draws without listening
+            return 0
+        if hasattr(optimizer, "current_center"):  # TBPSA takes the distance from there, which is 0, for its step
+            return 0
+        if hasattr(optimizer, "_popsize"):  # pycma refuses a whole population that it has not asked for
+            return int(optimizer._popsize) - 1
+        return int(getattr(optimizer, "llambda", 1))
+
+    def hear(self, point: np.ndarray, value: float) -> None:
+        """Tell of a scored point inside the bounds, shape (size,), in units of the scale; it takes no proposal."""
+        self._optimizer.suggest(point)
+        with _quiet():
+            candidate = self._optimizer.ask()
+        self._tell(candidate, value)
 
     def suggest(self, vector: np.ndarray) -> None:
         """Make a vector inside the bounds, shape (size,), the next proposal."""
@@ -105,11 +135,14 @@ class NevergradSession:
         return Proposal(uid, np.asarray(candidate.value, dtype=np.float64) * self._scale)
 
     def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
+        check_told(uid, value)
+        self._tell(self._asked.pop(uid), float(value))
+
+    def _tell(self, candidate: Any, value: float) -> None:
         from nevergrad.common.errors import TellNotAskedNotSupportedError
 
-        check_told(uid, value)
         with _quiet(), contextlib.suppress(TellNotAskedNotSupportedError):  # a suggestion is lost on some
-            self._optimizer.tell(self._asked.pop(uid), float(value))
+            self._optimizer.tell(candidate, value)
 
     def best(self) -> np.ndarray:
         return np.asarray(self._optimizer.provide_recommendation().value, dtype=np.float64) * self._scale
@@ -128,7 +161,7 @@ def flaw(recipe: Recipe, num_trials: int) -> str | None:
     for _ in range(2):
         vectors = []
         try:
-            session = NevergradSession(recipe.make(), np.ones(1))
+            session = recipe.session(np.ones(1))
             for _ in range(num_trials):
                 proposal = session.ask()
                 vectors.append(proposal.vector)
@@ -219,10 +252,13 @@ class Nevergrad:
     Args:
         optimizer: its name in nevergrad's registry.
         sigma0: length of the first moves, in units of the boxes' scale.
+        warm_start: whether it begins with the best starts and their values, as many as its population holds. That
+            takes no trials. Otherwise it begins around the best start.
     """
 
     optimizer: str = "CMA"
     sigma0: float = 1.0
+    warm_start: bool = True
 
     def __post_init__(self) -> None:
         if not self.sigma0 > 0:
@@ -251,15 +287,18 @@ class Nevergrad:
 
     def session(self, task: Task) -> NevergradSession:
         """As `start`, without a rehearsal."""
-        return NevergradSession(self._recipe(task).make(), task.space.scale)
+        return self._recipe(task).session(task.space.scale)
 
     def _recipe(self, task: Task) -> Recipe:
         import nevergrad as ng
 
         space, begin = task.space, task.begin()
         if self.optimizer not in ng.optimizers.registry:
+            near = difflib.get_close_matches(self.optimizer, ng.optimizers.registry, n=3)
+            hint = f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
             raise ConfigError(
-                f"nevergrad has no optimizer `{self.optimizer}`.{did_you_mean(self.optimizer, ng.optimizers.registry)}"
+                f"nevergrad has no optimizer `{self.optimizer}`.{hint} Vouched for: {', '.join(VOUCHED)}; "
+                "`nevergrad.optimizers.registry` lists all."
             )
         lower, upper = space.lower / space.scale, space.upper / space.scale
         bounded = np.isfinite(lower) & np.isfinite(upper)
@@ -268,7 +307,12 @@ class Nevergrad:
         low, high = (tuple(lower.tolist()), tuple(upper.tolist())) if bounded.all() else (None, None)
         start = tuple(np.clip(begin / space.scale, lower, upper).tolist())
         state = int(SeedRange(task.seed, Purpose.SEARCHER).generator().integers(2**32))
-        return Recipe(self.optimizer, start, low, high, self.sigma0, state, task.num_trials)
+        warm: dict[tuple[float, ...], float] = {}
+        for scored in task.starts if self.warm_start else ():
+            inside = (scored.vector >= space.lower).all() and (scored.vector <= space.upper).all()
+            if inside and np.isfinite(scored.value):  # a clipped point has another value
+                warm.setdefault(tuple((scored.vector / space.scale).tolist()), float(scored.value))
+        return Recipe(self.optimizer, start, low, high, self.sigma0, state, task.num_trials, tuple(warm.items()))
 
 
 @register("searcher", "nevergrad", source="any optimizer of nevergrad, github.com/facebookresearch/nevergrad")

@@ -88,7 +88,9 @@ def test_what_the_black_box_sees():
     assert [proposal.uid for proposal in found] == list(range(40, 100))
     assert {(proposal.gradient, proposal.block, proposal.num_images) for proposal in found} == {(False, None, 1000)}
     assert np.array_equal(found[0].vector, average)
-    cma = build("searcher", "cma", sigma0=0.2).start(Task(SPACE, 60, 3, (Start(average, 1.0, "average"),)))
+    cma = build("searcher", "cma", sigma0=0.2, warm_start=False).start(
+        Task(SPACE, 60, 3, (Start(average, 1.0, "average"),))
+    )
     cma.suggest(average)
     wanted, _ = drive(cma, 60, bowl)
     assert [p.vector.tobytes() for p in found] == [p.vector.tobytes() for p in wanted]

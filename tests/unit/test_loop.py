@@ -195,9 +195,15 @@ def test_the_winner_is_chosen_on_the_select_seeds_and_reported_on_the_report_see
     assert [(r["who"], r["label"]) for r in outcome.reports[1:]] == [("a", "near"), ("b", "other")]
 
 
-def test_the_searcher_starts_at_the_best_baseline(tmp_path):
-    _, records = search(tmp_path, Scripted())
-    assert np.allclose(of_kind(records, "trial")[0]["vector"], [1.0, 1.0])
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_the_searcher_starts_at_the_best_baseline(tmp_path, warm_start):
+    budget = Budget(30, 10, num_finalists=2, num_images_select=20, num_images_report=30)
+    problem = Problem(None, Line(), build("searcher", "one_plus_one", warm_start=warm_start), Scripted(), budget, 0)
+    with Progress("loop", 0, quiet=True) as progress, Journal(tmp_path, print) as journal:
+        Search(problem, journal, progress).run()
+    vectors = [record["vector"] for record in of_kind(read_records(tmp_path / "journal.jsonl")[0], "trial")]
+    assert (vectors[0] == [1.0, 1.0]) != warm_start  # who has heard its value need not ask
+    assert [1.0, 1.0] not in vectors[1:]
 
 
 def test_images_are_counted_once_also_when_continued(tmp_path):
