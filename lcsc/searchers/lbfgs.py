@@ -22,6 +22,8 @@ MAX_LINE = 12
 TOLERANCE = 1e-15
 #: How much of a step is left after a candidate that broke.
 SHRINK = 0.25
+#: Nearer to the start than this share of the first line search's longest try, a place may be the start itself.
+APART = 1e-6
 
 Told = tuple[float, np.ndarray] | None
 Steps = Generator[np.ndarray, Told, "_Place | None"]
@@ -82,13 +84,19 @@ class _Session:
         self._region = Region.around(task.space, begin, settings.radius)
         self._path: list[np.ndarray] = []  # accepted places of the present noise
         self._ends: list[np.ndarray] = []  # where the blocks of noise before ended
+        self._common: list[np.ndarray] = []  # the path on the common noise, once it has ended
+        self._tried: list[_Place] = []  # scored places of the last line search
+        self._stayed = True  # no place was accepted but the start
         self._asked = self._blocks = self._used = 0
         self._steps = self._descend()
         self._want = next(self._steps)
 
     def ask(self) -> Proposal:
         self._asked += 1
-        block = self._blocks % self._settings.num_blocks if self._settings.noise == "rotating" else None
+        if self._settings.noise == "rotating":
+            block = self._blocks % self._settings.num_blocks
+        else:
+            block = self._blocks - 1 if self._blocks else None
         return Proposal(self._asked - 1, self._region.vector(self._want), gradient=True, block=block)
 
     def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
@@ -98,29 +106,37 @@ class _Session:
         self._want = self._steps.send(None if slope is None else (float(value), slope))
 
     def best(self) -> np.ndarray:
-        """The lowest place; on rotating noise the average of the last quarter of the blocks' ends."""
+        """The lowest place on the common noise; after several blocks the average of the last quarter of their ends."""
         if self._ends:
             return tail_mean(self._all_ends(), BEST_TAIL, self._region)
         return self._region.vector(self._path[-1]) if self._path else self._begin
 
     def finalists(self, count: int) -> list[tuple[str, np.ndarray]]:
-        """On common noise places along the path, the last first, since early ones fit the noise less.
+        """Averages over the ends of the last blocks, and places along the path on the common noise, the last first.
 
-        On rotating noise averages over the ends of the last blocks.
+        Early places fit that noise less.
         """
-        if self._ends:
-            return tail_means(self._all_ends(), "block end", self._region)[:count]
-        num = len(self._path)
+        means = tail_means(self._all_ends(), "block end", self._region) if self._ends else []
+        path = self._common or ([] if self._ends else self._path)
+        num, rest = len(path), count - len(means)
         if not num:
-            return [("start", self._begin)][:count]
-        places = sorted({num - math.floor(num * share / count) for share in range(count)}, reverse=True)
-        return [(f"iterate {place} of {num}", self._region.vector(self._path[place - 1])) for place in places]
+            return (means or [("start", self._begin)])[:count]
+        rest = max(rest, count // 2)
+        places = sorted({num - math.floor(num * share / rest) for share in range(rest)}, reverse=True)
+        rows = [(f"iterate {place} of {num}", self._region.vector(path[place - 1])) for place in places]
+        unique: dict[bytes, tuple[str, np.ndarray]] = {}
+        for label, vector in [*means[: count - len(rows)], *rows]:
+            unique.setdefault(vector.tobytes(), (label, vector))
+        return list(unique.values())
 
     def _all_ends(self) -> list[np.ndarray]:
         return [*self._ends, *self._path[-1:]]
 
     def _descend(self) -> Generator[np.ndarray, Told, None]:
-        """One function after the other, each from where the last one ended; at a minimum the same place again."""
+        """One function after the other, each from where the last one ended.
+
+        The common noise is left for new blocks of noise once no way leads down on it.
+        """
         at, curvature = self._region.center, _Curvature(self._settings.memory)
         rotating = self._settings.noise == "rotating"
         while True:
@@ -130,22 +146,44 @@ class _Session:
             self._path = self._path or [at]
             while not rotating or self._used < self._settings.block_trials:
                 new = yield from self._move(place, curvature)
+                if self._stayed and new is not None and new not in self._apart(place):
+                    new = None
                 if new is None and not curvature:
-                    break
+                    new = self._beside(place)
+                    if new is None:
+                        break
+                    place, self._path = new, [new.at]
+                    continue
                 if new is None:
                     curvature.forget()
                     continue
                 curvature.learn(place, new)
-                place = new
+                place, self._stayed = new, False
                 self._path.append(place.at)
             at = place.at
-            if rotating:
-                curvature.forget()
-                self._ends.append(at)
-                self._path, self._used, self._blocks = [], 0, self._blocks + 1
+            curvature.forget()
+            self._ends.append(at)
+            if not rotating and not self._common:
+                self._common = self._path
+            self._path, self._used, self._blocks = [], 0, self._blocks + 1
+
+    def _beside(self, start: _Place) -> _Place | None:
+        """The lowest place tried around a start that no way leads down from; None where none was, or once it is left.
+
+        A start may stand alone: a baseline beside the plane of a truncated space is lower than all around it.
+        """
+        around = self._apart(start) if self._stayed else []
+        self._stayed = False
+        return min(around, key=lambda place: place.value, default=None)
+
+    def _apart(self, start: _Place) -> list[_Place]:
+        """The places of the last line search that are not as good as the start itself."""
+        ways = [float(np.linalg.norm(place.at - start.at)) for place in self._tried]
+        return [place for place, way in zip(self._tried, ways, strict=True) if way > APART * max(ways)]
 
     def _move(self, old: _Place, curvature: _Curvature) -> Steps:
         """The next place; None where the curvature, or if there is none the slope, leads no further down."""
+        self._tried = []
         slope, free, normal = self._inner_slope(old)
         way = -curvature.newton(slope, free)
         if normal is not None:
@@ -168,12 +206,15 @@ class _Session:
         for _ in range(MAX_LINE):
             wanted = old.at + share * way
             at = self._region.nearest(wanted)
+            if np.array_equal(at, old.at):  # arithmetic has no shorter step
+                break
             told = yield at
             if told is None:
                 high = (share, None, None)
                 share = low[0] + SHRINK * (share - low[0])
                 continue
             here = _Place(at, *told)
+            self._tried.append(here)
             end = (share, here.value, float(here.slope @ way))
             if not here.value <= old.value + FALL * float(slope @ (at - old.at)) or here.value == old.value:
                 high = end
@@ -219,6 +260,8 @@ def _between(low: tuple[float, float, float], high: tuple[float, float | None, f
 @dataclass(frozen=True)
 class Lbfgs:
     """L-BFGS on exact derivatives; it needs a fixed function, so all steps, or those of a block, see the same noise.
+
+    From a minimum on the common noise it goes on, on new blocks of noise, one after the other.
 
     Args:
         step_size: length of the very first move, in coordinates whose unit steps are equally long in weight space.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy.optimize import LbfgsInvHessProduct, brentq, minimize, rosen, rosen_der
@@ -151,7 +153,7 @@ def test_rotating_noise():
 def test_finalists_on_common_noise_lie_along_the_path():
     session = start(np.tile([-1.2, 1.0], 2))
     assert [label for label, _ in session.finalists(3)] == ["start"]
-    values = descend(session, rosen, rosen_der, 60)
+    values = descend(session, rosen, rosen_der, 30)
     finalists = session.finalists(4)
     num = int(finalists[0][0].split()[-1])
     assert [label for label, _ in finalists] == [f"iterate {num - num * k // 4} of {num}" for k in range(4)]
@@ -160,6 +162,49 @@ def test_finalists_on_common_noise_lie_along_the_path():
     assert scores[0] == min(values)
     assert np.array_equal(finalists[0][1], session.best())
     assert [label for label, _ in session.finalists(1)] == [f"iterate {num} of {num}"]
+
+
+def test_new_noise_after_convergence():
+    """Block b of the noise moves the bowl to `center + shift_b`; the common noise is unlike all of them."""
+    center, shifts = np.array([1.0, -2.0, 0.5]), np.random.default_rng(3).normal(0, 0.5, size=(40, 3))
+    session, seen = start(np.full(3, 3.0)), []
+    for _ in range(60):
+        proposal = session.ask()
+        miss = proposal.vector - center - (0.7 if proposal.block is None else shifts[proposal.block])
+        seen.append((proposal.block, proposal.vector.tobytes()))
+        session.tell(proposal.uid, 1 + float((np.arange(1, 4) * miss**2).sum()), 2 * np.arange(1, 4) * miss)
+    assert len(set(seen)) == 60  # no trial is spent twice
+    blocks = [block for block, _ in seen]
+    first = blocks.index(0)
+    assert blocks[:first] == [None] * first
+    used = [block for block in blocks if block is not None]
+    assert used == sorted(used)
+    assert set(used) == set(range(max(used) + 1))
+    assert max(used) >= 5
+    rows = dict(session.finalists(6))
+    last = next(label for label in rows if label.startswith("iterate"))
+    np.testing.assert_allclose(rows[last], center + 0.7, atol=1e-6)  # where the common noise led
+    label = next(iter(rows))
+    num = int(label.split()[2])  # the half of the ends, of which the last may not have come far
+    assert label == f"mean of {num} block ends"
+    ended = center + shifts[max(used) - num + 1 : max(used)]
+    assert np.abs(rows[label] * num - ended.sum(0) - center).max() < 2
+    assert len({vector.tobytes() for vector in rows.values()}) == len(rows)
+
+
+@pytest.mark.parametrize("noise", ["common", "rotating"])
+def test_a_start_that_stands_alone_is_left(noise):
+    """The start is lower than all around it and higher than the minimum elsewhere, as in a truncated space."""
+    begin, best = np.full(3, 3.0), math.inf
+    session = start(begin, noise=noise)
+    for _ in range(40):
+        proposal = session.ask()
+        alone = np.allclose(proposal.vector, begin, rtol=1e-9, atol=0)
+        value = 10.0 if alone else float(proposal.vector @ proposal.vector) - 1
+        best = min(best, value)
+        session.tell(proposal.uid, value, 2 * proposal.vector)
+    assert best == pytest.approx(-1)
+    np.testing.assert_allclose(session.best(), 0, atol=1e-6)
 
 
 def test_a_broken_candidate_shrinks_the_step():

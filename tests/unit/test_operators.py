@@ -14,11 +14,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lcsc.bank import CheckpointBank
 from lcsc.core.errors import BankError, ConfigError
-from lcsc.core.registry import discover
+from lcsc.core.registry import build, discover
 from lcsc.core.space import SearchSpace
 from lcsc.operators import profiles
 from lcsc.operators.base import notes_of
 from lcsc.operators.linear import Linear, whitened_axes
+from lcsc.searchers.base import Start, Task
 
 STEPS = (50, 100, 200, 400, 1000)
 
@@ -189,6 +190,44 @@ def test_baselines_of_a_truncated_space_are_the_baselines_themselves(bank):
     row_P = torch.empty(bank.layout.num_parameters)
     linear.apply(bank, last.point).write(row_P)
     assert row_P.numpy().tobytes() == bank.matrix()[-1].numpy().tobytes()
+
+
+def test_lbfgs_leaves_a_baseline_beside_the_plane_of_a_truncated_space(bank):
+    """The goal is the baseline, moved along the plane by a little more than its distance from it.
+
+    So the baseline is lower than all that a short first step reaches, and higher than the plane's minimum.
+    """
+    operator = Linear(rank=2)
+    space = operator.space(bank)
+    baseline = next(row for row in operator.baselines(bank) if row.family == "last")
+    begin = space.to_vector(baseline.point)
+
+    def theta(vector):
+        row_P = torch.empty(bank.layout.num_parameters)
+        operator.apply(bank, space.to_point(vector)).write(row_P)
+        return row_P.double()
+
+    off = float((theta(begin) - theta(begin + 1e-6)).norm())
+    step_P = theta(begin + 1e-6 + np.array([1.0, 0])) - theta(begin + 1e-6)
+    goal_P = theta(begin) + 1.1 * off / step_P.norm() * step_P
+
+    def value(vector):
+        return float(((theta(vector) - goal_P) ** 2).sum()) / off**2
+
+    def slope(vector):
+        grad_P = 2 / off**2 * (theta(vector) - goal_P).float()
+        return space.to_vector(operator.pull_back(bank, space.to_point(vector), grad_P))
+
+    task = Task(space, 60, 0, (Start(begin, value(begin), "last"),), no_gradient=None)
+    short = 0.1 * off / float(step_P.norm()) * space.step_lengths[0]
+    session, values = build("searcher", "lbfgs", step_size=short).start(task), []
+    for _ in range(40):
+        proposal = session.ask()
+        values.append(value(proposal.vector))
+        session.tell(proposal.uid, values[-1], slope(proposal.vector))
+    assert values[0] == pytest.approx(1.1**2, rel=1e-4)
+    assert min(values) == pytest.approx(1, rel=1e-3)  # all that is left is what the plane lacks
+    assert value(session.best()) == pytest.approx(1, rel=1e-3)
 
 
 def test_ranks_that_leave_nothing_out_or_ask_too_much(bank):
