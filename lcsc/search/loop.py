@@ -107,7 +107,7 @@ class Problem:
     def task(self, starts: tuple[Start, ...] = ()) -> Task:
         """What the searcher is given."""
         reason = why_no_gradient(self.objective, self.operator)
-        return Task(self.space(), self.budget.num_trials, self.seed, starts, reason)
+        return Task(self.space(), self.budget.num_trials, self.seed, starts, reason, self.objective.min_images)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Task:
         seed: of the proposals.
         starts: scored points to begin from, best first.
         no_gradient: why the problem has no gradient, as a clause; None when it has one.
+        min_images: fewest images that a proposal can be scored on.
     """
 
     space: SearchSpace
@@ -58,6 +59,7 @@ class Task:
     seed: int
     starts: tuple[Start, ...] = ()
     no_gradient: str | None = "nobody said that there is one"
+    min_images: int = 1
 
     def begin(self) -> np.ndarray:
         """Where to begin, shape (space.size,): the best start, else the middle of the boxes, zero without bounds.
@@ -73,6 +75,14 @@ class Task:
         bounded = np.isfinite(space.lower) & np.isfinite(space.upper)
         with np.errstate(invalid="ignore"):
             return np.where(bounded, (space.lower + space.upper) / 2, 0.0)
+
+    def need_images(self, name: str, num_images: int | None) -> None:
+        """Raise ConfigError where a searcher's setting asks for fewer images than a score takes."""
+        if num_images is not None and num_images < self.min_images:
+            raise ConfigError(
+                f"`searcher.{name}` is {num_images}: too few images for this objective; it needs at least "
+                f"{self.min_images}. Raise it, or take null for the budget's."
+            )
 
 
 def check_told(uid: int, value: float) -> None:

@@ -45,7 +45,17 @@ class Region:
 
     @classmethod
     def around(cls, space: SearchSpace, begin: np.ndarray, radius: float | None) -> Region:
-        """The region around a vector of the space."""
+        """The region around a vector of the space.
+
+        Raises:
+            ConfigError: a radius where boxes refine others, whose coordinates are not at right angles to theirs.
+        """
+        finer = [box.name for box in space.boxes if box.level > 0]
+        if radius is not None and finer:
+            raise ConfigError(
+                f"`searcher.radius` is {radius}, but box `{finer[0]}` refines another one, so that a length in these "
+                "coordinates is no distance of weights. Leave it null; `search.penalty` measures distances exactly."
+            )
         return cls(space, begin * space.step_lengths, radius)
 
     def nearest(self, at: np.ndarray) -> np.ndarray:
@@ -186,7 +196,7 @@ class Gradient:
         """Begin at the best start; see `Searcher.start`.
 
         Raises:
-            ConfigError: nothing to search, or the problem has no gradient.
+            ConfigError: nothing to search, no gradient, or a radius that would be no distance.
         """
         begin = task.begin()
         need_gradient("gradient", task)

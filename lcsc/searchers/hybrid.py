@@ -148,9 +148,11 @@ class Hybrid(Gradient):
         """Begin at the best start; see `Searcher.start`.
 
         Raises:
-            ConfigError: nothing to search, the problem has no gradient, or the optimizer cannot work on it.
+            ConfigError: nothing to search, the problem has no gradient, the optimizer cannot work on it, too few
+                images, or a radius that would be no distance.
         """
         begin = task.begin()
+        task.need_images("num_images", self.num_images)
         need_gradient("hybrid", task)
         self.black_box().check(task)
         return _Session(self, task, begin)

@@ -290,7 +290,8 @@ class Ladder:
         """Begin on the lowest rung that the starts have; see `Searcher.start`.
 
         Raises:
-            ConfigError: nothing to search, or the searcher of a rung cannot work on it.
+            ConfigError: nothing to search, too few images, or the searcher of a rung cannot work on it.
         """
         task.begin()  # which says what is wrong with an empty space
+        task.need_images("test_images", self.test_images)
         return _Session(self, task)

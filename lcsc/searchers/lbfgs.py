@@ -297,7 +297,7 @@ class Lbfgs:
         """Begin at the best start; see `Searcher.start`.
 
         Raises:
-            ConfigError: nothing to search, or the problem has no gradient.
+            ConfigError: nothing to search, no gradient, or a radius that would be no distance.
         """
         begin = task.begin()
         need_gradient("lbfgs", task)

@@ -36,6 +36,13 @@ def bowl(_, vector):
     return ((vector - TARGET) ** 2).sum() + 1
 
 
+def test_too_few_images_are_refused_at_the_start():
+    task = Task(SPACE, 10, 0, no_gradient=None, min_images=20)
+    with pytest.raises(ConfigError, match=r"`searcher\.num_images` is 19: too few images .* at least 20\."):
+        build("searcher", "hybrid", num_images=19).start(task)
+    build("searcher", "hybrid", num_images=20).start(task)
+
+
 def test_p_value_is_welchs():
     rng = np.random.default_rng(0)
     for size, shift, spread in [(5, 0.0, 1.0), (20, 0.5, 3.0), (20, -0.5, 0.1), (40, 2.0, 1.0)]:

@@ -57,6 +57,13 @@ def taken(session):
     return [line.split(":")[0] for line in session.account() if line.endswith(", taken")]
 
 
+def test_too_few_images_are_refused_at_the_start():
+    task = Task(FLAT, 300, 0, no_gradient=None, min_images=20)
+    with pytest.raises(ConfigError, match=r"`searcher\.test_images` is 19: too few images .* at least 20\."):
+        build("searcher", "ladder", test_images=19).start(task)
+    build("searcher", "ladder", test_images=20).start(task)
+
+
 def test_paired_test_is_scipys():
     rng = np.random.default_rng(0)
     for gain in (-1.0, 0.0, 0.5, 2.0):

@@ -346,6 +346,11 @@ def test_unknown_guards_are_refused(tmp_path):
         search(tmp_path, Scripted(), guards={"kid": 0.05})
 
 
+def test_a_searcher_hears_how_many_images_a_score_takes(tmp_path):
+    problem = Problem(None, Line(), build("searcher", "cma"), Scripted(min_images=7), Budget(3, 10), 0)
+    assert problem.task().min_images == 7
+
+
 def test_budgets_are_checked(tmp_path):
     with pytest.raises(ConfigError, match=r"`search\.num_trials` is 0; it must be at least 1"):
         Budget(num_trials=0)
