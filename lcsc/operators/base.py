@@ -83,6 +83,32 @@ class PullsBack(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Distances:
+    """What distances of weights follow from. K = checkpoints, G = groups with coefficients of their own.
+
+    Args:
+        gram_GKK: inner products of the checkpoints' deltas from their mean in each group, float64.
+        pull: turns a number's derivative by the coefficients, shape (G, K), into that by the point, box by box.
+    """
+
+    gram_GKK: np.ndarray
+    pull: Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """What an operator offers beside `Operator` when distances of weights follow from coefficients."""
+
+    def coefficients(self, bank: CheckpointBank, point: Point) -> np.ndarray:
+        """The point's coefficients, shape (K,) or (G, K); each row sums to one."""
+        ...
+
+    def distances(self, bank: CheckpointBank) -> Distances:
+        """One pass over the bank."""
+        ...
+
+
 @runtime_checkable
 class Notes(Protocol):
     """What an operator offers beside `Operator` when a user should know something before the search."""

@@ -18,7 +18,7 @@ from lcsc.core.registry import register
 from lcsc.core.space import Box, Natural, Point, SearchSpace
 from lcsc.kernels import Groups
 from lcsc.operators import profiles
-from lcsc.operators.base import Baseline, Candidate
+from lcsc.operators.base import Baseline, Candidate, Distances
 
 #: Directions shorter than this share of the longest are treated as that long: they are numerically degenerate
 #: (copies of a checkpoint, say), and dividing by their length would only produce huge, idle coefficients.
@@ -232,8 +232,15 @@ class Linear:
 
         At a baseline of a truncated space it is the derivative along the searched directions from the baseline itself.
         """
-        grad_K = bank.project(grad_P).double().cpu().numpy()
-        return {"z": whitened_axes(bank, self.whitening).axes_KZ[:, : self._size(bank)].T @ grad_K}
+        return self._pull(bank, bank.project(grad_P).double().cpu().numpy()[None])
+
+    def _pull(self, bank: CheckpointBank, grad_GK: np.ndarray) -> dict[str, np.ndarray]:
+        """`axes^T grad`, of coefficients in one row, shape (1, K)."""
+        return {"z": whitened_axes(bank, self.whitening).axes_KZ[:, : self._size(bank)].T @ grad_GK[0]}
+
+    def distances(self, bank: CheckpointBank) -> Distances:
+        """Distances of weights by coefficients, in one group; one pass over the bank."""
+        return Distances(gram_matrices(bank), functools.partial(self._pull, bank))
 
     def apply(self, bank: CheckpointBank, point: Point) -> Candidate:
         """The combined network; written straight into the buffer it is asked to fill."""

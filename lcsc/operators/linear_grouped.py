@@ -17,7 +17,7 @@ from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.core.space import Box, Natural, Point, SearchSpace
 from lcsc.kernels import Groups
-from lcsc.operators.base import Baseline, Candidate
+from lcsc.operators.base import Baseline, Candidate, Distances
 from lcsc.operators.linear import Axes, Linear, axes_of, gram_matrices, need_arch, settle, whitened_axes
 
 REST = "rest"
@@ -185,9 +185,16 @@ class LinearGrouped:
 
     def pull_back(self, bank: CheckpointBank, point: Point, grad_P: Tensor) -> dict[str, np.ndarray]:
         """Derivatives of all boxes from one pass over the bank (see `lcsc.kernels.project`)."""
-        grad_GK = bank.project(grad_P, groups=self.partition(bank).columns).double().cpu().numpy()
+        return self._pull(bank, bank.project(grad_P, groups=self.partition(bank).columns).double().cpu().numpy())
+
+    def _pull(self, bank: CheckpointBank, grad_GK: np.ndarray) -> dict[str, np.ndarray]:
+        """Derivatives of all boxes from those of the groups' coefficients, shape (G, K)."""
         shared = {"z": whitened_axes(bank, self.whitening).axes_KZ.T @ grad_GK.sum(0)}
         return shared | {name: axes.axes_KZ.T @ grad_GK[g] for name, (g, axes) in self._axes(bank).items()}
+
+    def distances(self, bank: CheckpointBank) -> Distances:
+        """Distances of weights by the groups' coefficients; one pass over the bank."""
+        return Distances(gram_matrices(bank, self.partition(bank).columns), functools.partial(self._pull, bank))
 
     def apply(self, bank: CheckpointBank, point: Point) -> Candidate:
         """The combined network, all groups in one pass; written straight into the buffer it is asked to fill."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.seeds import Purpose
 from lcsc.core.space import Point, SearchSpace
 from lcsc.objectives.base import Objective, joint_space, why_no_gradient
-from lcsc.operators.base import Baseline, Operator
+from lcsc.operators.base import Baseline, Measured, Operator
 from lcsc.search.evaluate import Evaluator
 from lcsc.search.fitting import fitting_note
 from lcsc.search.guards import Watch, check_guards
 from lcsc.search.journal import Journal, Record
+from lcsc.search.penalty import Penalty, check_penalty
 from lcsc.search.progress import Progress
 from lcsc.search.racing import Racer, check_race
 from lcsc.search.retry import MAX_FAILURES, retry_from
@@ -44,6 +46,8 @@ class Budget:
             resamples of the images so far.
         guards: further metrics that veto a finalist, and the relative share by which each may be worse than the best
             baseline's, beside what chance explains, such as `{recall_digits: 0.05}`; None for no guards.
+        penalty: what a searcher is told is a trial's score + `penalty` x (distance from the best baseline in weight
+            space / distance from the last checkpoint to the mean of all)^2. The winner is chosen by scores alone.
     """
 
     num_trials: int = 300
@@ -54,6 +58,7 @@ class Budget:
     prefixes: list[int] = field(default_factory=list)
     drop_level: float = 0.05
     guards: dict[str, float] | None = None
+    penalty: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -67,6 +72,8 @@ class Budget:
             )
         if not 0 < self.drop_level < 0.5:
             raise ConfigError(f"`search.drop_level` is {self.drop_level}; it must lie between 0 and 0.5.")
+        if not 0 <= self.penalty < math.inf:
+            raise ConfigError(f"`search.penalty` is {self.penalty}; it must be a number of at least 0.")
         if not isinstance(self.guards, dict | None):
             raise ConfigError(f"`search.guards` is `{self.guards}`; write shares by name: {{recall_digits: 0.05}}.")
         for name, share in (self.guards or {}).items():
@@ -99,6 +106,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         check_budget(self.objective, self.budget)
+        check_penalty(self.operator, self.budget.penalty, self.budget.prefixes)
 
     def space(self) -> SearchSpace:
         """What is varied: the operator's boxes, then the objective's own."""
@@ -153,8 +161,10 @@ class Search:
             Start(np.array(record["vector"]), record["value"], record["label"], record["family"])
             for record in sorted((b for b in baselines if b["value"] is not None), key=lambda record: record["value"])
         )
-        session = self.problem.searcher.start(self.problem.task(starts))
-        trials = self._trials(session, baselines, floor)
+        penalty = self._penalty(starts)
+        heard = tuple(sorted(map(penalty.told, starts), key=lambda start: start.value)) if penalty else starts
+        session = self.problem.searcher.start(self.problem.task(heard))
+        trials = self._trials(session, heard, floor, penalty)
         if isinstance(session, Accountable):
             self.journal.step("account", {}, lambda: {"lines": session.account()})
         winner, tuned = self._select(session, trials, baselines)
@@ -208,19 +218,32 @@ class Search:
                 self.progress.baseline(f"{best['label']} {best['value']:.2f}")
         return records
 
-    def _trials(self, session: Session, baselines: list[Record], floor: float | None) -> list[Record]:
-        worst = max((r["value"] for r in baselines if r["value"] is not None), default=None)
+    def _penalty(self, starts: tuple[Start, ...]) -> Penalty | None:
+        weight, problem = self.problem.budget.penalty, self.problem
+        if weight and not starts:
+            self.progress.note("note: no baseline could be scored, so `search.penalty` has nothing to measure from")
+        if not weight or not starts:
+            return None
+        assert isinstance(problem.operator, Measured)
+        return Penalty(weight, problem.bank, problem.operator, self.space, starts[0].vector)
+
+    def _trials(
+        self, session: Session, starts: tuple[Start, ...], floor: float | None, penalty: Penalty | None
+    ) -> list[Record]:
+        worst = max((start.value for start in starts), default=None)
         trials: list[Record] = []
         for _ in range(self.problem.budget.num_trials):
             proposal = session.ask()
-            record = self._trial(proposal, floor)
+            record = self._trial(proposal, floor, penalty)
             trials.append(record)
-            if record["value"] is not None:
-                worst = record["value"] if worst is None else max(worst, record["value"])
-            told = record["value"] if record["value"] is not None else worst
-            if told is not None:  # a failure is told as the worst finite value so far; NaN and Inf never
-                gradient = record.get("gradient")
-                session.tell(proposal.uid, told, None if gradient is None else np.array(gradient))
+            told = _heard(record)
+            if told is not None:
+                worst = told if worst is None else max(worst, told)
+            if worst is not None:  # a failure is told as the worst finite value so far; NaN and Inf never
+                gradient = None if record.get("gradient") is None else np.array(record["gradient"])
+                if gradient is not None and penalty:
+                    gradient = gradient + penalty.slope(proposal.vector)
+                session.tell(proposal.uid, worst if told is None else told, gradient)
             if all(t["value"] is None for t in trials[-MAX_FAILURES:]) and len(trials) >= MAX_FAILURES:
                 raise EvaluationError(
                     f"the last {MAX_FAILURES} trials failed: {record['reason'].rstrip('.')}. "
@@ -228,8 +251,11 @@ class Search:
                 )
         return trials
 
-    def _trial(self, proposal: Proposal, floor: float | None) -> Record:
-        """Score a proposal; one better than real data is scored again on other seeds and the worse value counts."""
+    def _trial(self, proposal: Proposal, floor: float | None, penalty: Penalty | None) -> Record:
+        """Score a proposal; one better than real data is scored again on other seeds and the worse value counts.
+
+        `value` and `gradient` are the score's alone, `penalty` is what comes on top for the searcher.
+        """
         num, vector, block = proposal.num_images or self.problem.budget.num_images, proposal.vector, proposal.block
         evaluate = self.evaluator.slope if proposal.gradient else self.evaluator.score
         purpose, images = Purpose.SEARCH, range(num)
@@ -256,7 +282,8 @@ class Search:
         own = {"block": block, "num_images": proposal.num_images}
         own = {key: value for key, value in own.items() if value is not None}
         key = {"uid": proposal.uid, "vector": vector.tolist(), **own}
-        record = self.journal.step("trial", key, score, num)
+        paid = {"penalty": penalty.paid(vector)} if penalty else {}
+        record = self.journal.step("trial", key, lambda: {**score(), **paid}, num)
         sampled = record.get("images", num)
         if self.racer and common and "dropped_at" not in record:
             self.racer.hear(vector, record["value"])
@@ -346,7 +373,7 @@ class Search:
         chosen = [row for row in session.finalists(count) or () if tuple(row[1].tolist()) not in dropped]
         if chosen:
             return chosen
-        ranked = sorted((t for t in trials if t["value"] is not None), key=lambda t: (t["value"], t["uid"]))
+        ranked = sorted((t for t in trials if t["value"] is not None), key=lambda t: (_heard(t), t["uid"]))
         ranked = [trial for trial in ranked if tuple(trial["vector"]) not in dropped]
         return [(f"trial {trial['uid']}", np.array(trial["vector"])) for trial in ranked[:count]]
 
@@ -374,3 +401,8 @@ class Search:
     def point(self, record: Record) -> Point:
         """The point a record was scored at."""
         return self.space.to_point(np.array(record["vector"]))
+
+
+def _heard(trial: Record) -> float | None:
+    """What a searcher hears of a trial; None for a failure."""
+    return None if trial["value"] is None else trial["value"] + trial.get("penalty", 0.0)
