@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,9 +180,10 @@ class Gradient:
     final: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.step_size > 0 or (self.radius is not None and not self.radius > 0):
+        if not 0 < self.step_size < math.inf or (self.radius is not None and not self.radius > 0):
             raise ConfigError(
-                f"`searcher.step_size` is {self.step_size} and `searcher.radius` {self.radius}; both must be above 0."
+                f"`searcher.step_size` is {self.step_size} and `searcher.radius` {self.radius}; both must be above 0, "
+                "the first finite."
             )
         if self.noise not in NOISES or self.num_blocks < 1:
             raise ConfigError(

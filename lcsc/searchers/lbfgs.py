@@ -281,9 +281,10 @@ class Lbfgs:
     memory: int = 10
 
     def __post_init__(self) -> None:
-        if not self.step_size > 0 or (self.radius is not None and not self.radius > 0):
+        if not 0 < self.step_size < math.inf or (self.radius is not None and not self.radius > 0):
             raise ConfigError(
-                f"`searcher.step_size` is {self.step_size} and `searcher.radius` {self.radius}; both must be above 0."
+                f"`searcher.step_size` is {self.step_size} and `searcher.radius` {self.radius}; both must be above 0, "
+                "the first finite."
             )
         if self.noise not in NOISES:
             raise ConfigError(f"`searcher.noise` is `{self.noise}`; it must be one of {', '.join(NOISES)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,10 +111,10 @@ class LcscEvolution:
     mutation_scale: float = 0.065
 
     def __post_init__(self) -> None:
-        if self.num_parents < 1 or self.num_children < 1 or not self.mutation_scale > 0:
+        if self.num_parents < 1 or self.num_children < 1 or not 0 < self.mutation_scale < math.inf:
             raise ConfigError(
                 f"`searcher.num_parents` is {self.num_parents}, `num_children` {self.num_children} and "
-                f"`mutation_scale` {self.mutation_scale}; all must be above 0."
+                f"`mutation_scale` {self.mutation_scale}; all must be above 0, and finite."
             )
         for name in ("crossover", "first_share", "mutation"):
             if not 0 <= getattr(self, name) <= 1:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -261,8 +262,8 @@ class Nevergrad:
     warm_start: bool = True
 
     def __post_init__(self) -> None:
-        if not self.sigma0 > 0:
-            raise ConfigError(f"`searcher.sigma0` is {self.sigma0}; it must be above 0.")
+        if not 0 < self.sigma0 < math.inf:
+            raise ConfigError(f"`searcher.sigma0` is {self.sigma0}; it must be above 0 and finite.")
 
     def start(self, task: Task) -> NevergradSession:
         """Begin at the best start; see `Searcher.start`.
