@@ -2,10 +2,10 @@
 
     python benchmarks/warm_start.py --to benchmarks/results/warm_start.json
 
-A bank is 40 checkpoints of 400 weights on their way to a goal, with noise that two neighbours share. The score is a
+A bank is 10 or 40 checkpoints of 400 weights on their way to a goal, with noise that neighbours share. The score is a
 quadratic form of the distance from the goal, with eigenvalues from 1 to 1/1000: no noise, so a search costs
 milliseconds. Each search gets the operator's own baselines; its result is the best score as a share of the best of
-these, and 1 where it finds nothing better. Six banks, two seeds.
+these, and 1 where it finds nothing better. Six banks of each size, two seeds.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from lcsc.operators.lora import View
 from lcsc.searchers.base import Start, Task
 
 SEARCHERS = ("cma", "diagonal_cma", "de", "two_points_de", "pso", "tbpsa", "one_plus_one")
-K, P, BANKS, SEEDS = 40, 400, 6, 2
+SIZES, P, BANKS, SEEDS = (10, 40), 400, 6, 2
 
 Score = Callable[[np.ndarray], float]
 
 
-def problem(number: int) -> tuple[SearchSpace, tuple[Start, ...], Score]:
+def problem(K: int, number: int) -> tuple[SearchSpace, tuple[Start, ...], Score]:
     """Space, scored baselines and score of a bank."""
     rng = np.random.default_rng(number)
     goal, noise_KP, row_P = rng.normal(size=P), np.zeros((K, P)), np.zeros(P)
@@ -44,7 +44,7 @@ def problem(number: int) -> tuple[SearchSpace, tuple[Start, ...], Score]:
         noise_KP[k] = row_P
     way_K = 1 - np.exp(-2 * np.arange(1, K + 1) / K)
     W_KP = way_K[:, None] * goal + 0.6 * noise_KP
-    bank = View(Path(f"bank {number}"), tuple(range(100, 100 * K + 1, 100)), W_KP)
+    bank = View(Path(f"bank {K} {number}"), tuple(range(100, 100 * K + 1, 100)), W_KP)
     linear, hardness_P = Linear(), rng.permutation(np.geomspace(1, 1e-3, P))
     space = linear.space(bank)
 
@@ -57,9 +57,9 @@ def problem(number: int) -> tuple[SearchSpace, tuple[Start, ...], Score]:
     return space, tuple(sorted(starts, key=lambda start: start.value)), score
 
 
-def share(name: str, warm_start: bool, number: int, seed: int, num_trials: int) -> float:
+def share(name: str, warm_start: bool, K: int, number: int, seed: int, num_trials: int) -> float:
     """The best score of a search over that of the best baseline."""
-    space, starts, score = problem(number)
+    space, starts, score = problem(K, number)
     session = build("searcher", name, warm_start=warm_start).start(Task(space, num_trials, seed, starts))
     best = starts[0].value
     for _ in range(num_trials):
@@ -78,15 +78,14 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results/warm_start.json"))
     args = parser.parse_args()
     table = []
-    for name in SEARCHERS:
-        cold, warm = (
-            np.log([share(name, on, *which, args.trials) for which in itertools.product(range(BANKS), range(SEEDS))])
-            for on in (False, True)
-        )
+    runs = list(itertools.product(range(BANKS), range(SEEDS)))
+    for K, name in itertools.product(SIZES, SEARCHERS):
+        cold, warm = (np.log([share(name, on, K, *run, args.trials) for run in runs]) for on in (False, True))
         gain = warm - cold
         table.append(
             {
                 "searcher": name,
+                "num_checkpoints": K,
                 "cold": float(np.exp(cold.mean())),
                 "warm": float(np.exp(warm.mean())),
                 "warm_over_cold": float(np.exp(gain.mean())),
@@ -94,7 +93,7 @@ def main() -> None:
             }
         )
         print(table[-1], flush=True)
-    result = {**circumstances(), "num_trials": args.trials, "runs": BANKS * SEEDS, "table": table}
+    result = {**circumstances(), "num_trials": args.trials, "runs": len(runs), "table": table}
     args.to.write_text(json.dumps(result, indent=2) + "\n")
 
 
