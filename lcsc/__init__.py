@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 #: public name -> where it lives
 _HOMES = {
-    "Budget": "lcsc.search.loop:Budget",
+    "Budget": "lcsc.search.budget:Budget",
     "CheckpointBank": "lcsc.bank:CheckpointBank",
     "LcscError": "lcsc.core.errors:LcscError",
     "Problem": "lcsc.search.loop:Problem",
@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     from lcsc.objectives.sample_quality import SampleQuality
     from lcsc.report.html import write_report
     from lcsc.report.run import open_run
-    from lcsc.search.loop import Budget, Problem
+    from lcsc.search.budget import Budget
+    from lcsc.search.loop import Problem
     from lcsc.search.run import run_search
     from lcsc.search.setup import build_problem
 

@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from lcsc.core import registry
-from lcsc.search.loop import Budget
+from lcsc.search.budget import Budget
 
 
 @dataclasses.dataclass

@@ -14,10 +14,12 @@ from lcsc.core.seeds import Purpose
 from lcsc.core.space import Box, SearchSpace
 from lcsc.objectives.base import Score
 from lcsc.operators.base import Baseline
+from lcsc.search.budget import Budget
 from lcsc.search.fitting import fitting_note
 from lcsc.search.journal import Journal, read_records
-from lcsc.search.loop import MAX_FAILURES, Budget, Problem, Search
+from lcsc.search.loop import Problem, Search
 from lcsc.search.progress import Progress
+from lcsc.search.retry import MAX_FAILURES
 from lcsc.searchers.base import Proposal, Task
 
 

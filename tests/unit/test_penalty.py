@@ -15,8 +15,9 @@ from lcsc.core.seeds import Purpose
 from lcsc.core.space import Box, SearchSpace
 from lcsc.objectives.base import Score, Slope
 from lcsc.operators.base import Baseline, Distances
+from lcsc.search.budget import Budget
 from lcsc.search.journal import Journal, read_records
-from lcsc.search.loop import Budget, Problem, Search
+from lcsc.search.loop import Problem, Search
 from lcsc.search.penalty import Penalty
 from lcsc.search.progress import Progress
 from lcsc.searchers.base import Proposal, Start

@@ -22,9 +22,10 @@ from lcsc.metrics.paired import NUM_RESAMPLES, chance_better, frechet_to_first_o
 from lcsc.models.network import build_network, save_network
 from lcsc.objectives.base import Blocks, Raceable, Score
 from lcsc.operators.base import Baseline
+from lcsc.search.budget import Budget
 from lcsc.search.evaluate import Evaluator
 from lcsc.search.journal import Journal, read_records
-from lcsc.search.loop import Budget, Problem, Search
+from lcsc.search.loop import Problem, Search
 from lcsc.search.progress import Progress
 from lcsc.search.racing import Racer
 from lcsc.searchers.base import Proposal

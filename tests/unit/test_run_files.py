@@ -18,7 +18,8 @@ from lcsc.operators.base import Candidate
 from lcsc.report.html import write_report
 from lcsc.report.run import Run
 from lcsc.report.tables import number, report_text
-from lcsc.search.loop import Budget, Problem
+from lcsc.search.budget import Budget
+from lcsc.search.loop import Problem
 from lcsc.search.run import few_images, run_search
 
 NET = {"class": "GaussianDenoiser", "config": {"shape": [1, 2, 2]}}

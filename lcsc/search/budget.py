@@ -1,0 +1,74 @@
+"""How much a search may spend, and what it may spend it on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+
+from lcsc.core.errors import ConfigError
+from lcsc.objectives.base import Objective
+from lcsc.search.guards import check_guards
+from lcsc.search.racing import check_race
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a search may spend.
+
+    Args:
+        num_trials: proposals scored on the search seeds.
+        num_images: images a trial.
+        num_finalists: best trials scored again on the select seeds; of each baseline family as many, but at most 3.
+        num_images_select, num_images_report: images of those, and of the final scores.
+        prefixes: sizes of a race, increasing and below `num_images`: trials are scored on so many images first and
+            dropped when they cannot win. Empty scores all trials on all images.
+        drop_level: a trial is dropped when it beats the best one in less than this share of the paired bootstrap
+            resamples of the images so far.
+        guards: further metrics that veto a finalist, and the relative share by which each may be worse than the best
+            baseline's, beside what chance explains, such as `{recall_digits: 0.05}`; None for no guards.
+        penalty: what a searcher is told is a trial's score + `penalty` x (distance from the best baseline in weight
+            space / distance from the last checkpoint to the mean of all)^2. The winner is chosen by scores alone.
+    """
+
+    num_trials: int = 300
+    num_images: int = 400
+    num_finalists: int = 10
+    num_images_select: int = 2000
+    num_images_report: int = 4000
+    prefixes: list[int] = field(default_factory=list)
+    drop_level: float = 0.05
+    guards: dict[str, float] | None = None
+    penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name.startswith("num_") and value < 1:
+                raise ConfigError(f"`search.{name}` is {value}; it must be at least 1.")
+        sizes = [0, *self.prefixes, self.num_images]
+        if any(a >= b for a, b in itertools.pairwise(sizes)):
+            raise ConfigError(
+                f"`search.prefixes` is {self.prefixes}; it must increase, from above 0 to below `search.num_images`, "
+                f"which is {self.num_images}."
+            )
+        if not 0 < self.drop_level < 0.5:
+            raise ConfigError(f"`search.drop_level` is {self.drop_level}; it must lie between 0 and 0.5.")
+        if not 0 <= self.penalty < math.inf:
+            raise ConfigError(f"`search.penalty` is {self.penalty}; it must be a number of at least 0.")
+        if not isinstance(self.guards, dict | None):
+            raise ConfigError(f"`search.guards` is `{self.guards}`; write shares by name: {{recall_digits: 0.05}}.")
+        for name, share in (self.guards or {}).items():
+            if not isinstance(share, int | float) or not share >= 0:
+                raise ConfigError(f"`search.guards.{name}` is `{share}`; a share is a number of at least 0.")
+
+
+def check_budget(objective: Objective, budget: Budget) -> None:
+    """Raise ConfigError for a budget that does not fit the objective."""
+    for name in ("num_images", "num_images_select", "num_images_report"):
+        num, least = getattr(budget, name), objective.min_images
+        if num < least:
+            raise ConfigError(
+                f"`search.{name}` is {num}: too few images for `{objective.name}`; it needs at least {least}."
+            )
+    check_race(objective, budget.prefixes)
+    check_guards(objective, budget.guards or {})
