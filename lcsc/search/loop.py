@@ -42,8 +42,8 @@ class Problem:
     seed: int
 
     def __post_init__(self) -> None:
-        check_budget(self.objective, self.budget)
         check_penalty(self.operator, self.budget.penalty, self.budget.prefixes)
+        check_budget(self.objective, self.budget)
 
     def space(self) -> SearchSpace:
         """What is varied: the operator's boxes, then the objective's own."""

@@ -45,4 +45,4 @@ class Auto:
         """Begin at the best start; see `Searcher.start`."""
         if task.no_gradient is None:
             return _Session("gradient", "the problem has a derivative", Gradient().start(task))
-        return _Session("cma", task.no_gradient, Nevergrad("CMA").start(task))
+        return _Session("cma", task.no_gradient, Nevergrad("CMA", warm_start=False).start(task))

@@ -228,8 +228,14 @@ def _line(child: subprocess.Popen[str], limit: float) -> str:
     return line.strip()
 
 
-@register("searcher", "cma", source="CMA-ES, arXiv:1604.00772, by nevergrad", optimizer="CMA")
-@register("searcher", "diagonal_cma", source="sep-CMA-ES, PPSN 2008, by nevergrad", optimizer="DiagonalCMA")
+@register("searcher", "cma", source="CMA-ES, arXiv:1604.00772, by nevergrad", optimizer="CMA", warm_start=False)
+@register(
+    "searcher",
+    "diagonal_cma",
+    source="sep-CMA-ES, PPSN 2008, by nevergrad",
+    optimizer="DiagonalCMA",
+    warm_start=False,  # starts that lie together make the first steps of an evolution strategy too short
+)
 @register("searcher", "de", source="differential evolution, Storn & Price 1997, by nevergrad", optimizer="DE")
 @register("searcher", "two_points_de", source="DE with two-point crossover, by nevergrad", optimizer="TwoPointsDE")
 @register(
@@ -254,7 +260,7 @@ class Nevergrad:
         optimizer: its name in nevergrad's registry.
         sigma0: length of the first moves, in units of the boxes' scale.
         warm_start: whether it begins with the best starts and their values, as many as its population holds. That
-            takes no trials. Otherwise it begins around the best start.
+            takes no trials. Otherwise it begins around the best start, as `cma` and `diagonal_cma` do unless asked.
     """
 
     optimizer: str = "CMA"

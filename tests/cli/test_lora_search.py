@@ -99,7 +99,7 @@ def test_a_function_scores_adapters_and_the_export_is_verified(here, lcsc, score
 
 def test_a_command_gets_an_adapter_as_the_library_keeps_it(here, lcsc, scorer):
     path = searched(build("objective", "command", command=SUMS))
-    code, _, err = lcsc("export", f"run={path}", "to=out")  # built again from the run's own configuration
+    code, _, err = lcsc("export", f"run={path}", "to=out", "trust=true")  # built again from the run's own configuration
     assert code == 0, err
     for folder in (path / "best", here / "out"):
         assert {file.name for file in folder.iterdir()} == {
@@ -109,7 +109,7 @@ def test_a_command_gets_an_adapter_as_the_library_keeps_it(here, lcsc, scorer):
         }
         code, _, err = lcsc("verify", str(folder))
         assert code == 0, err
-    code, _, err = lcsc("export", f"run={path}", "to=other", "format=safetensors")
+    code, _, err = lcsc("export", f"run={path}", "to=other", "format=safetensors", "trust=true")
     assert code == 2
     assert "`format` is `safetensors` and `max_shard_size` is `5GB`, but an adapter is one file" in err
     assert not (here / "other").exists()

@@ -47,7 +47,7 @@ def test_staged_rows_equal_direct_rows(bank, dtype, anchor):
 @pytest.mark.parametrize("columns", [4, 2**18])
 def test_rows_elsewhere_are_combined_on_the_cpu(bank, dtype, anchor, columns, monkeypatch):
     monkeypatch.setattr("lcsc.bank.storage.COLUMNS", columns)
-    sums = Checksums(bank.layout, 3)
+    sums = Checksums(bank.layout, bank.rows)
     plain = load(bank.rows, bank.layout, sums, dtype, anchor)
     staged = load(bank.rows, bank.layout, sums, dtype, anchor, "cpu:0")
     there = OnCpu(staged.W_KP, staged.anchor_P)

@@ -194,7 +194,7 @@ def test_searchers_hear_the_price_and_records_keep_score_and_price_apart(tmp_pat
     heard = [(start.label, start.value) for start in listener.starts]
     assert heard == [("near", pytest.approx(2**0.5 + 1)), ("other", pytest.approx(13**0.5 + 1 + price([2, 3])))]
     chosen = [record["label"] for record in records if record["kind"] == "select"]
-    assert chosen == ["trial 1", "trial 3", "near"]  # the finalists are the best with the price ...
+    assert chosen == ["near", "other", "trial 1", "trial 3"]  # the finalists are the best with the price ...
     assert outcome.winner["label"] == "trial 3"  # ... and the winner is the best of them without: 2.12 against 2.20
     assert all("penalty" not in record for record in records if record["kind"] in ("select", "report", "baseline"))
     assert outcome.reports[0]["value"] == pytest.approx(np.hypot(1.0, 0.5) + 1)

@@ -115,9 +115,12 @@ def test_vetoes_of_guards_are_in_summary_report_and_terminal(bank, tmp_path):
     problem = problem_of(bank, budget=budget, searcher="random", other_metrics=others)
     path = run_search(problem, name="toy", runs_dir=tmp_path, quiet=True)
     lines = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
-    rival, *finalists = [line for line in lines if line["kind"] == "select"]
-    worse = [row for row in finalists if row["others"]["kid_pixels"]["value"] > rival["others"]["kid_pixels"]["value"]]
+    selected = [line for line in lines if line["kind"] == "select"]
+    rival = min((row for row in selected if not row["label"].startswith("trial")), key=lambda row: row["value"])
+    worse = [row for row in selected if "vetoed" in row]
     assert worse  # random trials are worse than the best baseline
+    assert all(row["label"].startswith("trial") for row in worse)
+    assert all(row["others"]["kid_pixels"]["value"] > rival["others"]["kid_pixels"]["value"] for row in worse)
     summary = summary_of(path)
     assert [row["label"] for row in summary["vetoed"]] == [row["label"] for row in worse]
     assert [row["value"] for row in summary["vetoed"]] == [row["value"] for row in worse]
