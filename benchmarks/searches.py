@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import ROOT, circumstances
+from machine import ROOT, circumstances, spread
 
 from lcsc.cli.search import search
 from lcsc.cli.train import train
@@ -46,12 +49,20 @@ def run(words: list[str], target: Path) -> dict:
 
 
 def result(path: Path) -> dict:
-    """Report score and costs of a finished search; the final report is measurement and is not counted as search."""
+    """Report score and costs of a finished search.
+
+    What only tells how good the baselines are is measurement and is not counted as search: the final report, and the
+    second look at baselines that are not the winner's rival.
+    """
     summary = json.loads((path / "summary.json").read_text())
+    records = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
+    labels = {record["label"] for record in records if record["kind"] == "baseline"}
+    looks = [r for r in records if r["kind"] == "select" and r["label"] in labels and r["value"] is not None]
+    rival = min(looks, key=lambda record: record["value"], default=None)
     costs: dict[str, int] = {}
-    for line in (path / "journal.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        costs[record["kind"]] = costs.get(record["kind"], 0) + (record.get("image_forwards") or 0)
+    for record in records:
+        kind = "second look" if record in looks and record is not rival else record["kind"]
+        costs[kind] = costs.get(kind, 0) + (record.get("image_forwards") or 0)
     report = summary["report"]
     return {
         "value": report["best"]["value"],
@@ -63,9 +74,54 @@ def result(path: Path) -> dict:
         "floor": summary["floor"],
         "nfe": summary["nfe"],
         "image_forwards": {kind: cost for kind, cost in costs.items() if cost},
-        "image_forwards_of_search": sum(cost for kind, cost in costs.items() if kind != "report"),
+        "image_forwards_of_search": sum(cost for kind, cost in costs.items() if kind not in ("report", "second look")),
         "seconds": summary["wall_seconds"],
     }
+
+
+def contest(known: dict[str, list[str]], args: argparse.Namespace) -> dict[int, dict[str, dict]]:
+    """Results by seed and contestant: what `--only` allows is run, what is finished under `--work` is taken as it is."""
+    rows: dict[int, dict[str, dict]] = {seed: {} for seed in args.seeds}
+    for name, overrides in known.items():
+        for seed in args.seeds:
+            target = args.work / f"{args.experiment}-{seed}-{name}"
+            if args.only is None or name in args.only:
+                words = words_of(args.experiment, seed, args.work, args.mnist)
+                place = bank(words, args.work / f"bank-{args.experiment}-{seed}")
+                rows[seed][name] = run([*words, f"bank.path={place}", *overrides], target)
+            elif (target / "summary.json").exists():
+                rows[seed][name] = result(target)
+    return rows
+
+
+def contest_arguments(doc: str, experiments: Iterable[str]) -> argparse.Namespace:
+    """The command line of a contest."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--experiment", default="digits", choices=sorted(experiments))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--mnist", type=Path, help="npz file of MNIST")
+    parser.add_argument("--to", type=Path)
+    return parser.parse_args()
+
+
+def by_contestant(rows: dict[int, dict[str, dict]]) -> dict[str, dict]:
+    """Spread over the seeds, for contestants that finished on all of them."""
+    names = [name for name in next(iter(rows.values())) if all(name in found for found in rows.values())]
+    table = {}
+    for name in names:
+        found = [row[name] for row in rows.values()]
+        values = [row["value"] for row in found]
+        table[name] = {
+            "report_score": spread(values),
+            "mean": statistics.fmean(values),
+            "standard_error_over_seeds": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
+            "ratio_to_best_baseline": spread([row["ratio_to_best_baseline"] for row in found]),
+            "image_forwards": spread([row["image_forwards_of_search"] for row in found]),
+            "seconds": spread([row["seconds"] for row in found]),
+        }
+    return table
 
 
 def write(to: Path, **content: object) -> None:
