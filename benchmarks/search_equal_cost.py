@@ -2,7 +2,7 @@
 
     python benchmarks/search_equal_cost.py --work scratch/ [--seeds 0 1 2] [--only NAME ...]
 
-As `search_efficiency.py`: whole searches of the same banks, image-forwards counted alike, report seeds and the report half.
+As `search_efficiency.py`: whole searches of the same banks, image-forwards counted alike, report seeds and report half.
 Black-box searchers get 160 trials of 250 images (1 image-forward for each image and network call), descents 53 (3 for
 each, their activations kept), so that their trials cost alike. `hybrid` and `ladder` choose how they share 53 trials.
 """

@@ -80,7 +80,7 @@ def result(path: Path) -> dict:
 
 
 def contest(known: dict[str, list[str]], args: argparse.Namespace) -> dict[int, dict[str, dict]]:
-    """Results by seed and contestant: what `--only` allows is run, what is finished under `--work` is taken as it is."""
+    """Results by seed and contestant: `--only` says what is run now; what is finished under `--work` is taken too."""
     rows: dict[int, dict[str, dict]] = {seed: {} for seed in args.seeds}
     for name, overrides in known.items():
         for seed in args.seeds:
