@@ -162,10 +162,12 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         *level_rows(summary.get("levels") or {}),
         ("model", evaluator.get("model")),
         ("data set", evaluator.get("dataset")),
-        ("searcher", (config.get("searcher") or {}).get("name")),
+        ("searcher", _searcher(config, summary)),
+        ("price on distance", search.get("penalty") or None),
         ("operator", (config.get("operator") or {}).get("name")),
         ("trials", f"{len(trials)}{f', of them {failed} failed' if failed else ''}"),
         ("images sampled", f"{sampled:,.0f}"),
+        ("image-forwards", f"{summary['image_forwards']:,}" if summary.get("image_forwards") else None),
         ("images saved by racing", f"{summary['images_saved']:,}" if summary.get("images_saved") else None),
         ("time", f"{seconds:,.0f} s in scoring"),
         ("checkpoints", f"{len(steps)}, steps {steps[0]} to {steps[-1]}" if steps else None),
@@ -175,3 +177,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("command", info.get("command")),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _searcher(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str | None:
+    """The searcher's name, and what ran where it chose another."""
+    name, ran = (config.get("searcher") or {}).get("name"), summary.get("searcher_ran")
+    return f"{name} ({ran})" if ran and ran != name else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 
 import numpy as np
@@ -120,3 +121,18 @@ def test_hostile_names_are_text(tmp_path):
         assert "<img src=x" not in text
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "\x1b" not in report_text(Run.open(path)) + status_line(Run.open(path)) + comparison_text([path])
+
+
+def test_facts_say_what_auto_chose_and_what_the_search_paid(tmp_path):
+    path = make_fake_run(tmp_path / "run", num_trials=20, searcher="auto")
+    summary, info = (json.loads((path / name).read_text()) for name in ("summary.json", "run.json"))
+    info["config"]["search"]["penalty"] = 2.5
+    (path / "run.json").write_text(json.dumps(info))
+    (path / "summary.json").write_text(json.dumps({**summary, "searcher_ran": "gradient", "image_forwards": 1234567}))
+    page = write_report(path).read_text()
+    for name, value in (
+        ("searcher", "auto (gradient)"),
+        ("price on distance", "2.5"),
+        ("image-forwards", "1,234,567"),
+    ):
+        assert re.search(rf">{name}</t[hd]>\s*<td[^>]*>{re.escape(value)}<", page), name

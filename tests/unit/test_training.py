@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +161,7 @@ def test_consistency_bank_is_trained_and_repeatable(tmp_path: Path) -> None:
 
 def test_toy_bank_spans_the_truth_and_averages_miss_it(tmp_path: Path) -> None:
     data = Gaussian()
-    began = time.perf_counter()
     bank = train(GaussianToy(), tmp_path / "bank", arch=TOY, model=Direct(), dataset=data)
-    assert time.perf_counter() - began < 5
     rows = [torch.cat([w["mean_CHW"].flatten(), w["std_CHW"].flatten()]) for w in checkpoints(bank).values()]
     theta = torch.stack(rows).double().numpy()
     truth = torch.cat([data.mean_CHW.flatten(), data.std_CHW.flatten()]).double().numpy()
