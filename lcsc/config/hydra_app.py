@@ -118,6 +118,11 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for override in parsed:
         values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
         for value in values:
+            if value is None and override.key_or_group in registry.ROOMS:
+                raise ConfigError(
+                    f"`{override.key_or_group}` is null, but a search needs one. Leave the setting out, or choose "
+                    f"one of `lcsc list {override.key_or_group}s`."
+                )
             name = str(value).strip("'\"")
             if override.key_or_group in registry.ROOMS and isinstance(value, str):
                 registry.part(override.key_or_group, name)

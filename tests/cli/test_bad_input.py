@@ -44,6 +44,7 @@ def refuse(lcsc, here, words, text):
             "no setting named `search.num_trails`. Did you mean `search.num_trials`?",
         ),
         (["search", *TOY, "searcher.sigma=3"], "no setting named `searcher.sigma`. Did you mean `searcher.sigma0`?"),
+        (["search", *TOY, "metric=null"], "`metric` is null, but a search needs one. Leave the setting out, or choose"),
         (["search", *TOY, "search.num_trials=many"], "`search.num_trials`"),
         (["search", *TOY, "search.num_trials=0"], "`search.num_trials` is 0; it must be at least 1"),
         (["search", *TOY, "seed=-1"], "`seed` is -1; it must lie in"),
