@@ -141,7 +141,7 @@ def draw(front: Front) -> Figure:
     bars = f"{'means of runs' if lines['num_runs'].max() > 1 else 'report seeds'} ± 1 standard error"
     above = [front.sentence(), bars] if front.sentence() else [bars]
     subtitle(figure, f"{' · '.join(above)}\n{short(front.subject, 110)}")
-    ax = figure.add_axes((0.09, 0.125, 0.60, 0.715))
+    ax = figure.add_axes((0.09, 0.125, 0.54, 0.715))
     values = lines["value"].to_numpy()
     if not (values > 0).all():
         return empty(figure, ax, "a score is not above 0; there is no logarithm to draw")
@@ -226,7 +226,9 @@ def _axes(ax: Axes, nfes: Sequence[int], values: np.ndarray) -> None:
     ax.set_yscale("log")
     room = (nfes[-1] / nfes[0]) ** 0.04
     ax.set_xlim(nfes[0] / room, nfes[-1] * room)
-    ax.set_ylim(values.min() / 1.15, values.max() * 1.2)
+    low, high = float(values.min()), float(values.max())
+    margin = max(1.15, (high / low) ** 0.05)
+    ax.set_ylim(low / margin, high * margin)
     ax.xaxis.set_major_locator(FixedLocator([float(nfe) for nfe in nfes]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
