@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -87,11 +88,12 @@ def noticing_ctrl_c() -> Iterator[list[int]]:
         pressed.append(number)
         signal.default_int_handler(number, frame)
 
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread, which alone hears signals
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler  # a shell's background job ignores Ctrl-C, and shall
+    if not ours or threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield pressed
         return
+    signal.signal(signal.SIGINT, handle)
     try:
         yield pressed
     finally:

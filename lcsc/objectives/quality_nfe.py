@@ -136,7 +136,7 @@ class QualityNFE:
         shared, found = self._written(candidate), []
         where: dict[str, Any] = {"seed": seed, "purpose": purpose, "images": images, "num_blocks": num_blocks}
         for nfe, member in zip(self.nfe, self.members, strict=True):
-            with _naming(nfe):
+            with _naming(nfe), spending(sum(blocks.image_forwards for blocks in found)):
                 found.append(member.block_states(shared, **where))
         states = tuple(zip(*(blocks.states for blocks in found), strict=True))
         return Blocks(states, sum(blocks.image_forwards for blocks in found))

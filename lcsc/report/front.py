@@ -174,11 +174,11 @@ def _metric(run: Run) -> str:
 
 
 def _searched(run: Run) -> tuple[str, ...]:
-    """What was searched and how, as text: bank, model, and settings of operator, searcher and sampler."""
+    """What was searched and how, as text: bank, model, settings of operator, searcher, sampler and budget."""
     prints, config = run.info.get("fingerprints") or {}, run.info["config"]
     parts = [dict(config.get(kind) or {}) for kind in ("operator", "searcher", "sampler")]
     parts[2] = {name: value for name, value in parts[2].items() if name not in NFE_FIELDS}
-    texts = [json.dumps(part, sort_keys=True) for part in parts]
+    texts = [json.dumps(part, sort_keys=True) for part in (*parts, dict(config.get("search") or {}))]
     return (str(prints.get("bank")), str((prints.get("evaluator") or {}).get("model")), *texts)
 
 

@@ -19,7 +19,7 @@ def fitting_note(
     image is.
 
     Args:
-        searcher: noise that it rotates counts with all its blocks.
+        searcher: noise that it rotates counts with all its blocks, where it has a field `noise` that says so.
         objective: what scores.
         proposal: a trial to come.
         num_images: images of a trial that does not say so itself.

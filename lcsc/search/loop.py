@@ -14,7 +14,7 @@ from lcsc.core.errors import EvaluationError
 from lcsc.core.seeds import Purpose
 from lcsc.core.space import Point, SearchSpace
 from lcsc.objectives.base import Objective, joint_space, why_no_gradient
-from lcsc.operators.base import Baseline, Measured, Operator
+from lcsc.operators.base import Measured, Operator
 from lcsc.search.budget import Budget, check_budget
 from lcsc.search.evaluate import Evaluator
 from lcsc.search.fitting import fitting_note
@@ -94,6 +94,7 @@ class Search:
         self._forget_failures()
         floor = self.journal.step("floor", {}, lambda: {"value": self.problem.objective.floor()})["value"]
         baselines = self._baselines()
+        self.progress.expect(self.num_steps(baselines))
         starts = tuple(
             Start(np.array(record["vector"]), record["value"], record["label"], record["family"])
             for record in sorted((b for b in baselines if b["value"] is not None), key=lambda record: record["value"])
@@ -107,6 +108,7 @@ class Search:
         winner, tuned = self._select(session, trials, baselines)
         own = self._own(winner)
         if any(value.any() for value in own.values()):  # what helps the winner beside its weights, baselines get too
+            self.progress.expect(self.num_steps(baselines) + len(baselines) + self._num_members(baselines))
             baselines += self._baselines(own, ", settings of the winner")
             tuned = self._tuned(baselines)
         reports = [self._report("best", winner["label"], winner)]
@@ -263,15 +265,21 @@ class Search:
         elif watch:
             watch = None
             self.progress.note("note: no baseline could be scored, so `search.guards` has nothing to compare with")
-        records = [self._selected(label, vector, watch) for label, vector in self._finalists(session, trials)]
+        records = [
+            self._rated.get(tuple(vector.tolist())) or self._selected(label, vector, watch)  # some are baselines
+            for label, vector in self._finalists(session, trials)
+        ]
         for record in records:
             if "vetoed" in record:
                 self.progress.note(f"{record['label']} is vetoed: {record['vetoed']}")
         # a search may fail to beat where it began; of equals the first wins
         fit = [r for r in (*records, *rivals[:1]) if "vetoed" not in r and r["value"] is not None]
         if not fit:
-            reason = records[-1]["reason"] if records else "none is left"
-            raise EvaluationError(f"no finalist could be scored on the select seeds: {reason}")
+            reason = (records[-1]["reason"] if records else "none is left").rstrip(".")
+            raise EvaluationError(
+                f"no finalist could be scored on the select seeds: {reason}. "
+                "Mend the cause and run the same line again."
+            )
         return min(fit, key=lambda record: record["value"]), tuned
 
     def _tuned(self, baselines: list[Record], watch: Watch | None = None) -> dict[str, Record]:
@@ -280,9 +288,7 @@ class Search:
         So baselines get the second look that finalists get. Where none can be scored there it is the best of before.
         """
         count, tuned = min(NUM_MEMBERS, self.problem.budget.num_finalists), {}
-        ranked = sorted((b for b in baselines if b["value"] is not None), key=lambda record: record["value"])
-        for family in dict.fromkeys(record["family"] for record in baselines if record["value"] is not None):
-            best = [record for record in ranked if record["family"] == family][:count]
+        for family, best in _best_members(baselines, count).items():
             for record in best:
                 at = tuple(record["vector"])
                 if at not in self._rated:  # families share members, such as the last checkpoint
@@ -327,17 +333,32 @@ class Search:
             )
         return report
 
-    def num_steps(self) -> int:
-        """Steps of the plan that the progress display counts."""
-        baselines: list[Baseline] = self.problem.operator.baselines(self.problem.bank)
-        families, budget = Counter(baseline.family for baseline in baselines), self.problem.budget
-        finalists = min(budget.num_finalists, budget.num_trials)
+    def num_steps(self, baselines: list[Record] | None = None) -> int:
+        """Steps of the plan that the progress display counts; nearer to the truth once the baselines are scored."""
+        budget, plan = self.problem.budget, self.problem.operator.baselines(self.problem.bank)
+        families = Counter(baseline.family for baseline in plan)
         members = sum(min(NUM_MEMBERS, budget.num_finalists, num) for num in families.values())
-        return len(baselines) + budget.num_trials + finalists + members + 1 + len(families)
+        if baselines is not None:
+            families = Counter(record["family"] for record in baselines if record["value"] is not None)
+            members = self._num_members(baselines)
+        finalists = min(budget.num_finalists, budget.num_trials)
+        return len(plan) + budget.num_trials + finalists + members + 1 + len(families)
+
+    def _num_members(self, baselines: list[Record]) -> int:
+        """How many baselines get a second look; families share members, such as the last checkpoint."""
+        count = min(NUM_MEMBERS, self.problem.budget.num_finalists)
+        return len({tuple(record["vector"]) for best in _best_members(baselines, count).values() for record in best})
 
     def point(self, record: Record) -> Point:
         """The point a record was scored at."""
         return self.space.to_point(np.array(record["vector"]))
+
+
+def _best_members(baselines: list[Record], count: int) -> dict[str, list[Record]]:
+    """The `count` best of each family on the search seeds, of those that could be scored."""
+    ranked = sorted((b for b in baselines if b["value"] is not None), key=lambda record: record["value"])
+    families = dict.fromkeys(record["family"] for record in baselines if record["value"] is not None)
+    return {name: [record for record in ranked if record["family"] == name][:count] for name in families}
 
 
 def _heard(trial: Record) -> float | None:

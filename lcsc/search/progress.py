@@ -84,7 +84,7 @@ class Progress:
         done = self._done - self._replayed
         if not done:
             return "?"
-        seconds = (time.monotonic() - self._began) / done * (self._total - self._done)
+        seconds = (time.monotonic() - self._began) / done * max(0, self._total - self._done)
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
     def _line(self) -> str:

@@ -43,7 +43,8 @@ class Racer:
 
     The incumbent is the best candidate that was scored on all images. A candidate that is worse than the incumbent on
     the first images is dropped when it would be better in less than `drop_level` of the paired bootstrap resamples of
-    these images.
+    these images. Images of the incumbent that are sampled once more, because another candidate or an interruption came
+    between, are in no row: rows are the same whether a race was interrupted or not.
 
     Args:
         evaluator: makes candidates; its objective is `Raceable`.

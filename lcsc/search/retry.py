@@ -13,8 +13,8 @@ MAX_FAILURES = 20
 def retry_from(records: Sequence[Record], num_trials: int) -> int:
     """Place of the first record to compute again; `len(records)` where no failure stopped the search.
 
-    A search stops when `MAX_FAILURES` trials in a row, all trials, or a score on the report seeds fail. What failed
-    directly before, baselines too, is tried again with them: they share the cause.
+    A search stops when `MAX_FAILURES` trials in a row, all trials, all scores on the select seeds, or a score on the
+    report seeds fail. What failed directly before, baselines too, is tried again with them: they share the cause.
     """
     end = len(records)
     if end and records[-1]["kind"] == "account":  # written after the last trial, whatever became of the trials
@@ -25,6 +25,9 @@ def retry_from(records: Sequence[Record], num_trials: int) -> int:
     failed = sum(record["kind"] == "trial" for record in records[start:end])
     if failed and failed >= min(MAX_FAILURES, num_trials):
         return start
-    if records and records[-1]["kind"] == "report" and records[-1]["value"] is None:
-        return len(records) - 1
-    return len(records)
+    if not records or records[-1]["value"] is not None:
+        return len(records)
+    selected = [place for place, record in enumerate(records) if record["kind"] == "select"]
+    if records[-1]["kind"] == "select" and all(records[place]["value"] is None for place in selected):
+        return selected[0]
+    return len(records) - (records[-1]["kind"] == "report")

@@ -77,6 +77,8 @@ def test_mistakes_on_the_line(here, lcsc, words, text):
         (["search.guards={typo: 0.1}"], "`search.guards` names `typo`, which is none of the `other_metrics`"),
         (["search.prefixes=[10,20]"], "`search.prefixes` begins with 10; a race needs at least 20 images"),
         (["search.num_images=1"], "`search.num_images` is 1: too few images"),
+        (["searcher=ladder", "searcher.test_images=1"], "`searcher.test_images` is 1: too few images"),
+        (["search.penalty=1", "search.prefixes=[40]"], "but a race compares scores without a penalty"),
         (
             ["searcher=nevergrad", "searcher.optimizer=CMAX"],
             "nevergrad has no optimizer `CMAX`. Did you mean `CMA` or ",

@@ -93,6 +93,17 @@ def test_ctrl_c_that_a_loading_module_swallows_is_still_ctrl_c(monkeypatch, caps
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_that_a_shell_wants_ignored_stays_ignored(monkeypatch):
+    found = []
+    monkeypatch.setattr("lcsc.cli.list.main", lambda words: found.append(signal.getsignal(signal.SIGINT)))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert main(["list"]) == 0
+        assert found == [signal.getsignal(signal.SIGINT)] == [signal.SIG_IGN]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_error_without_ctrl_c_is_not_called_one(monkeypatch):
     def broken(words):
         raise ImportError("initialization failed")

@@ -85,6 +85,20 @@ def test_a_race_counts_the_stages_before(bank, monkeypatch):
     assert (row["status"], row["images"], row["image_forwards"]) == ("failed", 40, 3 * (24 + 12)), row
 
 
+def test_a_race_for_several_nfes_counts_the_members_before(bank, monkeypatch):
+    parts = {
+        "model": build("model", "edm"),
+        "dataset": build("dataset", "digits"),
+        "sampler": build("sampler", "euler"),
+    }
+    metric = build("metric", "fid_pixels")
+    objective = build("objective", "fid_nfe", **parts, metric=metric, nfe=[1, 2], batch_size=40, device="cpu")
+    scorer = Evaluator(bank, Linear(), objective, Linear().space(bank), 0)
+    spoil(monkeypatch, type(objective.model), 1)  # the first call of the second member, which takes two before it looks
+    row = Racer(scorer, (40, 60), 0.05).full(np.zeros(1))
+    assert (row["status"], row["image_forwards"]) == ("failed", 40 + 80), row
+
+
 def test_a_loss_and_a_metric_that_break_cost_everything(bank, monkeypatch):
     loss = evaluator(bank, "denoising_loss")
     monkeypatch.setattr(type(loss.objective), "losses", lambda self, net, images, *_: images.sum((1, 2, 3)) * torch.nan)

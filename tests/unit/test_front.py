@@ -127,8 +127,9 @@ def edit_info(path, change):
         lambda info: info["config"].update(searcher={"name": "random"}),
         lambda info: info["config"]["searcher"].update(step=0.1),
         lambda info: info["config"]["sampler"].update(name="heun"),
+        lambda info: info["config"]["search"].update(num_trials=7),
     ],
-    ids=["bank", "model", "operator", "searcher", "setting", "sampler"],
+    ids=["bank", "model", "operator", "searcher", "setting", "sampler", "budget"],
 )
 def test_what_was_not_searched_alike_shares_no_front(several, tmp_path, change):
     others = [own_run(tmp_path / f"other{n}", n, best, seed=1) for n, best in ((1, 90.0), (2, 70.0), (8, 50.0))]

@@ -159,6 +159,7 @@ def test_twenty_failures_in_a_row_stop_the_search(tmp_path):
         ({(Purpose.SEARCH, i) for i in range(40)}, 30, BASELINES + MAX_FAILURES),  # baselines failed by the same cause
         ({(Purpose.SEARCH, i) for i in range(BASELINES + 5, 40)}, 30, MAX_FAILURES),  # after some good trials
         ({(Purpose.SEARCH, i) for i in range(BASELINES, 40)}, 7, 7),  # all trials, though they are few
+        ({(Purpose.SELECT, i) for i in range(20)}, 7, RIVALS + 3),
         ({(Purpose.REPORT, 1)}, 7, 1),
     ],
 )
@@ -333,6 +334,26 @@ def test_a_member_of_two_families_is_scored_once(tmp_path, monkeypatch):
     outcome, records = search(tmp_path, Scripted())
     assert len(of_kind(records, "select")) == 1 + 3
     assert [(r["who"], r["label"]) for r in outcome.reports[1:]] == [("a", "mine"), ("b", "yours")]
+
+
+def test_a_finalist_that_is_a_baseline_is_not_scored_again(tmp_path, monkeypatch):
+    session = type(build("searcher", "one_plus_one").start(Task(Line().space(None), 1, 0)))
+    monkeypatch.setattr(session, "finalists", lambda self, count: [("mine", np.array([1.0, 1.0]))])
+    outcome, records = search(tmp_path, Scripted())
+    assert len(of_kind(records, "select")) == RIVALS
+    assert outcome.winner["label"] == "near"
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_the_progress_plan_is_what_is_done(tmp_path, monkeypatch, same):
+    if same:  # families that share a member
+        rows = [Baseline("a", "mine", {"x": [1.0, 1.0]}), Baseline("b", "yours", {"x": [1.0, 1.0]})]
+        monkeypatch.setattr(Line, "baselines", lambda self, bank: rows)
+    plans, steps = [], []
+    monkeypatch.setattr(Progress, "expect", lambda self, total: plans.append(total))
+    monkeypatch.setattr(Progress, "step", lambda self, *args: steps.append(args))
+    search(tmp_path, Scripted())
+    assert plans[-1] == len(steps)
 
 
 def test_a_search_whose_finalists_all_fail_says_so(tmp_path):
