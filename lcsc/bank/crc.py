@@ -62,7 +62,9 @@ class Crcs:
         self._rows, self._first = rows, first
         self.wanted = np.array([row.stored is not None for row in rows])
         self._sums = np.zeros((len(rows), count if self.wanted.any() else 0), np.uint32)
-        self._plans: dict[tuple[int, int], list[tuple[str, Source, int, bool]]] = {}
+        self._plans: dict[tuple[int, int], list[tuple[dict[str, None], Source, int, bool]]] = {}
+        #: row and index of the entries that were read for their checksum alone
+        self._alone: set[tuple[int, int]] = set()
 
     def add(self, k: int, chunk: int, bits: np.ndarray) -> None:
         """Take the checksum of one chunk of row k; zlib lets other threads run meanwhile."""
@@ -82,15 +84,15 @@ class Crcs:
         self.wanted[todo] = False
 
     def compare_some(self, k: int, names: Collection[str]) -> None:
-        """As `compare`, of some tensors of row k alone, which no pass has read."""
+        """As `compare`, of some tensors of row k alone, which no pass has read; each is read once."""
         if names and self.wanted[k]:
-            self._row(k, np.zeros(self._sums.shape[1], bool), names)
+            self._row(k, np.zeros(self._sums.shape[1], bool), frozenset(names))
 
-    def _row(self, k: int, seen: np.ndarray, names: Collection[str] | None = None) -> None:
+    def _row(self, k: int, seen: np.ndarray, names: frozenset[str] | None = None) -> None:
         row = self._rows[k]
         assert row.stored is not None
-        for name, source, index, whole in self._plan(row.table, row.stored.places):
-            if names is not None and name not in names:
+        for inside, source, index, whole in self._plan(row.table, row.stored.places):
+            if (name := next((n for n in inside if names is None or n in names), None)) is None:
                 continue
             part, offset, size = row.stored.places[index].tolist()
             path, written = row.files[part], int(row.stored.crcs[index])
@@ -100,16 +102,19 @@ class Crcs:
                 found = joined(self._sums[k, first:stop].tolist(), CHUNK * ITEMSIZE[source.dtype], size)
                 if found != written:
                     raise differs(path, name, found, written)
-            else:
+            elif (k, index) not in self._alone:
                 with open_regular(path) as (fd, _):
                     check_crc(fd, Entry(name, offset, size, written), path)
+                self._alone.add((k, index))
 
-    def _plan(self, table: Table, places: np.ndarray) -> list[tuple[str, Source, int, bool]]:
-        """Each entry that a table needs: a tensor in it, its index, and whether it is just that tensor's numbers."""
+    def _plan(self, table: Table, places: np.ndarray) -> list[tuple[dict[str, None], Source, int, bool]]:
+        """Each entry that a table needs: the names of the tensors in it, one of these tensors, the entry's index, and
+        whether it is just that tensor's numbers. The first of the names is that tensor's.
+        """
         key = id(table), id(places)
         if key not in self._plans:
             starts = [(part, offset) for part, offset, _ in places.tolist()]
-            plan: dict[int, tuple[str, Source, int, bool]] = {}
+            plan: dict[int, tuple[dict[str, None], Source, int, bool]] = {}
             for name, source, piece in _pieces(table):
                 # the entry that begins last at or before the piece; safetensors files among the others have none
                 index = bisect.bisect_right(starts, (piece.part, piece.offset)) - 1
@@ -117,8 +122,11 @@ class Crcs:
                 if index < 0 or part != piece.part or not offset <= piece.offset < offset + size:
                     continue
                 whole = name in self._first and source.plain and (offset, size) == (piece.offset, source.nbytes)
-                if whole or index not in plan:
-                    plan[index] = (name, source, index, whole)
+                inside = plan[index][0] if index in plan else {}
+                if whole or not inside:
+                    plan[index] = ({name: None, **inside}, source, index, whole)
+                else:
+                    inside[name] = None
             self._plans[key] = list(plan.values())
         return self._plans[key]
 

@@ -65,12 +65,13 @@ def combine_adapter(
     """
     modules = Modules(bank)
     found, made = combine_modules(modules, coef_K, rank, factors=factors)
-    constants = {name: read_source(p, s, bank.rows[-1].base) for name, (p, s) in bank.constant_sources().items()}
+    sources = bank.constant_sources()
+    constants = {name: read_source(files, source, bank.rows[-1].base) for name, (files, source) in sources.items()}
     for name in modules.integer_alphas if rank is not None else ():
         constants[name] = np.full_like(constants[name], rank)
     kinds = {name: bank.dtypes[bank.layout.ties.get(name, name)] if dtype == "same" else dtype for name in found}
     specs = [Spec(name, kinds[name], np.shape(value)) for name, value in found.items()]
-    specs += [Spec(name, bank.constant_sources()[name][1].dtype, value.shape) for name, value in constants.items()]
+    specs += [Spec(name, sources[name][1].dtype, value.shape) for name, value in constants.items()]
     bits = {name: _bits(name, value, kinds[name]) for name, value in found.items()}
     return Adapter(tuple(specs), bits | constants, made, modules.files(rank))
 

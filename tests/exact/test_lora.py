@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from lcsc.bank.lora import (
 )
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.core.registry import build
+from lcsc.export.lora import combine_adapter
 from lcsc.operators.lora import FACTOR_SPACE, Lora, update_view
 
 
@@ -338,6 +340,32 @@ def test_integer_alphas_and_half_precision(tmp_path):
     torch.testing.assert_close(
         found["b"], sum(c * p["b"] for c, p in zip(SIGNED, parts, strict=True)), rtol=1e-5, atol=1e-5
     )
+
+
+def calls_to_combine(folder, modules: int) -> int:
+    """Python functions that are called to combine a bank of torch files whose alphas are integers."""
+    folder.mkdir()
+    for step in (1, 2):
+        state = {f"lora_unet_{m}.lora_{s}.weight": torch.ones(2, 2) for m in range(modules) for s in ("down", "up")}
+        state |= {f"lora_unet_{m}.alpha": torch.tensor(2) for m in range(modules)}
+        torch.save(state, folder / f"style-step{step:08d}.pt")
+    bank, count = CheckpointBank.open(folder, storage="streamed"), 0
+
+    def watch(frame, event, arg):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(watch)
+    try:
+        combine_adapter(bank, np.array([0.5, 0.5]), None, "float32")
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_combining_takes_work_in_proportion_to_the_modules(tmp_path):
+    calls = [calls_to_combine(tmp_path / str(modules), modules) for modules in (8, 16, 24)]
+    assert calls[2] - calls[1] < 1.1 * (calls[1] - calls[0])
 
 
 def test_the_search_space_measures_updates(tmp_path):

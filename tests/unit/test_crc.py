@@ -116,6 +116,24 @@ def test_rows_without_a_coefficient_are_not_read_but_for_what_is_copied(folder):
         _ = CheckpointBank.open(folder, storage="streamed").constants
 
 
+def test_what_is_copied_is_compared_once(folder):
+    bank = CheckpointBank.open(folder, storage="streamed")
+    assert set(bank.constant_sources()) == {"bn.num_batches_tracked"}
+    flip(folder / "m3.pt", bits_of(state(3)["bn.num_batches_tracked"]))
+    assert set(bank.constant_sources()) == {"bn.num_batches_tracked"}  # the second call reads nothing
+    with pytest.raises(BankError, match="m3.pt` holds entry `bn.num_batches_tracked`"):
+        CheckpointBank.open(folder, storage="streamed").constant_sources()
+
+
+def test_what_is_copied_may_share_its_storage_with_what_is_combined(tmp_path):
+    for step in (1, 2):
+        shared = torch.arange(40, dtype=torch.float32) + step
+        torch.save({"a.weight": shared[:20], "bn.running_mean": shared[20:]}, tmp_path / f"m{step}.pt")
+    flip(tmp_path / "m2.pt", bits_of(shared))
+    with pytest.raises(BankError, match="m2.pt` holds entry `bn.running_mean` with checksum"):
+        CheckpointBank.open(tmp_path, storage="streamed").constant_sources()
+
+
 def test_what_no_network_needs_is_not_read(folder):
     flip(folder / "m1.pt", bits_of(torch.full((9,), 0.123456)))
     CheckpointBank.open(folder).load()
