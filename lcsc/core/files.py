@@ -91,11 +91,16 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in _FULL:
-            free = shutil.disk_usage(path.parent).free
             raise ConfigError(
-                f"`{path}` cannot be written: {error.strerror}, {free} bytes are free. Make room, or write elsewhere."
+                f"`{path}` cannot be written: {error.strerror}, {free_bytes(path)} bytes are free. Make room, or write "
+                "elsewhere."
             ) from error
         raise ConfigError(f"`{path}` cannot be written: {error.strerror}. Choose another path.") from error
+
+
+def free_bytes(path: Path) -> int:
+    """What is free on the disk of a path that need not exist yet, nor its folders."""
+    return shutil.disk_usage(next(parent for parent in path.resolve().parents if os.path.exists(parent))).free
 
 
 def preallocate(fd: int, size: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from lcsc.bank import CheckpointBank
 from lcsc.bank.extents import read_source
 from lcsc.core.errors import ConfigError
-from lcsc.core.files import new_directory, refuse_inside, writing
+from lcsc.core.files import free_bytes, new_directory, refuse_inside, writing
 from lcsc.export.folder import (
     CSV,
     RECIPE_KEY,
@@ -330,8 +329,7 @@ def _metadata(
 
 def _check_target(bank: CheckpointBank, to: Path, nbytes: int) -> None:
     refuse_inside(bank.path, to)
-    there = next(parent for parent in to.resolve().parents if parent.exists())
-    if (free := shutil.disk_usage(there).free) < nbytes:
+    if (free := free_bytes(to)) < nbytes:
         raise ConfigError(f"`{to}` needs {nbytes} bytes and its disk has {free} free. Make room, or write elsewhere.")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 
-from lcsc.core.errors import OutputExistsError
-from lcsc.core.files import new_directory, write_bytes, write_json
+from lcsc.core.errors import ConfigError, OutputExistsError
+from lcsc.core.files import new_directory, write_bytes, write_json, writing
 
 
 def test_failed_folder_leaves_nothing(tmp_path):
@@ -34,6 +35,13 @@ def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputExistsError, match="exists already"), new_directory(tmp_path / "out"):
         pass
+
+
+def test_a_full_disk_is_a_sentence_also_where_the_folders_were_not_made(tmp_path):
+    path = tmp_path / "deep" / "deeper" / "out"
+    sentence = r"out` cannot be written: No space left on device, \d+ bytes are free"
+    with pytest.raises(ConfigError, match=sentence), writing(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path.parent))
 
 
 def test_replacing_a_file_is_atomic_and_refuses_nan(tmp_path):
