@@ -47,7 +47,7 @@ def model_card(
     best = report["best"]
     lines = [
         "---",
-        yaml.safe_dump(_front(info, report, adapter), sort_keys=False).strip(),
+        yaml.safe_dump(_front(info, recipe["arch"], report, adapter), sort_keys=False).strip(),
         "---",
         f"# {info['name']}: {len(info['bank']['steps'])} checkpoints combined by lcsc",
         "",
@@ -81,10 +81,12 @@ def model_card(
     return "\n".join(lines)
 
 
-def _front(info: Mapping[str, Any], report: Mapping[str, Any], adapter: str | None) -> dict[str, Any]:
+def _front(
+    info: Mapping[str, Any], arch: Mapping[str, Any] | None, report: Mapping[str, Any], adapter: str | None
+) -> dict[str, Any]:
     """What model hubs read."""
     return {
-        "library_name": adapter or "diffusers",
+        "library_name": adapter or ("pytorch" if arch is None else "diffusers"),
         "tags": ["lcsc", "merge", "checkpoint-averaging"],
         "lcsc": {
             "run_id": info["run_id"],

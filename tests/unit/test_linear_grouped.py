@@ -356,3 +356,5 @@ def test_a_winner_is_exported_scored_again_and_verified(folder, tmp_path):
     assert "\n\n1 tensor is copied.\n\n| step |" in model_card(
         info, {**flat, "copied": "1 tensor is copied"}, report, ""
     )
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    assert model_card(info, {**flat, "arch": None}, report, "").startswith("---\nlibrary_name: pytorch\n")
