@@ -286,6 +286,16 @@ class CheckpointBank:
         last = self.rows[-1]
         return {name: (last.files, last.table[name]) for name in self._shape.constants}
 
+    def copied_at(self, rank: int | None) -> str | None:
+        """As `copied`, of what is made at `rank`: LoRA alphas that are no floats are not copied at another rank."""
+        if rank is None or self.kind != "lora":
+            return self.copied
+        from lcsc.bank.lora import lora_pairs
+
+        constants = {name: self.rows[-1].table[name].shape for name in self._shape.constants}
+        pairs = lora_pairs({**constants, **self.layout.shapes})
+        return self._shape.copied_but({pair.alpha for pair in pairs if pair.alpha})
+
     @functools.cached_property
     def constants(self) -> dict[str, Tensor]:
         """Tensors that are not combined, read from the last checkpoint."""

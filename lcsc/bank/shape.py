@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,16 @@ class Shape:
     @property
     def copied(self) -> str | None:
         """Which tensors are copied and from which step, without a full stop; None where all are combined."""
-        if not self.constants:
+        return self.copied_but(())
+
+    def copied_but(self, made: Collection[str]) -> str | None:
+        """As `copied`, where the tensors named in `made` are made anew and not copied."""
+        names = [name for name in self.constants if name not in made]
+        if not names:
             return None
-        name = next((name for name in self.constants if name.endswith("running_var")), self.constants[0])
-        what = f"tensors (such as `{shown(name)}`) are" if len(self.constants) > 1 else f"tensor (`{shown(name)}`) is"
-        return f"{len(self.constants)} {what} copied from step {self.rows[-1].step}, not averaged"
+        name = next((name for name in names if name.endswith("running_var")), names[0])
+        what = f"tensors (such as `{shown(name)}`) are" if len(names) > 1 else f"tensor (`{shown(name)}`) is"
+        return f"{len(names)} {what} copied from step {self.rows[-1].step}, not averaged"
 
     @property
     def said(self) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> None:
         weights=settings["weights"],
         storage="streamed",
     )
-    _say_bank(bank)
+    _say_bank(bank, rank)
     if values is None:
         outputs = given(bank, read_coefficients(need(settings, "coef"), bank))
     else:
@@ -215,7 +215,7 @@ def _label(name: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- words
 
 
-def _say_bank(bank: CheckpointBank) -> None:
+def _say_bank(bank: CheckpointBank, rank: int | None) -> None:
     first, last = min(bank.steps), max(bank.steps)
     steps = f"step {first}" if first == last else f"steps {first} to {last}"
     rates = dict.fromkeys(bank.rates or ([bank.rate] if bank.rate else []))
@@ -225,7 +225,8 @@ def _say_bank(bank: CheckpointBank) -> None:
         f"{bank.layout.num_parameters:,} parameters)"
     )
     for note in bank.notes:
-        print(f"note: {note}")
+        if said := bank.copied_at(rank) if note == bank.copied else note:
+            print(f"note: {said}")
 
 
 def _say_output(output: Output) -> None:

@@ -149,7 +149,7 @@ def make_recipe(
         "steps": list(bank.steps),
         **({"rates": list(bank.rates)} if bank.rates else {}),
         "coef": coef_K.tolist(),
-        **({"copied": bank.copied} if bank.copied else {}),
+        **({"copied": copied} if (copied := bank.copied_at(made.get("rank"))) else {}),
         "kind": bank.kind,
         "rate": None if bank.rates else bank.rate,
         "dtype": dtype,

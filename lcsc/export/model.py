@@ -73,7 +73,7 @@ def export_model(
     levels = searched_levels(objective)
     recipe = {
         **candidate.recipe,
-        **_origin(bank),
+        **_origin(bank, candidate.recipe.get("rank")),
         "arch": candidate.arch,
         "run_id": info["run_id"],
         "evaluator": {**info["fingerprints"]["evaluator"], **({"levels": levels} if levels else {})},
@@ -102,10 +102,10 @@ def _check_plain(format: str, max_shard_size: str) -> None:
         )
 
 
-def _origin(bank: CheckpointBank) -> dict[str, Any]:
+def _origin(bank: CheckpointBank, rank: int | None) -> dict[str, Any]:
     """The checkpoints that a recipe is about."""
     parents = [dict(parent) for parent in bank.parents]
-    copied = {"copied": bank.copied} if bank.copied else {}
+    copied = {"copied": said} if (said := bank.copied_at(rank)) else {}
     return {"bank": bank_config(bank), "parents": parents, **copied, "lcsc_version": importlib.metadata.version("lcsc")}
 
 

@@ -18,6 +18,7 @@ from lcsc.core.seeds import Purpose
 from lcsc.export.folder import bank_config
 from lcsc.export.lora import write_candidate
 from lcsc.export.verify import verify
+from lcsc.export.weights import read_recipe
 from lcsc.operators.lora import FACTOR_SPACE, Lora
 
 SCORER = '''
@@ -156,6 +157,26 @@ def test_what_a_search_scores_is_what_verify_makes(tmp_path, operator, dtype, al
     assert all(torch.equal(written[name], weights[name]) for name in weights)
     (checked,) = verify(tmp_path / "out")
     assert (checked.num_tensors, checked.num_parents) == (5 if alpha is None else 7, 4)
+
+
+def test_alphas_made_for_another_rank_are_not_called_copied(here, lcsc):
+    kohya(here / "bank", torch.int64)
+    for file in (here / "bank").iterdir():
+        save_file({**load_file(file), "head.count": torch.tensor(7)}, file)
+    three = "3 tensors (such as `head.count`) are copied from step 4, not averaged"
+    one = "1 tensor (`head.count`) is copied from step 4, not averaged"
+    for words, said, other in (([], three, one), (["rank=3"], one, three)):
+        to = f"out{len(words)}"
+        code, out, err = lcsc("combine", "bank=bank", "schedule=uniform", f"to={to}", *words)
+        assert code == 0, err
+        assert read_recipe(here / to)["copied"] == said
+        for text in (out, (here / to / "README.md").read_text()):
+            assert said in text
+            assert other not in text
+        assert lcsc("verify", to)[0] == 0
+    best = searched(build("objective", "command", command="cat {path}/* | cksum | cut -c 1-6"), rank=3) / "best"
+    assert read_recipe(best)["copied"] == one
+    assert f"\n{one}.\n" in (best / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
