@@ -88,7 +88,7 @@ class CheckpointBank:
         self.rows, self.layout = shape.rows, shape.layout
         #: `{"class": ..., "config": {...}}` of the network, None when the files do not say
         self.arch: Mapping[str, Any] | None = shape.arch
-        #: raw, ema or lora, and the EMA's rate as the files write it
+        #: raw, ema or lora, and the EMA's rate as the files write it, None where there are several
         self.kind, self.rate = shape.kind, shape.rate
         #: EMA rate of each row where the bank holds several rates (`weights=ema:*`), else empty
         self.rates = shape.rates
@@ -166,14 +166,19 @@ class CheckpointBank:
         return len(self.rows)
 
     @property
+    def kind_text(self) -> str:
+        """What the rows are, in words: raw, lora, or ema and its rates as written."""
+        rates = dict.fromkeys(rate for rate in self._shape.row_rates if rate)
+        return f"{self.kind} {' and '.join(rates)}".strip()
+
+    @property
     def lines(self) -> list[str]:
         """What a user should see before the bank is used: size, storage and what the reader has to say."""
         P = self.layout.num_parameters
         size = bank_bytes(self._extent, self.storage, 4 if self.dtype == "float32" else 2) / 1e6
-        kind = " ".join(word for word in (self.kind, self.rate) if word)
         place = self.storage if self.device == "cpu" else f"{self.storage} on {self.device}"
         return [
-            f"bank: {self.num_checkpoints} checkpoints ({kind}) x {P:,} parameters, {place}, {size:,.0f} MB",
+            f"bank: {self.num_checkpoints} checkpoints ({self.kind_text}) x {P:,} parameters, {place}, {size:,.0f} MB",
             *(f"note: {note}" for note in self.notes),
         ]
 

@@ -89,7 +89,7 @@ def _shape(path: Path, table: dict[str, Source], said: dict[str, Any]) -> Shape:
         constants=tuple(sorted(name for name, *_ in said["constants"])),
         arch=said["arch"],
         kind=said["kind"],
-        rate=said["rate"],
+        rate=None if rates else said["rate"],
         notes=(f"packed bank: {len(steps)} rows of {rows.dtype}",),
         rates=rates,
         parents=tuple(said["parents"]),
@@ -202,9 +202,8 @@ def _is_parent(parent: dict[str, Any]) -> bool:
 
 def pack_groups(shape: Shape) -> list[Group]:
     """The rows of a packed bank as groups of checkpoints, one for each EMA rate."""
-    rates = shape.rates or (shape.rate,) * len(shape.rows)
     found: dict[str | None, list[Checkpoint]] = {}
-    for row, rate in zip(shape.rows, rates, strict=True):
+    for row, rate in zip(shape.rows, shape.row_rates, strict=True):
         item = Checkpoint(row.step, row.path, row.files, row.table, "safetensors", shape.kind, rate, arch=shape.arch)
         found.setdefault(rate, []).append(item)
     return [Group(None, shape.kind, rate, "packed bank", tuple(rows), shape.notes) for rate, rows in found.items()]
@@ -220,20 +219,23 @@ def rows_by_rate(shape: Shape, weights: str | None) -> list[list[Row]]:
         return [list(shape.rows)]
     groups = pack_groups(shape)
     chosen = several_emas(groups) if weights == "ema:*" else (choose(groups, None, weights),)
-    rates = shape.rates or (shape.rate,) * len(shape.rows)
-    return [[row for row, rate in zip(shape.rows, rates, strict=True) if rate == group.rate] for group in chosen]
+    return [
+        [row for row, rate in zip(shape.rows, shape.row_rates, strict=True) if rate == group.rate] for group in chosen
+    ]
 
 
 def take_rows(shape: Shape, rows: Sequence[Row]) -> Shape:
     """A packed bank with some of its rows alone."""
     place = {row.base: k for k, row in enumerate(shape.rows)}
     index = [place[row.base] for row in rows]
-    rates = [shape.rates[k] for k in index] if shape.rates else [shape.rate]
+    all_rates = shape.row_rates
+    rates = [all_rates[k] for k in index]
+    several = len(set(rates)) > 1
     return dataclasses.replace(
         shape,
         rows=tuple(rows),
-        rate=rates[0],
-        rates=tuple(map(str, rates)) if len(set(rates)) > 1 else (),
+        rate=None if several else rates[0],
+        rates=tuple(map(str, rates)) if several else (),
         parents=None if shape.parents is None else tuple(shape.parents[k] for k in index),
     )
 

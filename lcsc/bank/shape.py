@@ -25,7 +25,7 @@ class Shape:
         constants: names of the tensors that are copied from the last checkpoint.
         arch: the network, None when the files do not say.
         kind: raw, ema or lora.
-        rate: rate of the EMA as written, None for others.
+        rate: rate of the EMA as written, None for others and where rows have several.
         notes: what the user should know about how the files were read.
         rates: EMA rate of each row where rows have several, else empty.
         parents: origin of each row where the file itself says so (packed banks), else None.
@@ -40,6 +40,11 @@ class Shape:
     notes: tuple[str, ...]
     rates: tuple[str, ...] = ()
     parents: tuple[Mapping[str, Any], ...] | None = None
+
+    @property
+    def row_rates(self) -> tuple[str | None, ...]:
+        """EMA rate of each row as written, None for others."""
+        return self.rates or (self.rate,) * len(self.rows)
 
     @property
     def copied(self) -> str | None:
@@ -71,6 +76,7 @@ def shape_of(group: Group, checkpoints: Sequence[Checkpoint]) -> Shape:
     tables = agree(checkpoints)
     check_filled(checkpoints, [*group.checkpoints, *checkpoints])
     rates = tuple(str(item.rate) for item in checkpoints)
+    several = len(set(rates)) > 1
     rows = tuple(Row(c.step, c.path, c.files, t, stored=c.stored) for c, t in zip(checkpoints, tables, strict=True))
     _check_arch(checkpoints)
     different = list({id(table): table for table in tables}.values())
@@ -89,9 +95,9 @@ def shape_of(group: Group, checkpoints: Sequence[Checkpoint]) -> Shape:
         constants=tuple(sorted(set(tables[0]) - set(names))),
         arch=checkpoints[-1].arch,
         kind=group.kind,
-        rate=group.rate,
+        rate=None if several else group.rate,
         notes=group.notes,
-        rates=rates if len(set(rates)) > 1 else (),
+        rates=rates if several else (),
     )
 
 

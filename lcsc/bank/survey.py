@@ -141,8 +141,7 @@ def _packed(path: Path, bases: Bases) -> list[Group]:
     """The rows of a file that `lcsc bank pack` wrote, a group for each EMA rate; `bases` receives their offsets."""
     if (shape := open_pack(path)) is None:
         return []
-    rates = shape.rates or (shape.rate,) * len(shape.rows)
-    bases |= {(rate, row.step): row.base for rate, row in zip(rates, shape.rows, strict=True)}
+    bases |= {(rate, row.step): row.base for rate, row in zip(shape.row_rates, shape.rows, strict=True)}
     return pack_groups(shape)
 
 

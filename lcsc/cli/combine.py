@@ -218,10 +218,8 @@ def _label(name: str) -> str:
 def _say_bank(bank: CheckpointBank, rank: int | None) -> None:
     first, last = min(bank.steps), max(bank.steps)
     steps = f"step {first}" if first == last else f"steps {first} to {last}"
-    rates = dict.fromkeys(bank.rates or ([bank.rate] if bank.rate else []))
-    kind = f"{bank.kind} {' and '.join(rates)}".strip()
     print(
-        f"bank: {bank.path} ({bank.num_checkpoints} checkpoints, {steps}, {kind}, "
+        f"bank: {bank.path} ({bank.num_checkpoints} checkpoints, {steps}, {bank.kind_text}, "
         f"{bank.layout.num_parameters:,} parameters)"
     )
     for note in bank.notes:

@@ -151,7 +151,7 @@ def make_recipe(
         "coef": coef_K.tolist(),
         **({"copied": copied} if (copied := bank.copied_at(made.get("rank"))) else {}),
         "kind": bank.kind,
-        "rate": None if bank.rates else bank.rate,
+        "rate": bank.rate,
         "dtype": dtype,
         "bank": bank_config(bank),
         "parents": parents,

@@ -132,7 +132,11 @@ def test_several_ema_rates_stay_apart_in_a_pack(emas, tmp_path):
     assert bank.rates == loose.rates == ("0.9", "0.9", "0.9", "0.99", "0.99", "0.99")
     assert bank.digest == loose.digest
     assert bank.matrix()[:, 0].tolist() == [1, 2, 3, 100, 200, 300]
+    for several in (bank, loose):
+        assert several.rate is None
+        assert several.lines[0].startswith("bank: 6 checkpoints (ema 0.9 and 0.99) x 4 parameters")
     one = CheckpointBank.open(to, weights="ema:0.99", select=Selection(last=2))
+    assert one.lines[0].startswith("bank: 2 checkpoints (ema 0.99) x 4 parameters")
     assert (one.steps, one.rates, one.rate) == ((2, 3), (), "0.99")
     assert one.matrix()[:, 0].tolist() == [200, 300]
     both = CheckpointBank.open(to, weights="ema:*", select=Selection(last=1))
