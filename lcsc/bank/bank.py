@@ -331,12 +331,13 @@ class CheckpointBank:
         for name in self._shape.constants:
             source = row.table[name]
             tensors[name] = (source.dtype, source.shape, chunk_sums(read_source(row.files, source, row.base)))
-        root = self.path if self.path.is_dir() else self.path.parent
-        return {
-            "step": row.step,
-            "files": {str(file.relative_to(root)): file.stat().st_size for file in row.files},
-            "content": content_digest(tensors),
-        }
+        return self.origin(k, content_digest(tensors))
+
+    def origin(self, k: int, content: str) -> dict[str, Any]:
+        """Row k's `parent` with a digest that is known already, or with one that stands for it."""
+        row, root = self.rows[k], self.path if self.path.is_dir() else self.path.parent
+        files = {str(file.relative_to(root)): file.stat().st_size for file in row.files}
+        return {"step": row.step, "files": files, "content": content}
 
     @functools.cached_property
     def parents(self) -> tuple[Mapping[str, Any], ...]:

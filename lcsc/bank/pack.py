@@ -125,7 +125,8 @@ def _write(bank: CheckpointBank, target: _Target, dtype: str, progress: Progress
     exact = {id(table): _exact(dtype, table, bank) for table in tables}
     rounded = [() if exact[id(row.table)] else (dtype,) for row in bank.rows]
     # the digests of the contents are known only after the pass, and have a fixed length
-    draft = _header(bank, dtype, places, width, _parents(bank.origins or _drafts(bank), rounded))
+    drafts = bank.origins or [bank.origin(k, "0" * 64) for k in range(K)]
+    draft = _header(bank, dtype, places, width, _parents(drafts, rounded))
     if (start := len(draft)) - 8 > MAX_HEADER:
         raise BankError(
             f"the description of {K} checkpoints takes {start} bytes, more than the {MAX_HEADER} that are read. "
@@ -150,25 +151,14 @@ def _write(bank: CheckpointBank, target: _Target, dtype: str, progress: Progress
 
 
 def _holds(wide: str, narrow: str) -> bool:
-    """Whether every number of one dtype is a number of another."""
+    """Whether every number of one dtype is a number of another; float64, which a streamed pass adds as it is, is none
+    of float32.
+    """
     return narrow == wide or (wide == "float32" and narrow in ("bfloat16", "float16"))
 
 
 def _exact(dtype: str, table: Table, bank: CheckpointBank) -> bool:
     return all(_holds(dtype, table[entry.name].dtype) for entry in bank.layout.entries)
-
-
-def _drafts(bank: CheckpointBank) -> list[dict[str, Any]]:
-    """As `bank.parents`, from headers alone: the contents are as long as they will be."""
-    root = bank.path if bank.path.is_dir() else bank.path.parent
-    return [
-        {
-            "step": row.step,
-            "files": {str(file.relative_to(root)): file.stat().st_size for file in row.files},
-            "content": "0" * 64,
-        }
-        for row in bank.rows
-    ]
 
 
 def _parents(parents: Sequence[Mapping[str, Any]], rounded: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
