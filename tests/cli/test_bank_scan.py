@@ -55,6 +55,7 @@ def test_one_table(tiny_bank, lcsc):
     own = {"resident": 20 * parameters + beside, "delta": 14 * parameters + beside, "streamed": beside}
     assert peaks == [f"{name} {size_text(910_000_000 + size)} ({size_text(size)})" for name, size in own.items()]
     assert "peak memory is that of a search on the CPU" in out
+    assert "it is an upper bound where no network is built" in out
 
 
 def test_headers_only_and_choices(tiny_bank, lcsc):
