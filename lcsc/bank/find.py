@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcsc.bank.keys import unfilled
 from lcsc.bank.layout_choice import choose
 from lcsc.bank.layout_folder import Unit
 from lcsc.bank.layout_read import Loaded, Pool, is_lora, load_set, read_arch
@@ -191,6 +192,10 @@ class _Builder:
         notes = []
         if inside := list(self.inside[key]):
             notes.append(f"passed over inside: {', '.join(inside[:6])}" + (" ..." if len(inside) > 6 else ""))
+        if buffers := unfilled(list(self.rows[key].values())):
+            name = shown(min(buffers))
+            what = f"tensors (such as `{name}`) have" if len(buffers) > 1 else f"tensor (`{name}`) has"
+            notes.append(f"{len(buffers)} {what} no EMA in any file; the raw weights' stand in both")
         if missing:
             few = ", ".join(map(str, sorted(missing)[:5])) + (" ..." if len(missing) > 5 else "")
             notes.append(f"steps that only other weights have: {few}")

@@ -50,6 +50,11 @@ def agree(checkpoints: Sequence[Checkpoint]) -> list[Table]:
     return [renamed[id(item.table)] for item in checkpoints]
 
 
+def unfilled(group: Sequence[Checkpoint]) -> set[str]:
+    """Names, without wrapper words, for which no file of a group of EMAs has one: buffers."""
+    return set.intersection(*({strip_wrappers(name) for name in names} for names in {item.filled for item in group}))
+
+
 def check_filled(checkpoints: Sequence[Checkpoint], group: Sequence[Checkpoint]) -> None:
     """Raise BankError where a checkpoint has raw tensors in places for which other files of its group have an EMA.
 
@@ -57,7 +62,7 @@ def check_filled(checkpoints: Sequence[Checkpoint], group: Sequence[Checkpoint])
     tensor in its place would be averaged with the EMAs of the others.
     """
     sets = {names: {strip_wrappers(name): name for name in names} for names in {item.filled for item in group}}
-    buffers = set.intersection(*(set(found) for found in sets.values()))
+    buffers = unfilled(group)
     for item in checkpoints:
         for short, name in sets[item.filled].items():
             if short not in buffers:

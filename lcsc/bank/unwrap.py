@@ -197,10 +197,8 @@ def _lit_ema(part: Part, prefix: str, files: Sequence[Path], found: Unwrapped) -
     raw = {name: source for name, source in table.items() if not name.startswith(prefix)}
     root, names = undotted(list(raw), list(ema), files[0])
     renamed = {full: ema[short] for short, full in names.items()}
-    # buffers have no EMA; that all files leave out the same ones is for `keys.agree` to check
+    # buffers have no EMA; that all files leave out the same ones is for `keys.check_filled` to check
     kept = frozenset(name for name in raw if name.startswith(root) and name not in renamed)
-    if kept:
-        found.passed.append(f"{len(kept)} tensors of `{shown(root)}*` have no EMA and stand in both")
     found.writer = "LitEma"
     whole = {name: renamed.get(name, source) for name, source in raw.items() if name in renamed or name in kept}
     return [Part(raw, None, None, part.component), Part(whole, "ema", f"{decay:.6g}", part.component, kept)]

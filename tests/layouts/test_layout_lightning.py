@@ -131,7 +131,11 @@ def test_lit_ema(folder):
         "raw": ("LitEma", (4, 8, 12)),
         "ema 0.999": ("LitEma", (4, 8, 12)),
     }
-    assert said(groups["ema 0.999"], "3 tensors of `model.*` have no EMA and stand in both")
+    assert said(
+        groups["ema 0.999"],
+        "3 tensors (such as `model.body.1.num_batches_tracked`) have no EMA in any file; the raw "
+        "weights' stand in both",
+    )
     for item in groups["raw"].checkpoints:
         assert_same(item, without_ema(saved(item)["state_dict"]))
     for item in groups["ema 0.999"].checkpoints:
@@ -155,7 +159,12 @@ def test_lit_ema_that_lost_a_tensor_is_not_filled_with_raw_weights(tmp_path):
         CheckpointBank.open(tmp_path, weights="ema")
     with pytest.raises(BankError, match=sentence):
         CheckpointBank.open(tmp_path, weights="ema", select=Selection(2, 2))
-    (problem,) = survey(tmp_path).problems
+    found = survey(tmp_path)
+    (problem,) = found.problems
+    notes = [note for row in found.groups for note in row.group.notes]
+    assert [note for note in notes if "EMA" in note] == [
+        "1 tensor (`model.l0.buffer`) has no EMA in any file; the raw weights' stand in both"
+    ]
     assert str(problem).startswith(f"`{tmp_path}/m-step=2.ckpt` holds no EMA of `model.l1.w`")
     bank = CheckpointBank.open(tmp_path, weights="ema", select=Selection(every=2))
     assert bank.steps == (1, 3)
