@@ -17,7 +17,7 @@ from lcsc.bank.extents import Source, read_source
 from lcsc.bank.find import Checkpoint, choose, find_groups
 from lcsc.bank.memory import Extent, bank_bytes, choose_device, choose_storage
 from lcsc.bank.pack_read import open_pack, rows_by_rate, take_rows
-from lcsc.bank.rows import Checksums, Row
+from lcsc.bank.rows import Checksums, Row, origin
 from lcsc.bank.shape import Shape, several_emas, shape_of
 from lcsc.bank.stream import Progress
 from lcsc.core.digests import value_digest
@@ -291,16 +291,6 @@ class CheckpointBank:
         last = self.rows[-1]
         return {name: (last.files, last.table[name]) for name in self._shape.constants}
 
-    def copied_at(self, rank: int | None) -> str | None:
-        """As `copied`, of what is made at `rank`: LoRA alphas that are no floats are not copied at another rank."""
-        if rank is None or self.kind != "lora":
-            return self.copied
-        from lcsc.bank.lora import lora_pairs
-
-        constants = {name: self.rows[-1].table[name].shape for name in self._shape.constants}
-        pairs = lora_pairs({**constants, **self.layout.shapes})
-        return self._shape.copied_but({pair.alpha for pair in pairs if pair.alpha})
-
     @functools.cached_property
     def constants(self) -> dict[str, Tensor]:
         """Tensors that are not combined, read from the last checkpoint."""
@@ -331,13 +321,7 @@ class CheckpointBank:
         for name in self._shape.constants:
             source = row.table[name]
             tensors[name] = (source.dtype, source.shape, chunk_sums(read_source(row.files, source, row.base)))
-        return self.origin(k, content_digest(tensors))
-
-    def origin(self, k: int, content: str) -> dict[str, Any]:
-        """Row k's `parent` with a digest that is known already, or with one that stands for it."""
-        row, root = self.rows[k], self.path if self.path.is_dir() else self.path.parent
-        files = {str(file.relative_to(root)): file.stat().st_size for file in row.files}
-        return {"step": row.step, "files": files, "content": content}
+        return origin(self.path, row, content_digest(tensors))
 
     @functools.cached_property
     def parents(self) -> tuple[Mapping[str, Any], ...]:

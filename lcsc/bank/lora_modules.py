@@ -16,6 +16,7 @@ import numpy as np
 from lcsc.bank.extents import read_source
 from lcsc.bank.lora import LoraPair, adapter_settings, combine_products, lora_pairs, lora_scale
 from lcsc.bank.rows import Row, to_float32
+from lcsc.bank.shape import copied_text
 from lcsc.core.errors import BankError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -185,6 +186,15 @@ def _updates(modules: Modules, coef_K: np.ndarray, rank: int | None) -> tuple[di
     worst = max(errors, key=lambda module: errors[module])
     lost = {"max": errors[worst], "max_module": worst, "mean": float(np.mean(list(errors.values())))}
     return found, {"space": "product", "rank": rank, "error": lost}
+
+
+def copied_at(bank: CheckpointBank, rank: int | None) -> str | None:
+    """As `bank.copied`, of what is made at `rank`: LoRA alphas that are no floats are not copied at another rank."""
+    if rank is None or bank.kind != "lora":
+        return bank.copied
+    constants = {name: source.shape for name, (_, source) in bank.constant_sources().items()}
+    made = {pair.alpha for pair in lora_pairs({**constants, **bank.layout.shapes})}
+    return copied_text([name for name in sorted(constants) if name not in made], bank.steps[-1])
 
 
 def _combined(W_K: np.ndarray, coef_K: np.ndarray) -> np.ndarray:

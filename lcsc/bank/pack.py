@@ -18,7 +18,7 @@ import numpy as np
 
 from lcsc.bank.extents import ITEMSIZE, Table, read_source
 from lcsc.bank.pack_read import PACKED, ROWS, VERSION
-from lcsc.bank.rows import cut
+from lcsc.bank.rows import cut, origin
 from lcsc.bank.safetensors_file import DTYPES, MAX_HEADER, PACK_KEY
 from lcsc.core.digests import canonical_json
 from lcsc.core.errors import BankError, ConfigError, NonFiniteError, OutputExistsError
@@ -125,7 +125,7 @@ def _write(bank: CheckpointBank, target: _Target, dtype: str, progress: Progress
     exact = {id(table): _exact(dtype, table, bank) for table in tables}
     rounded = [() if exact[id(row.table)] else (dtype,) for row in bank.rows]
     # the digests of the contents are known only after the pass, and have a fixed length
-    drafts = bank.origins or [bank.origin(k, "0" * 64) for k in range(K)]
+    drafts = bank.origins or [origin(bank.path, row, "0" * 64) for row in bank.rows]
     draft = _header(bank, dtype, places, width, _parents(drafts, rounded))
     if (start := len(draft)) - 8 > MAX_HEADER:
         raise BankError(

@@ -9,6 +9,7 @@ import resource
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,13 @@ class Row:
     table: Table
     base: int = 0
     stored: Stored | None = field(default=None, compare=False, repr=False)
+
+
+def origin(bank: Path, row: Row, content: str) -> dict[str, Any]:
+    """Where a row of the bank at `bank` comes from: step, files below it with their bytes, and its content's digest."""
+    root = bank if bank.is_dir() else bank.parent
+    files = {str(file.relative_to(root)): file.stat().st_size for file in row.files}
+    return {"step": row.step, "files": files, "content": content}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,21 +49,21 @@ class Shape:
     @property
     def copied(self) -> str | None:
         """Which tensors are copied and from which step, without a full stop; None where all are combined."""
-        return self.copied_but(())
-
-    def copied_but(self, made: Collection[str]) -> str | None:
-        """As `copied`, where the tensors named in `made` are made anew and not copied."""
-        names = [name for name in self.constants if name not in made]
-        if not names:
-            return None
-        name = next((name for name in names if name.endswith("running_var")), names[0])
-        what = f"tensors (such as `{shown(name)}`) are" if len(names) > 1 else f"tensor (`{shown(name)}`) is"
-        return f"{len(names)} {what} copied from step {self.rows[-1].step}, not averaged"
+        return copied_text(self.constants, self.rows[-1].step)
 
     @property
     def said(self) -> tuple[str, ...]:
         """All that a user should know: the notes, and what is copied."""
         return self.notes if self.copied is None else (*self.notes, self.copied)
+
+
+def copied_text(names: Sequence[str], step: int) -> str | None:
+    """That these tensors are copied from a step, without a full stop; None where there are none."""
+    if not names:
+        return None
+    name = next((name for name in names if name.endswith("running_var")), names[0])
+    what = f"tensors (such as `{shown(name)}`) are" if len(names) > 1 else f"tensor (`{shown(name)}`) is"
+    return f"{len(names)} {what} copied from step {step}, not averaged"
 
 
 def shape_of(group: Group, checkpoints: Sequence[Checkpoint]) -> Shape:

@@ -127,7 +127,7 @@ def _notes(found: Survey) -> Iterator[str]:
         yield (
             "peak memory is that of a search on the CPU: libraries, bank (its part in brackets), network and export; "
             "to it come the activations of your batch (with derivatives most), your data and a large detector; it is "
-            "an upper bound where no network is built (LoRA factors or plain tensors with objective=command or function)"
+            "an upper bound where no network is built (LoRA factors or plain tensors; objective=command or function)"
         )
     about: dict[str, list[str]] = {}
     for row in found.groups:

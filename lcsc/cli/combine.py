@@ -17,6 +17,7 @@ import numpy as np
 
 from lcsc.bank import CheckpointBank
 from lcsc.bank.content import duplicates_note
+from lcsc.bank.lora_modules import copied_at
 from lcsc.cli.settings import need, parse_words, read_selection
 from lcsc.cli.sizes import size_text
 from lcsc.cli.watch import watch
@@ -223,7 +224,7 @@ def _say_bank(bank: CheckpointBank, rank: int | None) -> None:
         f"{bank.layout.num_parameters:,} parameters)"
     )
     for note in bank.notes:
-        if said := bank.copied_at(rank) if note == bank.copied else note:
+        if said := copied_at(bank, rank) if note == bank.copied else note:
             print(f"note: {said}")
 
 

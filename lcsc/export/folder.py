@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lcsc.bank import CheckpointBank, Layout
-from lcsc.bank.lora_modules import FACTOR_SPACE
+from lcsc.bank.lora_modules import FACTOR_SPACE, copied_at
 from lcsc.bank.shard_index import open_regular, read_range, shown, strict_json
 from lcsc.core.digests import canonical_json
 from lcsc.core.errors import BankError
@@ -149,7 +149,7 @@ def make_recipe(
         "steps": list(bank.steps),
         **({"rates": list(bank.rates)} if bank.rates else {}),
         "coef": coef_K.tolist(),
-        **({"copied": copied} if (copied := bank.copied_at(made.get("rank"))) else {}),
+        **({"copied": copied} if (copied := copied_at(bank, made.get("rank"))) else {}),
         "kind": bank.kind,
         "rate": bank.rate,
         "dtype": dtype,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lcsc.bank import CheckpointBank
+from lcsc.bank.lora_modules import copied_at
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.files import new_directory
 from lcsc.core.seeds import Purpose
@@ -105,7 +106,7 @@ def _check_plain(format: str, max_shard_size: str) -> None:
 def _origin(bank: CheckpointBank, rank: int | None) -> dict[str, Any]:
     """The checkpoints that a recipe is about."""
     parents = [dict(parent) for parent in bank.parents]
-    copied = {"copied": said} if (said := bank.copied_at(rank)) else {}
+    copied = {"copied": said} if (said := copied_at(bank, rank)) else {}
     return {"bank": bank_config(bank), "parents": parents, **copied, "lcsc_version": importlib.metadata.version("lcsc")}
 
 
