@@ -204,6 +204,8 @@ def _block(
             read_row(files, row, block, plans[id(row.table)], raw_C)
             if work.checksums:
                 work.checksums.add(k, block, raw_C)
+        if dtype == "float64":  # as resident rows are, so that the sums are theirs to the bit
+            raw_RC, dtype = to_float32(raw_RC, dtype), "float32"
         accumulate(acc_MC, np.ascontiguousarray(coef_MK[:, group]), raw_RC, dtype)
     if not finish(acc_MC, out_MC):
         _raise(work, files, used, block, out_MC)

@@ -224,3 +224,12 @@ def test_content_digests_come_with_the_pass(folder, monkeypatch):
     raw[-1] ^= 1
     path.write_bytes(raw)
     assert CheckpointBank.open(folder, storage="streamed").parent(3)["content"] != before
+
+
+def test_float64_files_give_the_same_bits_in_every_storage(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    for step in (1, 2, 3):
+        save_file({"w": torch.randn(999, generator=rng, dtype=torch.float64)}, tmp_path / f"m{step}.safetensors")
+    coef_K = torch.tensor([0.7, -1.1, 1.4], dtype=torch.float64)
+    resident, streamed = (CheckpointBank.open(tmp_path, storage=name) for name in ("resident", "streamed"))
+    assert torch.equal(resident.combine(coef_K), streamed.combine(coef_K))
