@@ -151,9 +151,7 @@ def _write(bank: CheckpointBank, target: _Target, dtype: str, progress: Progress
 
 
 def _holds(wide: str, narrow: str) -> bool:
-    """Whether every number of one dtype is a number of another; float64, which a streamed pass adds as it is, is none
-    of float32.
-    """
+    """Whether every number of one dtype is a number of another; those of float64 are none of float32."""
     return narrow == wide or (wide == "float32" and narrow in ("bfloat16", "float16"))
 
 
