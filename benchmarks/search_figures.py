@@ -49,6 +49,8 @@ def efficiency(results: list[dict]) -> Figure:
         ax.set_title(f"{data['experiment']}, {len(data['seeds'])} training seeds", fontsize=10, loc="left")
         plain(ax, "image-forwards of the whole search")
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g} M"))
+        ax.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g} M" if f"{x:e}"[0] in "25" else ""))
         best = [min(row["value"] for row in next(iter(runs.values()))["baselines"].values()) for runs in _runs(data)]
         ax.axhline(float(np.median(best)), color=INK, linewidth=1.1, linestyle=":")
         ax.annotate("best tuned baseline", (0.99, np.median(best)), xycoords=("axes fraction", "data"), ha="right",
@@ -60,7 +62,7 @@ def efficiency(results: list[dict]) -> Figure:
             )
             cost = row["image_forwards"]["median"]
             bars(ax, cost, row["report_score"], color=color)
-            ax.annotate(name.replace("_", " "), (cost, row["report_score"]["median"]), xytext=(5, 3),
+            ax.annotate(name.replace("_", " "), (cost, row["report_score"]["median"]), xytext=(6, -9),
                         textcoords="offset points", fontsize=8, color=color)  # fmt: skip
     subtitle(figure, "Fréchet distance on fresh noise and the unseen half of the reference; lower is better")
     return figure
