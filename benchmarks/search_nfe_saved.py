@@ -19,10 +19,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import spread
 from searches import bank, run, write
 
-PARTS = {  # experiment, sampler's steps of the base, of the searched ones
+from lcsc.core.registry import build
+from lcsc.samplers.base import with_nfe
+
+PARTS = {  # experiment, network evaluations of the base, of the searched ones
     "diffusion": ("digits", 18, (3, 4, 5, 6)),
     "consistency": ("digits_consistency", 2, (1,)),
 }
+
+
+def calls(part: str, nfe: int) -> str:
+    """The override that sets the network evaluations of an image; Euler takes one a step."""
+    if part == "diffusion":
+        return f"sampler.num_steps={nfe}"
+    return f"sampler.sigmas={with_nfe(build('sampler', 'consistency'), nfe).sigmas}".replace(" ", "")
 
 
 def base(words: list[str], target: Path) -> dict:
@@ -46,7 +56,7 @@ def main() -> None:
             place = bank(words, args.work / f"bank-{experiment}-{seed}")
             words.append(f"bank.path={place}")
             for steps in (full, *fewer):
-                at, target = [*words, f"sampler.num_steps={steps}"], args.work / f"nfe-{experiment}-{seed}-{steps}"
+                at, target = [*words, calls(part, steps)], args.work / f"nfe-{experiment}-{seed}-{steps}"
                 row = base(at, target) if steps == full else run(at, target)
                 rows.setdefault(part, []).append({"seed": seed, "base": steps == full, **row})
     table = {}
