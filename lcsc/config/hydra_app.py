@@ -81,7 +81,7 @@ def run_job(verb: str, overrides: Sequence[str], job: Callable[[dict[str, Any]],
         LcscError: the user's mistakes, each as one sentence.
     """
     store_parts()
-    check_overrides([word for word in overrides if "=" in word and not word.startswith("-")])
+    check_overrides(_settings(overrides))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing; the command line prints
     sys.argv = [f"lcsc {verb}", *overrides]
     source = "pkg://lcsc.conf" if installed() else str(_CHECKOUT)
@@ -134,8 +134,12 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 def overridden(overrides: Sequence[str]) -> list[str]:
     """The settings that an override list gives, as they are spelled there: `sampler`, `sampler.num_steps`."""
-    words = [word for word in overrides if "=" in word and not word.startswith("-")]
-    return [override.key_or_group for override in OverridesParser.create().parse_overrides(words)]
+    return [override.key_or_group for override in OverridesParser.create().parse_overrides(_settings(overrides))]
+
+
+def _settings(words: Sequence[str]) -> list[str]:
+    """The overrides among the words of a command line."""
+    return [word for word in words if "=" in word and not word.startswith("-")]
 
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
@@ -161,7 +165,7 @@ def _known_keys(key: str, overrides: Sequence[str]) -> list[str]:
     """Settings beside `key` in the configuration with the experiment and parts of `overrides`."""
     head, _, _ = key.rpartition(".")
     groups = ("experiment", "network", *registry.ROOMS)
-    parsed = OverridesParser.create().parse_overrides([word for word in overrides if not word.startswith("-")])
+    parsed = OverridesParser.create().parse_overrides(_settings(overrides))
     chosen = [o.input_line for o in parsed if o.key_or_group in groups and not o.is_sweep_override()]
     try:
         cfg: Any = compose_config([*chosen, "name=x", "bank.path=x"])

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 from lcsc.core.errors import ConfigError
 from lcsc.objectives.base import Objective
+from lcsc.operators.base import Operator
 from lcsc.search.guards import check_guards
+from lcsc.search.penalty import check_penalty
 from lcsc.search.racing import check_race
 
 
@@ -62,8 +64,9 @@ class Budget:
                 raise ConfigError(f"`search.guards.{name}` is `{share}`; a share is a number of at least 0.")
 
 
-def check_budget(objective: Objective, budget: Budget) -> None:
-    """Raise ConfigError for a budget that does not fit the objective."""
+def check_budget(objective: Objective, operator: Operator, budget: Budget) -> None:
+    """Raise ConfigError for a budget that does not fit the objective or the operator."""
+    check_penalty(operator, budget.penalty, budget.prefixes)
     for name in ("num_images", "num_images_select", "num_images_report"):
         num, least = getattr(budget, name), objective.min_images
         if num < least:

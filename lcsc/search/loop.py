@@ -20,7 +20,7 @@ from lcsc.search.evaluate import Evaluator
 from lcsc.search.fitting import fitting_note
 from lcsc.search.guards import Watch
 from lcsc.search.journal import Journal, Record
-from lcsc.search.penalty import Penalty, check_penalty
+from lcsc.search.penalty import Penalty
 from lcsc.search.progress import Progress
 from lcsc.search.racing import Racer
 from lcsc.search.retry import MAX_FAILURES, retry_from
@@ -42,8 +42,7 @@ class Problem:
     seed: int
 
     def __post_init__(self) -> None:
-        check_penalty(self.operator, self.budget.penalty, self.budget.prefixes)
-        check_budget(self.objective, self.budget)
+        check_budget(self.objective, self.operator, self.budget)
 
     def space(self) -> SearchSpace:
         """What is varied: the operator's boxes, then the objective's own."""

@@ -17,7 +17,6 @@ from lcsc.core.space import Box, SearchSpace
 from lcsc.objectives.base import Objective, joint_space, why_no_gradient
 from lcsc.search.budget import Budget, check_budget
 from lcsc.search.loop import Problem
-from lcsc.search.penalty import check_penalty
 from lcsc.searchers.base import Task
 
 #: Distributions whose version can change a score.
@@ -88,8 +87,7 @@ def check_before_training(parts: Mapping[str, Any]) -> None:
         ConfigError: objective, budget and searcher do not fit one another.
     """
     objective, budget = parts["objective"], parts["budget"]
-    check_penalty(parts["operator"], budget.penalty, budget.prefixes)
-    check_budget(objective, budget)
+    check_budget(objective, parts["operator"], budget)
     space = joint_space(SearchSpace((Box("unknown", 2),)), objective)
     reason = why_no_gradient(objective, parts["operator"])
     parts["searcher"].start(Task(space, budget.num_trials, parts["seed"], (), reason, objective.min_images))
