@@ -8,9 +8,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 .PHONY: demo clean-demo test lint format clean
 
+# Both searches at a time, each on half of the processors: networks this small gain nothing from more threads.
 demo: $(VENV)/.installed
-	$(BIN)/lcsc search -m experiment=digits,digits_consistency train_if_missing=true \
-	    runs_dir=demo/runs 'bank.path=demo/banks/$${name}'
+	@$(MAKE) --no-print-directory --jobs 2 demo-digits demo-digits_consistency
+
+demo-%: SHELL := bash
+demo-%: $(VENV)/.installed
+	@set -o pipefail; export OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )); \
+	    $(BIN)/lcsc search experiment=$* train_if_missing=true runs_dir=demo/runs bank.path=demo/banks/$* 2>&1 \
+	    | (trap '' INT; while IFS= read -r line; do printf '%s\n' "$* | $$line"; done)
 
 clean-demo:
 	rm -rf demo
