@@ -25,7 +25,8 @@ from searches import bank, write
 from lcsc.config.hydra_app import compose_config
 from lcsc.config.schema import SEARCH_SECTIONS
 from lcsc.core.seeds import Purpose
-from lcsc.search.journal import Journal, read_records
+from lcsc.search.frames import read_records
+from lcsc.search.journal import Journal
 from lcsc.search.loop import Problem, Search
 from lcsc.search.progress import Progress
 from lcsc.search.setup import build_parts, open_bank

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +73,33 @@ def make_fake_run(
     return folder
 
 
+def framed(records: list[dict[str, Any] | str], before: bytes = b"") -> bytes:
+    """The lines of a journal, each with its checksum and the digest of the line before, made without the package.
+
+    A record may be given as the JSON it shall be, without end; `before` is the line that the first one follows.
+    """
+    lines, prev = b"", hashlib.sha256(before).hexdigest()[:16] if before else "0" * 16
+    for record in records:
+        text = record
+        if not isinstance(record, str):
+            record = {key: value for key, value in record.items() if key not in ("prev", "crc")}
+            text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        body = f'{text[:-1]},"prev":"{prev}"'.encode()
+        line = body + b',"crc":"%08x"}\n' % zlib.crc32(body)
+        lines, prev = lines + line, hashlib.sha256(line).hexdigest()[:16]
+    return lines
+
+
 def read_records(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The complete records of one kind, read without the package."""
     lines = (folder / "journal.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+    records = [{k: v for k, v in json.loads(line).items() if k not in ("prev", "crc")} for line in lines]
+    return [record for record in records if record["kind"] == kind]
 
 
 def _info(run_id: str, name: str, command: str, steps: list[int], nfe: int) -> dict[str, Any]:
     return {
-        "schema": 1,
+        "schema": 2,
         "run_id": run_id,
         "name": name,
         "created_utc": "2026-11-23T18:00:00Z",
@@ -132,8 +152,7 @@ def _write_records(
 ) -> list[dict[str, Any]]:
     """Write run.json, journal.jsonl and timing.jsonl; returns the rows of the last."""
     (folder / "run.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
-    lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
-    (folder / "journal.jsonl").write_text(lines + ('{"coef": [0.1, 0.' if torn else ""), encoding="utf-8")
+    (folder / "journal.jsonl").write_bytes(framed(records) + (b'{"coef": [0.1, 0.' if torn else b""))
     timed = [
         {"seq": r["seq"], "seconds": 0.25, "images": 400, "at": "2026-11-23T18:00:00Z"}
         for r in records

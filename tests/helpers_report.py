@@ -6,13 +6,14 @@ import io
 import json
 
 import pandas as pd
+from helpers_fake_run import framed
 
 EVIL = "<script>alert(1)</script>"
 
 
 def edit_records(path, change):
     records = [json.loads(line) for line in io.StringIO((path / "journal.jsonl").read_text(encoding="utf-8"))]
-    (path / "journal.jsonl").write_text("".join(json.dumps(change(r)) + "\n" for r in records), encoding="utf-8")
+    (path / "journal.jsonl").write_bytes(framed([change(record) for record in records]))
 
 
 def edit_geometry(path, geometry):

@@ -12,7 +12,7 @@ from lcsc.core.errors import ConfigError, RunError
 from lcsc.export.model import export_model
 from lcsc.objectives.base import tuned
 from lcsc.report.run import Run
-from lcsc.search.journal import read_records
+from lcsc.search.frames import read_records
 from lcsc.search.setup import build_problem
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcsc.core.errors import RunError
-from lcsc.search.journal import Record, read_records
+from lcsc.search.frames import Record, read_records
 from lcsc.search.rundir import SCHEMA
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from lcsc.bank import CheckpointBank
 from lcsc.core.space import SearchSpace
 from lcsc.operators.base import Operator
 from lcsc.operators.linear import delta_blocks, singular_directions
-from lcsc.search.journal import Record
+from lcsc.search.frames import Record
 
 #: Share of the squared slope that the steep directions hold together.
 MOST = 0.99

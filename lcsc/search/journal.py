@@ -8,6 +8,7 @@ run and an unbroken one leave the same bytes.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,9 +21,8 @@ from typing import Any
 
 from lcsc.core.digests import canonical_json
 from lcsc.core.errors import RunError
-from lcsc.core.files import fsync_dir
-
-Record = dict[str, Any]
+from lcsc.core.files import fsync_dir, writing
+from lcsc.search.frames import FIRST, Record, frame, link, read_chain
 
 
 class Journal:
@@ -37,24 +37,23 @@ class Journal:
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
-        path = folder / "journal.jsonl"
-        created = not path.exists()
-        self._file = open(path, "a+b")  # noqa: SIM115 - closed by __exit__
+        path = self._path = folder / "journal.jsonl"
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
             raise RunError(f"another process is running `{folder}`. Wait for it, or stop it first.") from error
-        if created:
-            fsync_dir(folder)
         try:
-            self._records, good = read_records(path)
-        except RunError:
+            fsync_dir(folder)  # also where an earlier start was killed before it came to this
+            self._records, good, self._link = read_chain(path)
+            if good < path.stat().st_size:
+                note(f"dropped a torn last line of {path.stat().st_size - good} bytes from `{path}`")
+                self._file.truncate(good)
+                os.fsync(self._file.fileno())
+        except (RunError, OSError):
             self._file.close()
             raise
-        if good < path.stat().st_size:
-            note(f"dropped a torn last line of {path.stat().st_size - good} bytes from `{path}`")
-            self._file.truncate(good)
         self._timing = open(folder / "timing.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._cursor = 0
 
@@ -78,10 +77,11 @@ class Journal:
         A file is cut at once or not at all, so an interruption leaves a whole journal.
         """
         assert self._cursor <= start <= len(self._records)
-        self._file.seek(0)
-        size = sum(len(self._file.readline()) for _ in range(start))
-        self._file.truncate(size)
-        os.fsync(self._file.fileno())
+        lines = self._path.read_bytes().splitlines(keepends=True)[:start]
+        with writing(self._path):
+            self._file.truncate(sum(map(len, lines)))
+            os.fsync(self._file.fileno())
+        self._link = link(lines[-1]) if lines else FIRST
         del self._records[start:]
 
     @property
@@ -121,50 +121,15 @@ class Journal:
         return record
 
     def _append(self, record: Record, seconds: float, images: int) -> None:
-        self._file.write(canonical_json(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = frame(record, self._link)
+        with writing(self._path):
+            if self._file.write(line) != len(line):  # a full disk may take a part; the next start drops it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        self._link = link(line)
         self._records.append(record)
         at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        line = {"seq": record["seq"], "seconds": round(seconds, 4), "images": images, "at": at}
-        self._timing.write(json.dumps(line) + "\n")
-        self._timing.flush()
-
-
-def read_records(path: Path, check: Callable[[Record], None] | None = None) -> tuple[list[Record], int]:
-    """All whole records of a journal and the number of bytes they take; a torn last line is left out.
-
-    Args:
-        path: the journal.
-        check: raises ValueError for a record that its reader cannot use.
-
-    Raises:
-        RunError: a line before the last is damaged, or the sequence has a gap.
-    """
-    data = path.read_bytes()
-    records: list[Record] = []
-    good = 0
-    while good < len(data):
-        end = data.find(b"\n", good)
-        if end < 0:
-            break
-        try:
-            record = json.loads(data[good:end].decode(), parse_constant=_refuse)
-            if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-                raise ValueError("not a record")
-            if record.get("seq") != len(records):
-                raise ValueError("out of sequence")
-            if check is not None:
-                check(record)
-        except ValueError as error:
-            raise RunError(
-                f"`{path}` is damaged at record {len(records)} (byte {good}): {error}. "
-                "Restore the file from a copy, or start a new run."
-            ) from error
-        records.append(record)
-        good = end + 1
-    return records, good
-
-
-def _refuse(name: str) -> float:
-    raise ValueError(f"{name} is not a score")
+        row = {"seq": record["seq"], "seconds": round(seconds, 4), "images": images, "at": at}
+        with writing(self._path.with_name("timing.jsonl")):
+            self._timing.write(json.dumps(row) + "\n")
+            self._timing.flush()

@@ -19,7 +19,8 @@ from lcsc.search.budget import Budget, check_budget
 from lcsc.search.evaluate import Evaluator
 from lcsc.search.fitting import fitting_note
 from lcsc.search.guards import Watch
-from lcsc.search.journal import Journal, Record
+from lcsc.search.frames import Record
+from lcsc.search.journal import Journal
 from lcsc.search.penalty import Penalty
 from lcsc.search.progress import Progress
 from lcsc.search.racing import Racer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lcsc.search.journal import Record
+from lcsc.search.frames import Record
 
 #: Consecutive failed trials after which the search stops: something is wrong with more than one candidate.
 MAX_FAILURES = 20

@@ -17,7 +17,8 @@ from lcsc.metrics.frechet import FrechetDistance
 from lcsc.objectives.base import tuned
 from lcsc.operators.base import notes_of
 from lcsc.search.geometry import geometry
-from lcsc.search.journal import Journal, read_records
+from lcsc.search.frames import read_records
+from lcsc.search.journal import Journal
 from lcsc.search.loop import Outcome, Problem, Search
 from lcsc.search.progress import Progress, say
 from lcsc.search.rundir import RunDir, open_run_dir

@@ -14,7 +14,8 @@ from lcsc.core.differences import differences
 from lcsc.core.errors import RunError
 from lcsc.core.files import write_json
 
-SCHEMA = 1
+#: Raised when a run directory is written otherwise than before. 2: journal lines carry checksums.
+SCHEMA = 2
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lcsc.bank import CheckpointBank
 from lcsc.core.registry import build
 from lcsc.export.weights import read_recipe
 from lcsc.models.network import load_network
-from lcsc.search.journal import read_records
+from lcsc.search.frames import read_records
 
 
 @pytest.fixture

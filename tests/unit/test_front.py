@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from helpers_fake_run import FLOOR, make_fake_run, read_records
+from helpers_fake_run import FLOOR, framed, make_fake_run, read_records
 from PIL import Image
 
 from lcsc.report.compare import compare_runs
@@ -27,13 +27,13 @@ def joint_run(folder, factors=FACTORS, **settings):
     calls = "+".join(map(str, factors))
     info |= {"metric": f"fid_digits@{calls}", "nfe": calls}
     (path / "run.json").write_text(json.dumps(info))
-    lines = []
+    records = []
     for record in map(json.loads, (path / "journal.jsonl").read_text().splitlines()):
         if record["kind"] == "report":
             at = {f"fid_digits@{n}": {"value": record["value"] * f, "se": record["se"] * f} for n, f in factors.items()}
             record["others"] = {**at, **{f"kid_digits@{n}": {"value": 0.1, "se": 0.01} for n in factors}}
-        lines.append(json.dumps(record) + "\n")
-    (path / "journal.jsonl").write_text("".join(lines))
+        records.append(record)
+    (path / "journal.jsonl").write_bytes(framed(records))
     return path
 
 
@@ -172,7 +172,7 @@ def test_scores_without_errors_are_compared_as_they_are(several):
     for path in several:
         text = (path / "journal.jsonl").read_text().splitlines()
         rows = [row | {"se": None} if row["kind"] == "report" else row for row in map(json.loads, text)]
-        (path / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (path / "journal.jsonl").write_bytes(framed(rows))
     (front,) = fronts(opened(several))
     assert front.sentence() == "LCSC at 1 NFE is at least as good as the best baseline at 8"
 
@@ -239,7 +239,7 @@ def test_an_error_bar_reaches_no_logarithm_of_zero(tmp_path):
     for record in records:
         for other in record.get("others", {}).values():
             other["se"] = 1e3
-    (wide / "journal.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (wide / "journal.jsonl").write_bytes(framed(records))
     (front,) = fronts(opened([wide]))
     ends = [segment[:, 1].min() for bar in draw(front).axes[0].containers for segment in bar.lines[2][0].get_segments()]
     assert min(ends) > 0

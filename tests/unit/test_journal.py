@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from helpers_fake_run import framed
 
 from lcsc.core.errors import RunError
-from lcsc.search.journal import Journal, read_records
+from lcsc.search.frames import read_records
+from lcsc.search.journal import Journal
 
 
 def write(folder, num, notes=None):
@@ -51,11 +54,50 @@ def test_damage_in_the_middle_is_refused_with_its_place(tmp_path):
     path = tmp_path / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"garbage\n" + lines[2])
-    with pytest.raises(RunError, match=rf"damaged at record 1 \(byte {len(lines[0])}\)"):
+    with pytest.raises(RunError, match=rf"damaged at record 1 \(byte {len(lines[0])}\): its checksum is wrong"):
         write(tmp_path, 3)
-    path.write_bytes(lines[0] + lines[2])
-    with pytest.raises(RunError, match="out of sequence"):
+    path.write_bytes(lines[0] + lines[2])  # a lost line
+    with pytest.raises(RunError, match=r"at record 1 .*does not follow the record before"):
         write(tmp_path, 3)
+    path.write_bytes(lines[0] + lines[1] + lines[1])  # a doubled one
+    with pytest.raises(RunError, match=r"at record 2 .*does not follow the record before"):
+        write(tmp_path, 3)
+
+
+def test_a_line_of_another_journal_is_refused(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        with Journal(tmp_path / name, print) as journal:
+            for uid in range(2):
+                journal.step("trial", {"uid": uid}, lambda name=name: {"value": ord(name)})
+    mine, theirs = ((tmp_path / name / "journal.jsonl").read_bytes().splitlines(keepends=True) for name in "ab")
+    (tmp_path / "a" / "journal.jsonl").write_bytes(mine[0] + theirs[1])
+    with pytest.raises(RunError, match=r"at record 1 .*does not follow the record before"):
+        read_records(tmp_path / "a" / "journal.jsonl")
+
+
+def test_a_frame_is_the_checksum_of_zlib_and_the_digest_of_hashlib(tmp_path):
+    write(tmp_path, 3)
+    records = [{"seq": i, "kind": "trial", "uid": i, "value": i / 3} for i in range(3)]
+    assert (tmp_path / "journal.jsonl").read_bytes() == framed(records)
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    """Never read as other records: refused, or, in the last newline alone, taken for a torn line."""
+    write(tmp_path, 3)
+    path, rng = tmp_path / "journal.jsonl", np.random.default_rng(0)
+    whole, missed = path.read_bytes(), []
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(bytes(data))
+        try:
+            records, good = read_records(path)
+        except RunError:
+            continue
+        if place != len(whole) - 1 or len(records) != 2 or good == len(whole):
+            missed.append(place)
+    assert missed == []
 
 
 def test_another_step_in_the_same_place_is_refused(tmp_path):

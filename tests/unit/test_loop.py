@@ -16,7 +16,8 @@ from lcsc.objectives.base import Score
 from lcsc.operators.base import Baseline
 from lcsc.search.budget import Budget
 from lcsc.search.fitting import fitting_note
-from lcsc.search.journal import Journal, read_records
+from lcsc.search.frames import read_records
+from lcsc.search.journal import Journal
 from lcsc.search.loop import Problem, Search
 from lcsc.search.progress import Progress
 from lcsc.search.retry import MAX_FAILURES

@@ -16,7 +16,8 @@ from lcsc.core.space import Box, SearchSpace
 from lcsc.objectives.base import Score, Slope
 from lcsc.operators.base import Baseline, Distances
 from lcsc.search.budget import Budget
-from lcsc.search.journal import Journal, read_records
+from lcsc.search.frames import read_records
+from lcsc.search.journal import Journal
 from lcsc.search.loop import Problem, Search
 from lcsc.search.penalty import Penalty
 from lcsc.search.progress import Progress

@@ -24,7 +24,8 @@ from lcsc.objectives.base import Blocks, Raceable, Score
 from lcsc.operators.base import Baseline
 from lcsc.search.budget import Budget
 from lcsc.search.evaluate import Evaluator
-from lcsc.search.journal import Journal, read_records
+from lcsc.search.frames import read_records
+from lcsc.search.journal import Journal
 from lcsc.search.loop import Problem, Search
 from lcsc.search.progress import Progress
 from lcsc.search.racing import Racer

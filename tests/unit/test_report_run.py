@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers_fake_run import FLOOR, make_fake_run, read_records
+from helpers_fake_run import FLOOR, framed, make_fake_run, read_records
 from helpers_report import edit_records
 
 from lcsc.core.errors import RunError
@@ -120,8 +120,9 @@ def test_a_view_follows_the_journal(tmp_path):
     run = Run.open(path)
     assert len(run.trials()) == 3
     seq = read_records(path, "trial")[-1]["seq"] + 1
-    with open(path / "journal.jsonl", "a") as file:
-        file.write(json.dumps({"seq": seq, "kind": "trial", "uid": 3, "value": 1.5, "status": "ok"}) + "\n")
+    last = (path / "journal.jsonl").read_bytes().splitlines(keepends=True)[-1]
+    with open(path / "journal.jsonl", "ab") as file:
+        file.write(framed([{"seq": seq, "kind": "trial", "uid": 3, "value": 1.5, "status": "ok"}], last))
     assert run.trials()["best_so_far"].iloc[-1] == 1.5
     assert run.coefficients().empty  # this trial is no combination of checkpoints
 
@@ -183,21 +184,22 @@ def test_torn_last_line_is_left_out(tmp_path, cut):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"seq": 4, "kind": "tri', "Unterminated"),
-        (b"\xff\xfe", "decode"),
-        (b"[1, 2]", "not a record"),
-        (b'{"seq": 4, "kind": "trial", "uid": 1, "status": "ok"}', "a trial record without `value`"),
-        (b'{"seq": 4, "kind": "floor", "value": NaN}', "NaN is not a score"),
-        (b'{"seq": 4, "kind": "floor", "value": "low"}', "`value` is 'low', not a number"),
-        (b'{"seq": 4, "kind": "floor", "value": 1, "coef": "x"}', "`coef` is not a list of numbers"),
-        (b'{"seq": 4, "kind": "floor", "value": 1, "coef": [[1], "x"]}', "`coef` is not a list of numbers"),
+        (b'{"seq": 4, "kind": "tri', "its checksum is wrong"),
+        (b"\xff\xfe", "its checksum is wrong"),
+        ('{"seq": 4, "kind": 5}', "not a record"),
+        ('{"seq": 5, "kind": "floor", "value": 1}', "out of sequence"),
+        ('{"seq": 4, "kind": "trial", "uid": 1, "status": "ok"}', "a trial record without `value`"),
+        ('{"seq": 4, "kind": "floor", "value": NaN}', "NaN is not a score"),
+        ('{"seq": 4, "kind": "floor", "value": "low"}', "`value` is 'low', not a number"),
+        ('{"seq": 4, "kind": "floor", "value": 1, "coef": "x"}', "`coef` is not a list of numbers"),
+        ('{"seq": 4, "kind": "floor", "value": 1, "coef": [[1], "x"]}', "`coef` is not a list of numbers"),
     ],
 )
 def test_broken_line_elsewhere_is_refused_by_number(tmp_path, line, reason):
     path = make_fake_run(tmp_path / "run")
     journal = path / "journal.jsonl"
     lines = journal.read_bytes().split(b"\n")
-    lines[4] = line
+    lines[4] = line if isinstance(line, bytes) else framed([line], lines[3] + b"\n")[:-1]
     journal.write_bytes(b"\n".join(lines))
     with pytest.raises(RunError, match=r"journal\.jsonl` is damaged at record 4 ") as caught:
         Run.open(path).trials()
@@ -214,9 +216,9 @@ def test_what_is_no_run_directory_is_refused(tmp_path):
     for text, message in [
         ("{", "cannot be read"),
         ("[]", "holds a list"),
-        ('{"schema": 7}', "has schema 7; this lcsc reads 1"),
-        ('{"schema": 1, "name": "x", "metric": "m", "bank": {}}', "lacks `config`"),
-        ('{"schema": 1, "name": "x", "metric": "m", "bank": {}, "config": {}}', r"lacks `bank\.steps`"),
+        ('{"schema": 7}', "has schema 7; this lcsc reads 2"),
+        ('{"schema": 2, "name": "x", "metric": "m", "bank": {}}', "lacks `config`"),
+        ('{"schema": 2, "name": "x", "metric": "m", "bank": {}, "config": {}}', r"lacks `bank\.steps`"),
     ]:
         file.write_text(text)
         with pytest.raises(RunError, match=message):

@@ -68,7 +68,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"is no run directory: it has no run\.json"):
         RunDir.load(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"schema": 99}))
-    with pytest.raises(RunError, match="has schema 99; this lcsc reads 1"):
+    with pytest.raises(RunError, match="has schema 99; this lcsc reads 2"):
         RunDir.load(tmp_path)
 
 
