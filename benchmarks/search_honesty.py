@@ -27,7 +27,8 @@ from lcsc.config.schema import SEARCH_SECTIONS
 from lcsc.core.seeds import Purpose
 from lcsc.search.frames import read_records
 from lcsc.search.journal import Journal
-from lcsc.search.loop import Problem, Search
+from lcsc.search.loop import Search
+from lcsc.search.problem import Problem
 from lcsc.search.progress import Progress
 from lcsc.search.setup import build_parts, open_bank
 

@@ -18,7 +18,7 @@ _HOMES = {
     "Budget": "lcsc.search.budget:Budget",
     "CheckpointBank": "lcsc.bank:CheckpointBank",
     "LcscError": "lcsc.core.errors:LcscError",
-    "Problem": "lcsc.search.loop:Problem",
+    "Problem": "lcsc.search.problem:Problem",
     "SampleQuality": "lcsc.objectives.sample_quality:SampleQuality",
     "Selection": "lcsc.bank:Selection",
     "build": "lcsc.core.registry:build",
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from lcsc.report.html import write_report
     from lcsc.report.run import open_run
     from lcsc.search.budget import Budget
-    from lcsc.search.loop import Problem
+    from lcsc.search.problem import Problem
     from lcsc.search.run import run_search
     from lcsc.search.setup import build_problem
 

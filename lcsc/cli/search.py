@@ -10,10 +10,11 @@ from typing import Any
 from lcsc.cli.train import train
 from lcsc.config.hydra_app import overridden, run_job
 from lcsc.config.schema import SEARCH_SECTIONS
+from lcsc.core import registry
 from lcsc.report.html import write_report
 from lcsc.report.run import Run
 from lcsc.report.tables import report_text, result_line
-from lcsc.search.loop import Problem
+from lcsc.search.problem import Problem
 from lcsc.search.progress import say
 from lcsc.search.run import run_search
 from lcsc.search.setup import PARTS, build_parts, check_before_training, open_bank, parts_of
@@ -49,6 +50,7 @@ def search(config: dict[str, Any], command: str, given: Sequence[str] = ()) -> P
         run_dir=None if config["run_dir"] is None else Path(config["run_dir"]),
         command=command,
         quiet=config["quiet"],
+        engine=registry.build("engine", config["engine"]),
     )
     report = path / "report" / "report.html"
     if not report.exists() or report.stat().st_mtime < (path / "summary.json").stat().st_mtime:

@@ -64,6 +64,7 @@ class Config:
     operator: Any = None
     searcher: Any = None
     objective: Any = None
+    engine: Any = None
     search: BudgetConfig = dataclasses.field(default_factory=BudgetConfig)  # type: ignore[valid-type]
 
 

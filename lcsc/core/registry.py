@@ -33,6 +33,7 @@ ROOMS: dict[str, str] = {
     "dataset": "lcsc.datasets",
     "objective": "lcsc.objectives",
     "trainer": "lcsc.training",
+    "engine": "lcsc.search.engines",
 }
 
 Cls = TypeVar("Cls", bound=type)

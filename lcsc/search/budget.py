@@ -31,6 +31,9 @@ class Budget:
             baseline's, beside what chance explains, such as `{recall_digits: 0.05}`; None for no guards.
         penalty: what a searcher is told is a trial's score + `penalty` x (distance from the best baseline in weight
             space / distance from the last checkpoint to the mean of all)^2. The winner is chosen by scores alone.
+        batch_size: proposals that are asked for together and told together, in order: the same search on every engine
+            and any number of workers. None asks whenever a worker is free and tells each result when it comes, so that
+            no worker waits for another; with one worker that is one after the other.
     """
 
     num_trials: int = 300
@@ -42,11 +45,14 @@ class Budget:
     drop_level: float = 0.05
     guards: dict[str, float] | None = None
     penalty: float = 0.0
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name.startswith("num_") and value < 1:
                 raise ConfigError(f"`search.{name}` is {value}; it must be at least 1.")
+        if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise ConfigError(f"`search.batch_size` is `{self.batch_size}`; it must be at least 1, or null.")
         sizes = [0, *self.prefixes, self.num_images]
         if any(a >= b for a, b in itertools.pairwise(sizes)):
             raise ConfigError(

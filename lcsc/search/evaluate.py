@@ -15,6 +15,11 @@ from lcsc.core.space import SearchSpace
 from lcsc.objectives.base import Objective, tuned
 from lcsc.operators.base import Candidate, Operator
 
+Row = dict[str, Any]
+
+#: Why a candidate failed: no possible score, its code raised, no memory, too slow, its process was killed, or died.
+CAUSES = ("invalid", "error", "oom", "timeout", "killed", "crashed")
+
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -32,7 +37,7 @@ class Evaluator:
 
     def score(
         self, vector: np.ndarray, purpose: Purpose, images: range, full: bool = False, resamples: bool = False
-    ) -> dict[str, Any]:
+    ) -> Row:
         """Value; `full` adds the standard error and the other metrics, `resamples` their scores by resample too."""
         candidate = self.candidate(vector)
         head = head_of(candidate)
@@ -44,14 +49,14 @@ class Evaluator:
             return failed_row(head, str(error), error.image_forwards)
         if not math.isfinite(score.value):
             return failed_row(head, f"the score is {score.value}", score.image_forwards)
-        tail: dict[str, Any] = {}
+        tail: Row = {}
         if full:
             tail = {"se": score.se, "others": dict(score.others), "num_images": score.num_images}
         if resamples:
             tail["resamples"] = {name: list(drawn) for name, drawn in score.resamples.items()}
         return done_row(head, score.value, score.image_forwards, tail)
 
-    def slope(self, vector: np.ndarray, purpose: Purpose, images: range) -> dict[str, Any]:
+    def slope(self, vector: np.ndarray, purpose: Purpose, images: range) -> Row:
         """Value and derivative with respect to the vector, under `gradient`."""
         candidate = self.candidate(vector)
         head = head_of(candidate)
@@ -71,16 +76,18 @@ class Evaluator:
         return done_row(head, slope.value, slope.image_forwards, {"gradient": gradient.tolist()})
 
 
-def head_of(candidate: Candidate) -> dict[str, Any]:
+def head_of(candidate: Candidate) -> Row:
     """What a row says of the candidate itself."""
     return {"coef": candidate.recipe["coef"]} if "coef" in candidate.recipe else {}
 
 
-def failed_row(head: dict[str, Any], reason: str, cost: int, **tail: Any) -> dict[str, Any]:
-    """The row of a candidate that could not be scored."""
-    return {**head, "value": None, "status": "failed", "reason": reason, "image_forwards": cost, **tail}
+def failed_row(head: Row, reason: str, cost: int, cause: str = "invalid", **tail: Any) -> Row:
+    """The row of a candidate that could not be scored; `cause` is one of `CAUSES`."""
+    assert cause in CAUSES
+    failed = {"value": None, "status": "failed", "cause": cause, "reason": reason, "image_forwards": cost}
+    return {**head, **failed, **tail}
 
 
-def done_row(head: dict[str, Any], value: float, cost: int, tail: dict[str, Any]) -> dict[str, Any]:
+def done_row(head: Row, value: float, cost: int, tail: Row) -> Row:
     """The row of a scored candidate."""
     return {**head, "value": value, "status": "ok", "reason": None, "image_forwards": cost, **tail}

@@ -85,12 +85,31 @@ class Journal:
         del self._records[start:]
 
     @property
-    def replaying(self) -> bool:
-        """Whether the next step is already recorded."""
-        return self._cursor < len(self._records)
+    def run(self) -> str:
+        """Name of the run directory."""
+        return self._path.parent.name
+
+    @property
+    def place(self) -> int:
+        """Number of the next step."""
+        return self._cursor
+
+    @property
+    def next(self) -> Record | None:
+        """The record of the next step, None where it is not recorded yet."""
+        return self._records[self._cursor] if self.holds(self._cursor) else None
+
+    def holds(self, place: int) -> bool:
+        """Whether the step at a place is recorded."""
+        return place < len(self._records)
 
     def step(
-        self, kind: str, key: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]], images: int = 0
+        self,
+        kind: str,
+        key: Mapping[str, Any],
+        compute: Callable[[], Mapping[str, Any]],
+        images: int = 0,
+        seconds: float | None = None,
     ) -> Record:
         """The record of the next step.
 
@@ -99,13 +118,14 @@ class Journal:
             key: what it is done to; must agree with the recorded step when replaying.
             compute: makes the rest of the record.
             images: how many images it samples, for the timing file.
+            seconds: that it took, for the timing file; None takes the time that `compute` takes.
 
         Raises:
             RunError: the journal holds another step here.
         """
         head = {"seq": self._cursor, "kind": kind, **key}
-        if self.replaying:
-            record = self._records[self._cursor]
+        record = self.next
+        if record is not None:
             wrong = [name for name in head if canonical_json(record.get(name)) != canonical_json(head[name])]
             if wrong:
                 name = wrong[0]
@@ -116,7 +136,8 @@ class Journal:
         else:
             began = time.monotonic()
             record = {**head, **compute()}
-            self._append(record, time.monotonic() - began, record.get("images", images))
+            took = time.monotonic() - began if seconds is None else seconds
+            self._append(record, took, record.get("images", images))
         self._cursor += 1
         return record
 

@@ -16,12 +16,13 @@ from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.seeds import Purpose
 from lcsc.metrics.paired import chance_better
 from lcsc.objectives.base import Objective, Raceable, tuned
-from lcsc.search.evaluate import Evaluator, done_row, failed_row, head_of
+from lcsc.search.evaluate import Evaluator, Row, done_row, failed_row, head_of
 
 #: Blocks of images at every size; the bootstrap resamples them.
 NUM_BLOCKS = 20
 
-Row = dict[str, Any]
+#: Vector and full score of the candidate to beat.
+Incumbent = tuple[tuple[float, ...], float]
 
 
 def check_race(objective: Objective, prefixes: Sequence[int]) -> None:
@@ -41,10 +42,10 @@ def check_race(objective: Objective, prefixes: Sequence[int]) -> None:
 class Racer:
     """Scores candidates in one and the same way, whether they are dropped or not.
 
-    The incumbent is the best candidate that was scored on all images. A candidate that is worse than the incumbent on
-    the first images is dropped when it would be better in less than `drop_level` of the paired bootstrap resamples of
-    these images. Images of the incumbent that are sampled once more, because another candidate or an interruption came
-    between, are in no row: rows are the same whether a race was interrupted or not.
+    A candidate that is worse than the incumbent on the first images is dropped when it would be better in less than
+    `drop_level` of the paired bootstrap resamples of these images. Images of the incumbent that are sampled once more,
+    because another candidate or an interruption came between, are in no row: rows are the same whether a race was
+    interrupted or not, and whoever runs it.
 
     Args:
         evaluator: makes candidates; its objective is `Raceable`.
@@ -54,33 +55,23 @@ class Racer:
 
     def __init__(self, evaluator: Evaluator, sizes: Sequence[int], drop_level: float) -> None:
         self._evaluator, self._sizes, self._level = evaluator, tuple(sizes), drop_level
-        self._best: tuple[np.ndarray, float] | None = None
         self._rival: _Course | None = None
         self._last: _Course | None = None
 
     def full(self, vector: np.ndarray) -> Row:
         """The row of a candidate on all images, whatever its rank."""
-        return self._score(vector, may_drop=False)
+        return self._score(vector, None)
 
-    def race(self, vector: np.ndarray) -> Row:
+    def race(self, vector: np.ndarray, incumbent: Incumbent | None) -> Row:
         """The row of a candidate on all images, or up to where it was dropped.
 
         A dropped candidate's value is an estimate of its full score: the incumbent's, plus the difference on the
         images both have seen (many scores depend on the number of images, so the prefix score itself misleads).
         """
-        return self._score(vector, may_drop=True)
+        return self._score(vector, incumbent)
 
-    def hear(self, vector: np.ndarray, value: float | None) -> None:
-        """What a candidate scored on all images; the best one heard of is the incumbent.
-
-        A recorded value will do: the incumbent's images are sampled again when they are first needed.
-        """
-        if value is None or (self._best is not None and value >= self._best[1]):
-            return
-        self._best, last = (vector, value), self._last
-        self._rival = last if last is not None and np.array_equal(last.vector, vector) else None
-
-    def _score(self, vector: np.ndarray, may_drop: bool) -> Row:
+    def _score(self, vector: np.ndarray, incumbent: Incumbent | None) -> Row:
+        rival = self._course_of(incumbent) if incumbent else None
         course = self._last = _Course(self._evaluator, vector, self._sizes)
         for stage in range(len(self._sizes)):
             try:
@@ -91,7 +82,9 @@ class Racer:
             if not math.isfinite(value):
                 row = failed_row(course.head, f"the score is {value}", course.image_forwards)
                 return self._row(course, stage, row)
-            estimate = self._beaten(course, stage) if may_drop else None
+            estimate = None
+            if rival and incumbent and stage < len(self._sizes) - 1:
+                estimate = self._beaten(course, rival, incumbent[1], stage)
             if estimate is not None:
                 tail = {"dropped_at": self._sizes[stage], "prefix_value": value}
                 return self._row(course, stage, done_row(course.head, estimate, course.image_forwards, tail))
@@ -100,12 +93,15 @@ class Racer:
     def _row(self, course: _Course, stage: int, row: Row) -> Row:
         return {**row, "images": self._sizes[stage]}
 
-    def _beaten(self, course: _Course, stage: int) -> float | None:
+    def _course_of(self, incumbent: Incumbent) -> _Course:
+        """The incumbent's course, kept from its own race or from the last one against it."""
+        vector = np.array(incumbent[0])
+        known = [c for c in (self._rival, self._last) if c is not None and np.array_equal(c.vector, vector)]
+        self._rival = known[0] if known else _Course(self._evaluator, vector, self._sizes)
+        return self._rival
+
+    def _beaten(self, course: _Course, rival: _Course, full: float, stage: int) -> float | None:
         """The estimate of the full score of a candidate to be dropped, None while it may go on."""
-        if self._best is None or stage == len(self._sizes) - 1:
-            return None
-        vector, full = self._best
-        self._rival = rival = self._rival or _Course(self._evaluator, vector, self._sizes)
         behind = course.values[stage] - rival.reach(stage)
         if behind <= 0 or chance_better(course.resamples[stage], rival.resamples[stage]) >= self._level:
             return None

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 from lcsc.search.frames import Record
 
-#: Consecutive failed trials after which the search stops: something is wrong with more than one candidate.
-MAX_FAILURES = 20
+#: A search pauses when more than half of so many trials in a row failed: something is wrong with more than candidates.
+WINDOW = 20
 
 
 def retry_from(records: Sequence[Record], num_trials: int) -> int:
     """Place of the first record to compute again; `len(records)` where no failure stopped the search.
 
-    A search stops when `MAX_FAILURES` trials in a row, all trials, all scores on the select seeds, or a score on the
+    A search stops when more than half of `WINDOW` trials, all trials, all scores on the select seeds, or a score on the
     report seeds fail. What failed directly before, baselines too, is tried again with them: they share the cause.
+    Failures among successes stay what they are, and the search goes on behind them.
     """
     end = len(records)
     if end and records[-1]["kind"] == "account":  # written after the last trial, whatever became of the trials
@@ -23,7 +24,7 @@ def retry_from(records: Sequence[Record], num_trials: int) -> int:
     while start and records[start - 1]["kind"] in ("baseline", "trial") and records[start - 1]["value"] is None:
         start -= 1
     failed = sum(record["kind"] == "trial" for record in records[start:end])
-    if failed and failed >= min(MAX_FAILURES, num_trials):
+    if failed and failed >= min(WINDOW // 2 + 1, num_trials):
         return start
     if not records or records[-1]["value"] is not None:
         return len(records)

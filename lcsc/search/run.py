@@ -16,10 +16,13 @@ from lcsc.export.model import export_model, searched_levels
 from lcsc.metrics.frechet import FrechetDistance
 from lcsc.objectives.base import tuned
 from lcsc.operators.base import notes_of
-from lcsc.search.geometry import geometry
+from lcsc.search.engines.base import Engine, Site
+from lcsc.search.engines.inline import Inline
 from lcsc.search.frames import read_records
+from lcsc.search.geometry import geometry
 from lcsc.search.journal import Journal
-from lcsc.search.loop import Outcome, Problem, Search
+from lcsc.search.loop import Outcome, Search
+from lcsc.search.problem import Problem
 from lcsc.search.progress import Progress, say
 from lcsc.search.rundir import RunDir, open_run_dir
 from lcsc.search.setup import describe_problem, fingerprints
@@ -36,6 +39,7 @@ def run_search(
     run_dir: Path | None = None,
     command: str = "",
     quiet: bool = False,
+    engine: Engine | None = None,
 ) -> Path:
     """Search, or continue the same search begun earlier, and leave a finished run directory.
 
@@ -46,6 +50,8 @@ def run_search(
         run_dir: the run directory itself; None finds the unfinished one or makes a new one.
         command: the line that started the search, for the record.
         quiet: print nothing.
+        engine: who evaluates; None does it in this process. It is no part of what the search is: another one may
+            continue it.
 
     Returns:
         The run directory: run.json, journal.jsonl, timing.jsonl, samples.npz, best/, summary.json.
@@ -70,10 +76,12 @@ def run_search(
         for line in (*bank.lines, *twins, *notes_of(problem.operator, bank), *few_images(problem), begins):
             say(line)
     with Progress(name, 0, quiet) as progress, Journal(run.path, progress.note) as journal:
-        search = Search(problem, journal, progress)
-        progress.expect(search.num_steps())
-        search.say_fitting(preview.ask())  # before anything is spent
-        outcome = search.run()
+        site = Site(problem, info["config"], info["fingerprints"], run.path, progress.note)
+        with (engine or Inline()).start(site) as crew:
+            search = Search(problem, journal, progress, crew)
+            progress.expect(search.num_steps())
+            search.say_fitting(preview.ask())  # before anything is spent
+            outcome = search.run()
         _save_samples(problem, search, outcome, run.path)
         where = _geometry(problem, outcome, run.path)
         _export_best(problem, search, outcome, run, where)

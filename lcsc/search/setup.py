@@ -16,7 +16,7 @@ from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.core.space import Box, SearchSpace
 from lcsc.objectives.base import Objective, joint_space, why_no_gradient
 from lcsc.search.budget import Budget, check_budget
-from lcsc.search.loop import Problem
+from lcsc.search.problem import Problem
 from lcsc.searchers.base import Task
 
 #: Distributions whose version can change a score.

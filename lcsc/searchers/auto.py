@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcsc.core.registry import register
-from lcsc.searchers.base import Accountable, Proposal, Session, Task
+from lcsc.searchers.base import Accountable, Proposal, Session, Task, width_of
 from lcsc.searchers.gradient import Gradient
 from lcsc.searchers.nevergrad import Nevergrad
 
@@ -17,6 +17,7 @@ class _Session:
 
     def __init__(self, ran: str, why: str, session: Session) -> None:
         self.ran, self._why, self._session = ran, why, session
+        self.width = width_of(session)
 
     def ask(self) -> Proposal:
         return self._session.ask()

@@ -92,7 +92,11 @@ def check_told(uid: int, value: float) -> None:
 
 
 class Session(Protocol):
-    """One search under way. The same task and the same values give the same proposals, bit for bit."""
+    """One search under way. The same task and the same values give the same proposals, bit for bit.
+
+    A session that may be asked again before its last proposals are told, in whatever order, says so by an attribute
+    `width`: how many proposals may be open at a time. Without it that is one.
+    """
 
     def ask(self) -> Proposal:
         """The next proposal."""
@@ -121,6 +125,11 @@ class Accountable(Protocol):
     def account(self) -> list[str]:
         """How the search went, in sentences; depends on what was told alone."""
         ...
+
+
+def width_of(session: Session) -> float:
+    """Proposals of a session that may be open at a time."""
+    return getattr(session, "width", 1)
 
 
 def ran(session: Session) -> str | None:

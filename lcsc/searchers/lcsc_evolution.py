@@ -30,6 +30,8 @@ class _Member:
 class _Session:
     """Everything that was ever scored is the population; the best `num_parents` of it breed."""
 
+    width = math.inf
+
     def __init__(self, settings: LcscEvolution, task: Task) -> None:
         self._settings, self._space = settings, task.space
         self._rng = SeedRange(task.seed, Purpose.SEARCHER).generator()

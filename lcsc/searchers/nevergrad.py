@@ -102,6 +102,8 @@ class NevergradSession:
         self._scale = scale
         self._asked: dict[int, Any] = {}
         self._count = 0
+        #: proposals that may be open at a time
+        self.width = 1 if optimizer.no_parallelization else math.inf
 
     def population(self) -> int:
         """How many scored points the optimizer can begin with: those it breeds from; 1 where it says nothing."""

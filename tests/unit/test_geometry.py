@@ -17,7 +17,7 @@ from lcsc.operators.base import Candidate
 from lcsc.operators.linear import Linear
 from lcsc.search.budget import Budget
 from lcsc.search.geometry import ENOUGH, FLAT, bank_shape, coefficient_size, effective_rank, geometry, slope_shape
-from lcsc.search.loop import Problem
+from lcsc.search.problem import Problem
 from lcsc.search.run import run_search
 
 

@@ -18,9 +18,10 @@ from lcsc.search.budget import Budget
 from lcsc.search.fitting import fitting_note
 from lcsc.search.frames import read_records
 from lcsc.search.journal import Journal
-from lcsc.search.loop import Problem, Search
+from lcsc.search.loop import Search
+from lcsc.search.problem import Problem
 from lcsc.search.progress import Progress
-from lcsc.search.retry import MAX_FAILURES
+from lcsc.search.retry import WINDOW
 from lcsc.searchers.base import Proposal, Task
 
 
@@ -147,18 +148,19 @@ def test_a_suspect_that_fails_when_scored_again_has_failed(tmp_path):
 
 def test_twenty_failures_in_a_row_stop_the_search(tmp_path):
     spoil = {(Purpose.SEARCH, BASELINES + i): EvaluationError(f"broken {i}.") for i in range(40)}
-    with pytest.raises(EvaluationError, match=rf"the last {MAX_FAILURES} trials failed: broken 19\. Mend the cause"):
+    reasons = r"1 x broken 0; 1 x broken 1; 1 x broken 2\. Mend the cause"
+    with pytest.raises(EvaluationError, match=rf"20 of the last {WINDOW} trials failed: {reasons}"):
         search(tmp_path, Scripted(spoil), num_trials=40)
     records, _ = read_records(tmp_path / "journal.jsonl")
-    assert len(of_kind(records, "trial")) == MAX_FAILURES
+    assert len(of_kind(records, "trial")) == WINDOW
 
 
 @pytest.mark.parametrize(
     ("broken", "num_trials", "num_again"),
     [
-        ({(Purpose.SEARCH, i) for i in range(BASELINES, 40)}, 30, MAX_FAILURES),
-        ({(Purpose.SEARCH, i) for i in range(40)}, 30, BASELINES + MAX_FAILURES),  # baselines failed by the same cause
-        ({(Purpose.SEARCH, i) for i in range(BASELINES + 5, 40)}, 30, MAX_FAILURES),  # after some good trials
+        ({(Purpose.SEARCH, i) for i in range(BASELINES, 40)}, 30, WINDOW),
+        ({(Purpose.SEARCH, i) for i in range(40)}, 30, BASELINES + WINDOW),  # baselines failed by the same cause
+        ({(Purpose.SEARCH, i) for i in range(BASELINES + 5, 40)}, 30, WINDOW - 5),  # after some good trials
         ({(Purpose.SEARCH, i) for i in range(BASELINES, 40)}, 7, 7),  # all trials, though they are few
         ({(Purpose.SELECT, i) for i in range(20)}, 7, RIVALS + 3),
         ({(Purpose.REPORT, 1)}, 7, 1),

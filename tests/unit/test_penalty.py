@@ -18,8 +18,9 @@ from lcsc.operators.base import Baseline, Distances
 from lcsc.search.budget import Budget
 from lcsc.search.frames import read_records
 from lcsc.search.journal import Journal
-from lcsc.search.loop import Problem, Search
+from lcsc.search.loop import Search
 from lcsc.search.penalty import Penalty
+from lcsc.search.problem import Problem
 from lcsc.search.progress import Progress
 from lcsc.searchers.base import Proposal, Start
 

@@ -26,7 +26,8 @@ from lcsc.search.budget import Budget
 from lcsc.search.evaluate import Evaluator
 from lcsc.search.frames import read_records
 from lcsc.search.journal import Journal
-from lcsc.search.loop import Problem, Search
+from lcsc.search.loop import Search
+from lcsc.search.problem import Problem
 from lcsc.search.progress import Progress
 from lcsc.search.racing import Racer
 from lcsc.searchers.base import Proposal
@@ -301,9 +302,8 @@ def test_full_scores_are_one_number_whoever_asks_for_them(tmp_path):
     objective, operator = Cloud(), Plane()
     evaluator = Evaluator(None, operator, objective, operator.space(None), 0)
     racer = Racer(evaluator, (40, 150, 400), 0.05)
-    racer.hear(np.array([2.0, 2.0]), 9.0)
     at = np.array([0.1, -0.2])
-    raced, full = racer.race(at), racer.full(at)
+    raced, full = racer.race(at, ((2.0, 2.0), 9.0)), racer.full(at)
     assert raced == full
     assert raced["images"] == 400
     assert raced["value"] == pytest.approx(evaluator.score(at, Purpose.SEARCH, range(400))["value"], rel=1e-12)
@@ -329,11 +329,11 @@ def test_sampled_images_race(tmp_path, metric):
     row, plain = racer.full(good), evaluator.score(good, Purpose.SEARCH, range(300))
     assert row["value"] == pytest.approx(plain["value"], rel=1e-9)
     assert {**plain, "images": 300, "value": 0} == {**row, "value": 0}
-    racer.hear(good, row["value"])
-    lost = racer.race(bad)
+    rival = (tuple(good.tolist()), row["value"])
+    lost = racer.race(bad, rival)
     assert (lost["dropped_at"], lost["images"], lost["coef"]) == (40, 40, evaluator.candidate(bad).recipe["coef"])
     assert lost["image_forwards"] == 40 * objective.sampler.nfe()
-    assert racer.race(good) == row
+    assert racer.race(good, rival) == row
 
 
 KINDS = {"model": "direct", "sampler": "euler", "dataset": "gaussian", "metric": "fid_pixels"}

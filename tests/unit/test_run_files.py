@@ -19,7 +19,7 @@ from lcsc.report.html import write_report
 from lcsc.report.run import Run
 from lcsc.report.tables import number, report_text
 from lcsc.search.budget import Budget
-from lcsc.search.loop import Problem
+from lcsc.search.problem import Problem
 from lcsc.search.run import few_images, run_search
 
 NET = {"class": "GaussianDenoiser", "config": {"shape": [1, 2, 2]}}
