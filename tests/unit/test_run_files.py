@@ -163,6 +163,8 @@ def test_fewer_images_than_features_are_noted(tmp_path, capsys):
     assert notes() == [f"note: `search.num_images` (40) and `search.num_images_select` (60): {said}"]
     assert notes(num_images=65, num_images_select=64) == [f"note: `search.num_images_select` (64): {said}"]
     assert notes(num_images=65, num_images_select=65) == []
+    raced = {"num_images": 90, "num_images_select": 65, "prefixes": [30, 70]}
+    assert notes(**raced) == [f"note: `search.prefixes` (30): {said}"]
     problem = problem_of(bank, dataset=data, metric=metric, searcher="random", budget=Budget(1, 40, 1, 70, 80))
     run_search(problem, name="toy", runs_dir=tmp_path)
     assert f"note: `search.num_images` (40): {said}" in capsys.readouterr().out.splitlines()
