@@ -34,8 +34,8 @@ PARTS = {  # experiment; sampler and steps of the base; sampler and steps of the
 
 
 def calls(part: str, nfe: int) -> str:
-    """The override that sets the network evaluations of an image; Euler takes one a step."""
-    if part == "diffusion":
+    """The override that sets the network evaluations of an image; Euler and DPM-Solver++ take one a step."""
+    if part.startswith("diffusion"):
         return f"sampler.num_steps={nfe}"
     return f"sampler.sigmas={with_nfe(build('sampler', 'consistency'), nfe).sigmas}".replace(" ", "")
 
