@@ -334,6 +334,20 @@ def test_a_stopped_worker_and_other_ends(here):
 
 
 @pytest.mark.faults
+def test_stopped_workers_go_with_their_driver(here):
+    words = [sys.executable, "driver.py", json.dumps(configured()), json.dumps({"num_workers": 2, "threads": 1})]
+    driver = psutil.Popen(words, env={**os.environ, "PAUSE": "1000"})
+    while len(list(here.glob("run/work/local-*.log"))) < 2 or len(driver.children()) < 2:
+        time.sleep(0.05)
+    time.sleep(5)  # they have begun by then, or not; both must do
+    for worker in driver.children():
+        worker.suspend()
+    driver.kill()
+    driver.wait()
+    assert left(here) == []
+
+
+@pytest.mark.faults
 def test_two_deaths_for_lack_of_memory_take_one_worker_away(here, monkeypatch):
     monkeypatch.setattr(OomCounter, "rose", lambda self: True)
     notes = []
