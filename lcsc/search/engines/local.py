@@ -191,10 +191,10 @@ class LocalCrew(Closing):
         for uid in reversed(worker.held):
             if uid != worker.running and uid in self._tasks and not any(uid in w.held for w in self._workers):
                 self._pending.appendleft(uid)
-        uid = worker.running
-        if uid not in self._tasks or (read_result(self._results, uid) is not None and self._finish(uid)):
+        begun = worker.running
+        if begun not in self._tasks or (read_result(self._results, begun) is not None and self._finish(begun)):
             return None
-        return uid
+        return begun
 
     def _bury(self, worker: Process, code: int) -> None:
         """A process ended by itself, or somebody killed it."""
