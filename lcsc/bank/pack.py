@@ -34,7 +34,13 @@ HALF_MAX = 65504
 _CODES = {name: code for code, name in DTYPES.items() if name in PACKED}
 
 
-def write_pack(bank: CheckpointBank, to: Path, dtype: str | None = None, progress: Progress | None = None) -> str:
+def write_pack(
+    bank: CheckpointBank,
+    to: Path,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    note_rounding: bool = True,
+) -> str:
     """Write a bank's rows into the new file `to`; it appears under its name only when it is whole.
 
     Args:
@@ -42,6 +48,8 @@ def write_pack(bank: CheckpointBank, to: Path, dtype: str | None = None, progres
         to: file that does not exist yet, ending in `.safetensors`.
         dtype: float32, bfloat16 or float16; None keeps a dtype that all files share and uses float32 otherwise.
         progress: called with rows' columns done and all of them.
+        note_rounding: whether rows that `dtype` rounds say so, and are other contents from then on. False for the rows
+            that this very bank works with, in its own dtype: then the digest stays.
 
     Returns:
         The dtype of the rows.
@@ -70,7 +78,7 @@ def write_pack(bank: CheckpointBank, to: Path, dtype: str | None = None, progres
         file = open(temp, "xb")  # noqa: SIM115 - closed below, where errors of reading are not those of writing
     try:
         with file:
-            _write(bank, _Target(to, file.fileno()), dtype, progress)
+            _write(bank, _Target(to, file.fileno()), dtype, progress, note_rounding)
         if to.exists():
             raise OutputExistsError(f"output `{to}` appeared while it was being written; nothing is overwritten.")
         with writing(to):
@@ -116,14 +124,14 @@ def _places(bank: CheckpointBank, size: int) -> tuple[list[list[Any]], int]:
     return places, at + -at % PAGE
 
 
-def _write(bank: CheckpointBank, target: _Target, dtype: str, progress: Progress | None) -> None:
+def _write(bank: CheckpointBank, target: _Target, dtype: str, progress: Progress | None, note_rounding: bool) -> None:
     from lcsc.bank.storage import each_row, from_float32, tables_of
 
     K, P, size = bank.num_checkpoints, bank.layout.num_parameters, ITEMSIZE[dtype]
     places, width = _places(bank, size)
     tables = tables_of(bank.rows)
     exact = {id(table): _exact(dtype, table, bank) for table in tables}
-    rounded = [() if exact[id(row.table)] else (dtype,) for row in bank.rows]
+    rounded = [() if exact[id(row.table)] or not note_rounding else (dtype,) for row in bank.rows]
     # the digests of the contents are known only after the pass, and have a fixed length
     drafts = bank.origins or [origin(bank.path, row, "0" * 64) for row in bank.rows]
     draft = _header(bank, dtype, places, width, _parents(drafts, rounded))

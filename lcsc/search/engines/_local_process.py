@@ -1,0 +1,162 @@
+"""A worker process of `engine=local`, as its driver sees it; see `_local_child` for what is said."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcsc.search.engines._deaths import MARK
+from lcsc.search.job import Job
+
+#: `python -m` would not find what a caller put on its path
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); fd = int(sys.argv[2]); del sys.argv[1:]; "
+    "from lcsc.search.engines._local_child import main; main(fd)"
+)
+#: Seconds in which a process that closed its pipe, or was killed, should be gone.
+_PARTING = 10.0
+
+
+class Process:
+    """One worker in a session of its own, so that what the terminal sends its driver does not reach it.
+
+    Args:
+        mark: identity among all processes; what follows the colon is the worker's name.
+        order: see `lcsc.search.worker.order`.
+        log: what it prints.
+        env: its environment.
+    """
+
+    def __init__(self, mark: str, order: Mapping[str, Any], log: Path, env: Mapping[str, str]) -> None:
+        self.name, self.mark, self.log = mark.rpartition(":")[2], mark, log
+        self.ready = False
+        #: jobs it was given, in order; at most two
+        self.held: deque[str] = deque()
+        #: the one it began, and since when it has been on that (or should have begun its first)
+        self.running: str | None = None
+        self.since = 0.0
+        self.sentence = ""
+        self._seen, self._rest, self._unsent = 0, b"", bytearray()
+        self.fd, far = os.pipe()
+        try:
+            with open(log, "ab") as said:
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-c", _START, json.dumps(sys.path), str(far)],
+                    stdin=subprocess.PIPE,
+                    stdout=said,
+                    stderr=said,
+                    pass_fds=[far],
+                    start_new_session=True,
+                    env={**env, MARK: mark},
+                    bufsize=0,
+                )
+        except BaseException:
+            os.close(self.fd)
+            raise
+        finally:
+            os.close(far)
+        assert self._popen.stdin
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self._popen.stdin.fileno(), False)  # a stopped process must not stop its driver
+        self._send(order)
+
+    @property
+    def inbox(self) -> int | None:
+        """Where to wait for room, where there are lines that did not fit into the pipe."""
+        return self._popen.stdin.fileno() if self._unsent and self._popen.stdin else None
+
+    def give(self, job: Job) -> None:
+        """Hand it a job."""
+        if not self.held:
+            self.since = time.monotonic()
+        self.held.append(job.uid)
+        self._send(["job", job.to_plain()])
+
+    def drop(self, uid: str) -> None:
+        """Take a job back that it has not begun."""
+        self.held.remove(uid)
+        self._send(["drop", uid])
+
+    def begun(self, uid: str) -> None:
+        """It said that it began a job."""
+        if uid not in self.held:  # it was dropped too late
+            self.held.appendleft(uid)
+        self.running, self.since, self._seen = uid, time.monotonic(), self.log.stat().st_size
+
+    def done(self, uid: str) -> None:
+        """It said that it did a job."""
+        self.held.remove(uid)
+        self.running, self.since = None, time.monotonic()
+
+    def _send(self, value: Any) -> None:
+        self._unsent += json.dumps(value).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what fits into the pipe."""
+        assert self._popen.stdin
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # a dead one is noticed elsewhere
+            while self._unsent:
+                del self._unsent[: os.write(self._popen.stdin.fileno(), self._unsent[:65536])]
+
+    def hear(self) -> list[tuple[str, str]]:
+        """What it said since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            while self.fd >= 0:
+                if not (data := os.read(self.fd, 65536)):
+                    os.close(self.fd)
+                    self.fd = -1  # it is gone, or about to be
+                self._rest += data
+        *lines, self._rest = self._rest.split(b"\n")
+        return [(word, value) for word, value in map(json.loads, lines)]
+
+    def ended(self) -> int | None:
+        """Exit code, or minus the signal; None while it lives. The process is left to `end`, so its group stays its."""
+        limit = time.monotonic() + (_PARTING if self.fd < 0 else 0)
+        while True:
+            try:
+                found = os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # somebody else in this process waits for all children
+                return self._popen.poll() or 0
+            if found is not None:
+                return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+            if time.monotonic() >= limit:
+                return -signal.SIGKILL if self.fd < 0 else None  # it closed its pipe and lives; `end` follows
+            time.sleep(0.002)
+
+    def last_line(self) -> str:
+        """The last that it printed since it began its job, at most 200 characters."""
+        if self.sentence:
+            return self.sentence
+        with contextlib.suppress(OSError), open(self.log, "rb") as file:
+            file.seek(max(self._seen, self.log.stat().st_size - 4096))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+            return next((line[:200] for line in reversed(lines) if line), "")
+        return ""
+
+    def kill(self) -> None:
+        """Kill its process group; the pid stays taken until `end`."""
+        if self._popen.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._popen.pid, signal.SIGKILL)
+
+    def end(self) -> list[tuple[str, str]]:
+        """Wait for it, once it is killed; what it had said last."""
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that the kernel does not let go
+            self._popen.wait(_PARTING)
+        said = self.hear()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        if self._popen.stdin:
+            self._popen.stdin.close()
+        return said
