@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Container
 
 from lcsc.search.engines.base import Crew, Result
 from lcsc.search.job import Job
@@ -43,19 +43,25 @@ class Dispatcher:
         self._crew.submit(named)
         return named.uid
 
-    def first(self, uids: Iterable[str]) -> Result:
-        """The result of one of these, whichever is there first; of several, the one named first."""
-        wanted = list(uids)
-        while True:
-            for uid in wanted:
-                if uid in self._done:
-                    return self._done.pop(uid)
-            for result in self._crew.collect():
-                self._tick()
-                if result.uid in self._open:  # a second result of one job, or of an earlier session, counts for nothing
-                    self._open.discard(result.uid)
-                    self._done[result.uid] = result
-                    self.busy += result.seconds
+    def one(self, uid: str) -> Result:
+        """The result of a job."""
+        while uid not in self._done:
+            self._collect()
+        return self._done.pop(uid)
+
+    def first(self, uids: Container[str]) -> Result:
+        """The result of one of these, whichever came first; takes no longer where there are thousands."""
+        while (found := next((uid for uid in self._done if uid in uids), None)) is None:
+            self._collect()
+        return self._done.pop(found)
+
+    def _collect(self) -> None:
+        for result in self._crew.collect():
+            self._tick()
+            if result.uid in self._open:  # a second result of one job, or of an earlier session, counts for nothing
+                self._open.discard(result.uid)
+                self._done[result.uid] = result
+                self.busy += result.seconds
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -50,8 +50,7 @@ class Job:
 
     def to_plain(self) -> dict[str, Any]:
         """Values for JSON."""
-        plain = dataclasses.asdict(self)
-        return {**plain, "purpose": int(self.purpose)}
+        return {**vars(self), "purpose": int(self.purpose)}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Job:

@@ -69,7 +69,7 @@ class Steps:
             yield self._finish(*waiting.popleft())
 
     def _finish(self, step: Step, uid: str | None) -> Record:
-        result = None if uid is None else self.dispatcher.first([uid])
+        result = None if uid is None else self.dispatcher.one(uid)
         self.images += step.num_images
         record = self.record(step.kind, step.key, result, step.finish, step.num_images)
         self.progress.step(step.kind, None, step.num_images, result is None)

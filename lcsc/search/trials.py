@@ -33,7 +33,6 @@ class Open:
     proposal: Proposal
     job: Job
     penalty: float | None
-    uid: str | None = None  # of its evaluation, once it is handed in
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,9 @@ class Trials:
         self._problem, self._session, self._steps, self._say = problem, session, steps, say
         self._floor, self._penalty = ground.floor, ground.penalty
         self._worst, self._incumbent = ground.worst, ground.incumbent
-        self._open: dict[int, Open] = {}
+        self._open: dict[int, Open] = {}  # by number, in the order of asking
+        self._waiting: deque[int] = deque()  # of them, those not handed in yet
+        self._numbers: dict[str, int] = {}  # of those handed in, by the identity of the evaluation
         self._asked = 0
         self._failed: deque[Record | None] = deque(maxlen=WINDOW)  # None: a success; of this session only
         self._told_unraced = False
@@ -108,20 +109,22 @@ class Trials:
 
     def _live(self) -> Record:
         """The next trial that is done; others are handed in meanwhile."""
-        batch = self._problem.budget.batch_size
-        room = min(width_of(self._session), batch or self._steps.dispatcher.slots)
+        batch, dispatcher = self._problem.budget.batch_size, self._steps.dispatcher
+        room = min(width_of(self._session), batch or dispatcher.slots)
+        self._hand_in()
         if batch is None or not self._open:
             while len(self._open) < room and self._asked < self._problem.budget.num_trials:
                 self._ask()
-        for number, trial in self._open.items():
-            if trial.uid is None:
-                uid = self._steps.dispatcher.submit(trial.job, f"trial {number}")
-                self._open[number] = Open(trial.proposal, trial.job, trial.penalty, uid)
-        numbers = sorted(self._open)
-        waited = numbers if batch is None else numbers[:1]
-        uids = {self._open[number].uid: number for number in waited}
-        result = self._steps.dispatcher.first([uid for uid in uids if uid])
-        return self._recorded(self._open.pop(uids[result.uid]), result)
+                self._hand_in()  # a worker begins while the others' proposals are made
+        result = dispatcher.first(self._numbers) if batch is None else dispatcher.one(next(iter(self._numbers)))
+        return self._recorded(self._open.pop(self._numbers.pop(result.uid)), result)
+
+    def _hand_in(self) -> None:
+        """Give the engine what was asked for, but for what the journal holds already."""
+        while self._waiting:
+            number = self._waiting.popleft()
+            if number in self._open:
+                self._numbers[self._steps.dispatcher.submit(self._open[number].job, f"trial {number}")] = number
 
     def _recorded(self, trial: Open, result: Any) -> Record:
         proposal, job = trial.proposal, trial.job
@@ -161,6 +164,7 @@ class Trials:
         job = Job(call, tuple(proposal.vector.tolist()), purpose, images, floor=self._floor, incumbent=rival)
         paid = self._penalty.paid(proposal.vector) if self._penalty else None
         self._open[proposal.uid] = Open(proposal, job, paid)
+        self._waiting.append(proposal.uid)
         self._asked += 1
 
     def _tell(self, record: Record) -> None:
