@@ -69,9 +69,16 @@ def new_directory(path: Path) -> Iterator[Path]:
                     os.fsync(handle.fileno())
         for folder in (temp, *(f for f in temp.rglob("*") if f.is_dir())):
             fsync_dir(folder)
-        if path.exists():  # taken while we were writing
+        taken = path.exists()  # while we were writing
+        if not taken:
+            try:
+                os.rename(temp, path)
+            except OSError as error:
+                taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+                if not taken:
+                    raise
+        if taken:
             raise OutputExistsError(f"output `{path}` appeared while it was being written; nothing is overwritten.")
-        os.rename(temp, path)
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise

@@ -85,7 +85,7 @@ def run_search(
         _save_samples(problem, search, outcome, run.path)
         where = _geometry(problem, outcome, run.path)
         _export_best(problem, search, outcome, run, where)
-    write_json(run.path / "summary.json", {**_summary(problem, search, outcome, run), "geometry": where})
+        write_json(run.path / "summary.json", {**_summary(problem, search, outcome, run), "geometry": where})
     return run.path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from collections.abc import Callable, Mapping
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lcsc.core.differences import differences
-from lcsc.core.errors import RunError
-from lcsc.core.files import write_json
+from lcsc.core.digests import value_digest
+from lcsc.core.errors import OutputExistsError, RunError
+from lcsc.core.files import new_directory, write_json, writing
+from lcsc.search.lock import LEASE, Lock
 
 #: Raised when a run directory is written otherwise than before. 2: journal lines carry checksums.
 SCHEMA = 2
@@ -65,7 +68,9 @@ def open_run_dir(
     Raises:
         RunError: `explicit` belongs to another configuration (every differing field is named) or is no run directory.
     """
-    if explicit is not None and explicit.exists():
+    if explicit is not None:
+        with contextlib.suppress(OutputExistsError):  # also where another start of the same line makes it just now
+            return _create(explicit, info), "new"
         run = RunDir.load(explicit)
         rows = _differences(run.info, info)
         if rows:
@@ -73,30 +78,44 @@ def open_run_dir(
                 f"`{explicit}` was made with another configuration: {'; '.join(rows)}. "
                 "Use the same settings to continue it, or leave out `run_dir` to start a new run."
             )
-        return run, "finished" if run.finished else "resumed"
-    if explicit is None:
-        for path in sorted(runs_dir.glob("*/run.json"), reverse=True):
-            try:
-                run = RunDir.load(path.parent)
-            except RunError:
-                continue  # somebody else's folder is not our business
-            rows = _differences(run.info, info)
-            if not rows:
-                return run, "finished" if run.finished else "resumed"
-            if all(row.startswith("`fingerprints.") for row in rows):
-                note(f"not continuing `{run.path}`, its circumstances differ: {'; '.join(rows)}")
-    return _create(runs_dir, explicit, info), "new"
+        return run, _state(run)
+    with writing(runs_dir):
+        runs_dir.mkdir(parents=True, exist_ok=True)
+    key = value_digest([info["config"], info["fingerprints"]])[:16]
+    with Lock(runs_dir / f".starting-{key}", str(runs_dir), note, patience=LEASE):  # of starts of one line one makes it
+        found = _find(runs_dir, info, note)
+        if found is not None:
+            return found, _state(found)
+        name = f"{info['name']}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+        return _create(runs_dir / name, info), "new"
 
 
-def _create(runs_dir: Path, explicit: Path | None, info: Mapping[str, Any]) -> RunDir:
-    now = datetime.now(UTC)
-    name = f"{info['name']}-{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    path = explicit or runs_dir / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir()  # exclusive: two starts in one second never share a directory
-    info = {"schema": SCHEMA, "run_id": path.name, "created_utc": f"{now:%Y-%m-%dT%H:%M:%SZ}", **info}
-    write_json(path / "run.json", info)
+def _find(runs_dir: Path, info: Mapping[str, Any], note: Callable[[str], None]) -> RunDir | None:
+    """The newest run of the same search."""
+    for path in sorted(runs_dir.glob("[!.]*/run.json"), reverse=True):
+        try:
+            run = RunDir.load(path.parent)
+        except RunError:
+            continue  # somebody else's folder is not our business
+        rows = _differences(run.info, info)
+        if not rows:
+            return run
+        if all(row.startswith("`fingerprints.") for row in rows):
+            note(f"not continuing `{run.path}`, its circumstances differ: {'; '.join(rows)}")
+    return None
+
+
+def _create(path: Path, info: Mapping[str, Any]) -> RunDir:
+    """A run directory that is there with its run.json or not at all; raises OutputExistsError where one is."""
+    now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    info = {"schema": SCHEMA, "run_id": path.name, "created_utc": now, **info}
+    with writing(path), new_directory(path) as folder:
+        write_json(folder / "run.json", info)
     return RunDir(path, info)
+
+
+def _state(run: RunDir) -> str:
+    return "finished" if run.finished else "resumed"
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
