@@ -190,11 +190,11 @@ class Lock:
     def _watched(self, owner: Owner) -> str | None:
         """Look at an owner elsewhere until its counter moves, or has stood still for the lease."""
         self._note(f"`{self._what}` is locked by {owner}; watching for up to {LEASE:.0f} s whether that one is alive")
-        first, began = _beat_of(self.path), self._clock()
+        first, began = beat_of(self.path), self._clock()
         while True:
             self._sleep(LOOK)
             now = self._clock()  # before the look: a process that stood still itself must not trust what it saw before
-            if Owner.read(self.path) != owner or _beat_of(self.path) != first:
+            if Owner.read(self.path) != owner or beat_of(self.path) != first:
                 return None
             if now - began >= LEASE:
                 return f"{owner}, which has been silent for {LEASE:.0f} s"
@@ -243,7 +243,8 @@ def _count(number: int) -> bytes:
     return b"%020d" % number
 
 
-def _beat_of(lock: Path) -> bytes:
+def beat_of(lock: Path) -> bytes:
+    """The counter of a lock's owner as it stands; empty where there is none."""
     try:
         return (lock / "beat").read_bytes()
     except OSError:
