@@ -24,6 +24,7 @@ VERBS = {
     "combine": "a model without a search: lcsc combine bank=DIR schedule=ema halflife=1000,2000 to=out/",
     "verify": "make an exported model again from its recipe and compare: lcsc verify out/ [bank=DIR]",
     "bank": "look at checkpoints, pack or convert them: lcsc bank scan DIR",
+    "selftest": "try the promises out on a file system: lcsc selftest --dir PATH [seconds=60]",
     "list": "the parts lcsc knows, with their sources: lcsc list [searchers]",
 }
 

@@ -28,17 +28,22 @@ def fsync_dir(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` atomically; an older file under that name is replaced whole."""
+    """Write `path` atomically; an older file under that name is replaced whole.
+
+    Raises:
+        ConfigError: see `writing`.
+    """
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temp, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-    fsync_dir(path.parent)
+    with writing(path):
+        try:
+            with open(temp, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)
+        fsync_dir(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -102,8 +102,14 @@ def open_run_dir(
             info = {**info, "parent": _parent_section(parent or _newest(runs_dir, info["name"]), info)}
         else:
             _say_near(runs_dir, info, note)
-        name = f"{info['name']}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+        name = f"{_folder_name(info['name'])}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
         return _create(runs_dir / name, info), "new"
+
+
+def _folder_name(name: str) -> str:
+    """An experiment's name as the beginning of a folder's: one folder, seen by `ls`, with room for what follows."""
+    one = name.replace("/", "-").replace("\0", "-").lstrip(".")
+    return one.encode()[:180].decode(errors="ignore") or "run"
 
 
 def _find(runs_dir: Path, info: Mapping[str, Any], note: Callable[[str], None], parent: RunDir | None) -> RunDir | None:
