@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lcsc.cli.passes import passing
 from lcsc.cli.settings import need, parse_words
 from lcsc.cli.sizes import size_text
-from lcsc.cli.watch import watch
 from lcsc.core.errors import BankError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def scan(words: Sequence[str]) -> None:
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(width=200)
-    with watch("scan") as progress:
+    with passing("scan") as progress:
         found = survey(
             path,
             read=numbers == "true",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lcsc.bank import CheckpointBank
 from lcsc.bank.pack import write_pack
+from lcsc.cli.passes import passing
 from lcsc.cli.settings import need, parse_words, read_selection
-from lcsc.cli.watch import watch
 
 
 def main(words: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> None:
     for note in bank.notes:
         print(note)
     began = time.perf_counter()
-    with watch("pack", unit="columns") as progress:
+    with passing("pack", unit="columns") as progress:
         dtype = write_pack(bank, to, settings["dtype"], progress)
     print(
         f"packed: {to} ({bank.num_checkpoints} checkpoints x {bank.layout.num_parameters:,} {dtype}, "

@@ -18,9 +18,9 @@ import numpy as np
 from lcsc.bank import CheckpointBank
 from lcsc.bank.content import duplicates_note
 from lcsc.bank.lora_modules import copied_at
+from lcsc.cli.passes import passing
 from lcsc.cli.settings import need, parse_words, read_selection
 from lcsc.cli.sizes import size_text
-from lcsc.cli.watch import watch
 from lcsc.core.errors import ConfigError, did_you_mean
 from lcsc.export.folder import lora_text
 from lcsc.export.oneshot import SCHEDULES, Output, Written, combine_bank, given, scheduled
@@ -61,7 +61,7 @@ def main(words: Sequence[str]) -> None:
         outputs = scheduled(bank, schedule, values or [(str(bank.num_checkpoints), bank.num_checkpoints)], tracked)
     for output in outputs:
         _say_output(output)
-    with watch("combine") as progress:
+    with passing("combine") as progress:
         done = combine_bank(
             bank,
             outputs,

@@ -17,11 +17,14 @@ from lcsc.core.errors import ConfigError, LcscError, did_you_mean
 VERBS = {
     "train": "train a network and save its checkpoints: lcsc train experiment=digits",
     "search": "find coefficients, report and export: lcsc search experiment=digits",
+    "status": "how far runs have come: lcsc status RUN...",
+    "watch": "follow a run that is at work, here or elsewhere: lcsc watch RUN",
     "report": "draw a run, or compare several: lcsc report run=DIR | 'runs=runs/*'",
     "export": "write a run's winner for use: lcsc export run=DIR to=out/ format=diffusers",
     "combine": "a model without a search: lcsc combine bank=DIR schedule=ema halflife=1000,2000 to=out/",
     "verify": "make an exported model again from its recipe and compare: lcsc verify out/ [bank=DIR]",
     "bank": "look at checkpoints, pack or convert them: lcsc bank scan DIR",
+    "selftest": "try the promises out on a file system: lcsc selftest --dir PATH [seconds=60]",
     "list": "the parts lcsc knows, with their sources: lcsc list [searchers]",
 }
 

@@ -51,6 +51,7 @@ def search(config: dict[str, Any], command: str, given: Sequence[str] = ()) -> P
         command=command,
         quiet=config["quiet"],
         engine=registry.build("engine", config["engine"]),
+        fork=config["fork"],
     )
     report = path / "report" / "report.html"
     if not report.exists() or report.stat().st_mtime < (path / "summary.json").stat().st_mtime:

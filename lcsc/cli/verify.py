@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lcsc.cli.passes import passing
 from lcsc.cli.settings import need, parse_words
 from lcsc.cli.sizes import size_text
-from lcsc.cli.watch import watch
 from lcsc.core.errors import ConfigError
 from lcsc.export.verify import verify
 
@@ -24,7 +24,7 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError("no model is named. Write: lcsc verify OUT [bank=PATH]")
     began = time.perf_counter()
     bank = settings["bank"]
-    with watch("verify") as progress:
+    with passing("verify") as progress:
         checked = verify(Path(need(settings, "model")), None if bank is None else Path(bank), progress)
     for model in checked:
         print(

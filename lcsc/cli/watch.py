@@ -1,41 +1,48 @@
-"""How far a pass over files has come: a bar on a terminal, plain lines otherwise."""
+"""`lcsc watch`: follow a run by its directory until it is finished."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 
-#: seconds between two plain lines
-PAUSE = 10.0
+from lcsc.core.errors import ConfigError
+from lcsc.report.status import Status, open_runs, status_text
+
+#: Seconds between two looks, and between two plain lines.
+LOOK, PAUSE = 2.0, 10.0
 
 
-@contextlib.contextmanager
-def watch(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
-    """A function that takes what is done and what there is in all.
+def main(words: Sequence[str]) -> None:
+    """`RUN`: a run directory; nothing in it is written."""
+    if len(words) > 1:
+        raise ConfigError(f"`watch` follows one run, not {len(words)}. `lcsc status` takes several.")
+    status = Status(open_runs(words)[0])
+    if sys.stdout.isatty():
+        _redraw(status)
+    else:
+        _print(status)
+    print(status_text(status.run, status.rows()), flush=True)
 
-    Args:
-        what: name of the work.
-        unit: `bytes` are shown as GB, anything else as a share.
-    """
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-        console, amount = Console(stderr=True), (DownloadColumn(),) if unit == "bytes" else ()
-        bar = Progress(TextColumn(what), BarColumn(), *amount, TimeRemainingColumn(), console=console, transient=True)
-        with bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    last = time.monotonic()
+def _redraw(status: Status) -> None:
+    """One text that is drawn anew."""
+    from rich.live import Live
+    from rich.text import Text
 
-    def say(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= PAUSE:
-            last = time.monotonic()
-            amount = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, " if unit == "bytes" else ""
-            print(f"{what}: {amount}{done / max(total, 1):.0%}", file=sys.stderr, flush=True)
+    with Live(refresh_per_second=4, transient=True) as live:
+        while not status.run.finished:
+            live.update(Text(status_text(status.run, status.rows())))
+            time.sleep(LOOK)
 
-    yield say
+
+def _print(status: Status) -> None:
+    """A line whenever the phase changes, and now and then."""
+    said, phase = -PAUSE, ""
+    while not status.run.finished:
+        rows = dict(status.rows())
+        now = time.monotonic()
+        if rows["phase"] != phase or now - said >= PAUSE:
+            said, phase = now, rows["phase"]
+            print(" · ".join(f"{name} {text}" for name, text in rows.items()), flush=True)
+        time.sleep(LOOK)

@@ -51,6 +51,7 @@ class Config:
     seed: int = 0
     runs_dir: str = "runs"
     run_dir: Optional[str] = None  # noqa: UP045
+    fork: bool = False
     train_if_missing: bool = False
     quiet: bool = False
     network: Any = None

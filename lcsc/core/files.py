@@ -28,17 +28,22 @@ def fsync_dir(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` atomically; an older file under that name is replaced whole."""
+    """Write `path` atomically; an older file under that name is replaced whole.
+
+    Raises:
+        ConfigError: see `writing`.
+    """
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temp, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-    fsync_dir(path.parent)
+    with writing(path):
+        try:
+            with open(temp, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)
+        fsync_dir(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -69,9 +74,16 @@ def new_directory(path: Path) -> Iterator[Path]:
                     os.fsync(handle.fileno())
         for folder in (temp, *(f for f in temp.rglob("*") if f.is_dir())):
             fsync_dir(folder)
-        if path.exists():  # taken while we were writing
+        taken = path.exists()  # while we were writing
+        if not taken:
+            try:
+                os.rename(temp, path)
+            except OSError as error:
+                taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+                if not taken:
+                    raise
+        if taken:
             raise OutputExistsError(f"output `{path}` appeared while it was being written; nothing is overwritten.")
-        os.rename(temp, path)
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise

@@ -174,9 +174,16 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("parameters", f"{bank['num_parameters']:,}" if isinstance(bank.get("num_parameters"), int) else None),
         ("bank digest", prints.get("bank")),
         ("versions", ", ".join(f"{name} {version}" for name, version in (prints.get("versions") or {}).items())),
+        ("forked from", _lineage(info, summary)),
         ("command", info.get("command")),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _lineage(info: Mapping[str, Any], summary: Mapping[str, Any]) -> str | None:
+    """The run that this one was forked from, and how many scores it gave."""
+    parent = (info.get("parent") or {}).get("run_id")
+    return f"{parent} ({summary.get('num_inherited', 0)} scores inherited)" if parent else None
 
 
 def _searcher(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str | None:

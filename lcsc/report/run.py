@@ -152,7 +152,7 @@ class Run:
         """
         import pandas as pd
 
-        timing = _timing(self.path / "timing.jsonl")
+        timing = read_timing(self.path / "timing.jsonl")
         rows = [
             (r["uid"], r["value"], r["status"], *(timing.get(r["seq"], {}).get(key) for key in ("seconds", "images")))
             for r in self._records("trial")
@@ -352,7 +352,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _timing(file: Path) -> dict[int, dict[str, Any]]:
+def read_timing(file: Path) -> dict[int, dict[str, Any]]:
     """Timing by journal sequence number. It only decorates: lines that cannot be read are left out."""
     rows: dict[int, dict[str, Any]] = {}
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():

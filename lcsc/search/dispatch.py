@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
+from lcsc.search.budget import Budget
 from lcsc.search.engines.base import Crew, Result
+from lcsc.search.evaluate import Row
 from lcsc.search.job import Job
 
 
 class Dispatcher:
-    """Hands jobs to a crew and keeps what comes back until it is asked for.
+    """Hands jobs to a crew and keeps what comes back until it is asked for, each row with the key of its job.
 
     Args:
         crew: who does them.
         run: identity of the run, part of every job's identity.
+        budget: of the search.
+        inherited: rows that are there already, by the key of their job.
     """
 
-    def __init__(self, crew: Crew, run: str) -> None:
-        self._crew, self._run = crew, run
-        self._open: set[str] = set()
+    def __init__(self, crew: Crew, run: str, budget: Budget, inherited: Mapping[str, Row] | None = None) -> None:
+        self._crew, self._run, self._budget, self._inherited = crew, run, budget, inherited or {}
+        self._open: dict[str, str] = {}
         self._done: dict[str, Result] = {}
         self._began: float | None = None
         #: seconds that workers spent on evaluations, and slots x seconds since the first job was handed in
@@ -38,8 +43,12 @@ class Dispatcher:
     def submit(self, job: Job, place: str) -> str:
         """Hand in the job of a place in the plan; returns its identity."""
         named = job.named(self._run, place)
+        key = job.key(self._budget)
+        if key in self._inherited and not job.resamples:  # which no record keeps
+            self._done[named.uid] = Result(named.uid, {**self._inherited[key], "job": key}, 0.0)
+            return named.uid
         self._tick()
-        self._open.add(named.uid)
+        self._open[named.uid] = key
         self._crew.submit(named)
         return named.uid
 
@@ -59,8 +68,8 @@ class Dispatcher:
         for result in self._crew.collect():
             self._tick()
             if result.uid in self._open:  # a second result of one job, or of an earlier session, counts for nothing
-                self._open.discard(result.uid)
-                self._done[result.uid] = result
+                row = {**result.row, "job": self._open.pop(result.uid)}
+                self._done[result.uid] = dataclasses.replace(result, row=row)
                 self.busy += result.seconds
 
     def _tick(self) -> None:

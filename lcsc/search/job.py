@@ -14,6 +14,7 @@ import numpy as np
 from lcsc.core.digests import value_digest
 from lcsc.core.errors import EvaluationError, LcscError
 from lcsc.core.seeds import Purpose
+from lcsc.search.budget import Budget
 from lcsc.search.evaluate import Evaluator, Row, failed_row
 from lcsc.search.problem import Problem
 from lcsc.search.racing import Incumbent, Racer
@@ -47,6 +48,11 @@ class Job:
     def named(self, run: str, place: str) -> Job:
         """The job with its identity: the run, the place in its plan, and what is to be done."""
         return dataclasses.replace(self, uid=value_digest([run, place, self.to_plain()])[:32])
+
+    def key(self, budget: Budget) -> str:
+        """What two jobs have in common that give the same row, where bank, operator and evaluator are the same."""
+        race = [budget.prefixes, budget.num_images, budget.drop_level] if self.call in ("race", "full") else None
+        return value_digest([{**self.to_plain(), "uid": ""}, race])[:16]
 
     def to_plain(self) -> dict[str, Any]:
         """Values for JSON."""

@@ -20,9 +20,10 @@ from types import TracebackType
 from typing import Any
 
 from lcsc.core.digests import canonical_json
-from lcsc.core.errors import RunError
+from lcsc.core.errors import LcscError, RunError
 from lcsc.core.files import fsync_dir, writing
 from lcsc.search.frames import FIRST, Record, frame, link, read_chain
+from lcsc.search.lock import Lock, Owner, busy
 
 
 class Journal:
@@ -38,24 +39,43 @@ class Journal:
 
     def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
         path = self._path = folder / "journal.jsonl"
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
+        with writing(path):
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
+            try:
+                self._lock = Lock(folder / "lock", str(folder), note, gated=self._flock(folder))
+                self._lock.acquire()
+            except (LcscError, OSError):
+                self._file.close()
+                raise
+            try:
+                self._open(folder, note)
+            except (LcscError, OSError):
+                self._unlock()
+                raise
+        self._cursor = 0
+
+    def _open(self, folder: Path, note: Callable[[str], None]) -> None:
+        """Read what there is, without a torn last line."""
+        fsync_dir(folder)  # also where an earlier start was killed before it came to this
+        self._records, good, self._link = read_chain(self._path)
+        torn = self._path.stat().st_size - good
+        if torn:
+            note(f"dropped a torn last line of {torn} bytes from `{self._path}`")
+            self._file.truncate(good)
+            os.fsync(self._file.fileno())
+        self._timing = open(folder / "timing.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+
+    def _flock(self, folder: Path) -> bool:
+        """Whether the file system keeps locks, which the kernel gives back however a process of this machine ends."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy(str(folder), Owner.read(folder / "lock")) from error
         except OSError as error:
-            self._file.close()
-            raise RunError(f"another process is running `{folder}`. Wait for it, or stop it first.") from error
-        try:
-            fsync_dir(folder)  # also where an earlier start was killed before it came to this
-            self._records, good, self._link = read_chain(path)
-            if good < path.stat().st_size:
-                note(f"dropped a torn last line of {path.stat().st_size - good} bytes from `{path}`")
-                self._file.truncate(good)
-                os.fsync(self._file.fileno())
-        except (RunError, OSError):
-            self._file.close()
-            raise
-        self._timing = open(folder / "timing.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._cursor = 0
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            return False
+        return True
 
     def __enter__(self) -> Journal:
         return self
@@ -64,7 +84,11 @@ class Journal:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timing.close()
-        self._file.close()  # releases the lock
+        self._unlock()
+
+    def _unlock(self) -> None:
+        self._lock.release()
+        self._file.close()  # gives the kernel's lock back, last: who has it takes the other for a left-over
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -78,6 +102,7 @@ class Journal:
         """
         assert self._cursor <= start <= len(self._records)
         lines = self._path.read_bytes().splitlines(keepends=True)[:start]
+        self._lock.check()
         with writing(self._path):
             self._file.truncate(sum(map(len, lines)))
             os.fsync(self._file.fileno())
@@ -143,6 +168,7 @@ class Journal:
 
     def _append(self, record: Record, seconds: float, images: int) -> None:
         line = frame(record, self._link)
+        self._lock.check()
         with writing(self._path):
             if self._file.write(line) != len(line):  # a full disk may take a part; the next start drops it
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

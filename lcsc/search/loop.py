@@ -15,21 +15,20 @@ from lcsc.operators.base import Baseline, Measured
 from lcsc.search.dispatch import Dispatcher
 from lcsc.search.engines.base import Crew
 from lcsc.search.engines.inline import InlineCrew
+from lcsc.search.evaluate import Row
 from lcsc.search.fitting import fitting_note
 from lcsc.search.frames import Record
 from lcsc.search.guards import Watch
 from lcsc.search.job import Job, Performer
 from lcsc.search.journal import Journal
 from lcsc.search.penalty import Penalty
+from lcsc.search.plan import NUM_MEMBERS, best_members, num_looks, num_steps
 from lcsc.search.problem import Problem
 from lcsc.search.progress import Progress
 from lcsc.search.retry import retry_from
 from lcsc.search.steps import Step, Steps, unchanged
 from lcsc.search.trials import Ground, Trials, heard
 from lcsc.searchers.base import Accountable, Proposal, Session, Start, ran
-
-#: Members of a baseline family that are scored on the select seeds, at most.
-NUM_MEMBERS = 3
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,20 @@ class Search:
         journal: open for writing.
         progress: open.
         crew: who evaluates; None does it in this process.
+        inherited: rows that need no evaluation, by the key of their job.
     """
 
-    def __init__(self, problem: Problem, journal: Journal, progress: Progress, crew: Crew | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        journal: Journal,
+        progress: Progress,
+        crew: Crew | None = None,
+        inherited: Mapping[str, Row] | None = None,
+    ) -> None:
         self.problem, self.journal, self.progress = problem, journal, progress
         self.space: SearchSpace = problem.space()
-        self.dispatcher = Dispatcher(crew or InlineCrew(Performer(problem)), journal.run)
+        self.dispatcher = Dispatcher(crew or InlineCrew(Performer(problem)), journal.run, problem.budget, inherited)
         self.steps = Steps(journal, self.dispatcher, progress)
         self.saved, self._told_fitting = 0, False
         self._rated: dict[tuple[float, ...], Record] = {}  # baselines on the select seeds
@@ -90,7 +97,8 @@ class Search:
         winner, tuned = self._select(session, trials, baselines)
         own = self._own(winner)
         if any(value.any() for value in own.values()):  # what helps the winner beside its weights, baselines get too
-            self.progress.expect(self.num_steps(baselines) + len(baselines) + self._num_members(baselines))
+            looks = num_looks(baselines, self.problem.budget.num_finalists)
+            self.progress.expect(self.num_steps(baselines) + len(baselines) + looks)
             baselines += self._baselines(own, ", settings of the winner")
             tuned = self._tuned(baselines)
         reports = self._reports({"best": winner, **tuned})
@@ -197,7 +205,7 @@ class Search:
 
         So baselines get the second look that finalists get. Where none can be scored there it is the best of before.
         """
-        best, tuned = _best_members(baselines, min(NUM_MEMBERS, self.problem.budget.num_finalists)), {}
+        best, tuned = best_members(baselines, min(NUM_MEMBERS, self.problem.budget.num_finalists)), {}
         labels: dict[tuple[float, ...], str] = {}  # families share members, such as the last checkpoint
         for record in (record for members in best.values() for record in members):
             if tuple(record["vector"]) not in self._rated:
@@ -256,22 +264,9 @@ class Search:
         members = sum(min(NUM_MEMBERS, budget.num_finalists, num) for num in families.values())
         if baselines is not None:
             families = Counter(record["family"] for record in baselines if record["value"] is not None)
-            members = self._num_members(baselines)
-        finalists = min(budget.num_finalists, budget.num_trials)
-        return len(plan) + budget.num_trials + finalists + members + 1 + len(families)
-
-    def _num_members(self, baselines: list[Record]) -> int:
-        """How many baselines get a second look; families share members, such as the last checkpoint."""
-        count = min(NUM_MEMBERS, self.problem.budget.num_finalists)
-        return len({tuple(record["vector"]) for best in _best_members(baselines, count).values() for record in best})
+            members = num_looks(baselines, budget.num_finalists)
+        return num_steps(len(plan), budget.num_trials, budget.num_finalists, members, len(families))
 
     def point(self, record: Record) -> Point:
         """The point a record was scored at."""
         return self.space.to_point(np.array(record["vector"]))
-
-
-def _best_members(baselines: list[Record], count: int) -> dict[str, list[Record]]:
-    """The `count` best of each family on the search seeds, of those that could be scored."""
-    ranked = sorted((b for b in baselines if b["value"] is not None), key=lambda record: record["value"])
-    families = dict.fromkeys(record["family"] for record in baselines if record["value"] is not None)
-    return {name: [record for record in ranked if record["family"] == name][:count] for name in families}

@@ -21,6 +21,7 @@ from lcsc.search.engines.inline import Inline
 from lcsc.search.frames import read_records
 from lcsc.search.geometry import geometry
 from lcsc.search.journal import Journal
+from lcsc.search.lineage import inherited_rows, num_inherited
 from lcsc.search.loop import Outcome, Search
 from lcsc.search.problem import Problem
 from lcsc.search.progress import Progress, say
@@ -40,6 +41,7 @@ def run_search(
     command: str = "",
     quiet: bool = False,
     engine: Engine | None = None,
+    fork: bool = False,
 ) -> Path:
     """Search, or continue the same search begun earlier, and leave a finished run directory.
 
@@ -52,6 +54,8 @@ def run_search(
         quiet: print nothing.
         engine: who evaluates; None does it in this process. It is no part of what the search is: another one may
             continue it.
+        fork: where `run_dir`, or the newest run of that name, was made with another configuration, start a new run in
+            `runs_dir` that takes over the scores that hold for it too (`lcsc.search.lineage`).
 
     Returns:
         The run directory: run.json, journal.jsonl, timing.jsonl, samples.npz, best/, summary.json.
@@ -59,34 +63,41 @@ def run_search(
     Raises:
         LcscError: a mistake in the configuration or the bank; nothing is written before all are checked.
     """
-    bank = problem.bank
-    bank.load()  # damaged numbers show up here, before anything is written
+    problem.bank.load()  # damaged numbers show up here, before anything is written
     preview = problem.searcher.start(problem.task())  # refuses a task it cannot work on
     info = _info(problem, name, command)
-    run, state = open_run_dir(runs_dir, run_dir, info, (lambda _: None) if quiet else say)
+    run, state = open_run_dir(runs_dir, run_dir, info, (lambda _: None) if quiet else say, fork)
     if state == "finished":
         if not quiet:
             say(f"{run.path} is finished already; nothing to do")
         return run.path
     if not quiet:
-        begins = f"{'continuing' if state == 'resumed' else 'searching in'} {run.path}"
-        rates = bank.rates or (None,) * bank.num_checkpoints
-        parents = [{**parent, "rate": rate} for parent, rate in zip(bank.parents, rates, strict=True)]
-        twins = [f"note: {note}" for note in duplicates_note(parents)]
-        for line in (*bank.lines, *twins, *notes_of(problem.operator, bank), *few_images(problem), begins):
+        for line in (*_opening(problem), f"{'continuing' if state == 'resumed' else 'searching in'} {run.path}"):
             say(line)
     with Progress(name, 0, quiet) as progress, Journal(run.path, progress.note) as journal:
         site = Site(problem, info["config"], info["fingerprints"], run.path, progress.note)
         with (engine or Inline()).start(site) as crew:
-            search = Search(problem, journal, progress, crew)
+            search = Search(problem, journal, progress, crew, inherited_rows(run, progress.note))
             progress.expect(search.num_steps())
             search.say_fitting(preview.ask())  # before anything is spent
             outcome = search.run()
+        num, of = num_inherited(journal.records), len(journal.records)
+        if num:
+            progress.note(f"{num} of the {of} steps are inherited from {run.parent}")
         _save_samples(problem, search, outcome, run.path)
         where = _geometry(problem, outcome, run.path)
         _export_best(problem, search, outcome, run, where)
-    write_json(run.path / "summary.json", {**_summary(problem, search, outcome, run), "geometry": where})
+        write_json(run.path / "summary.json", {**_summary(problem, search, outcome, run), "geometry": where})
     return run.path
+
+
+def _opening(problem: Problem) -> list[str]:
+    """What is said of a bank and its candidates before a search."""
+    bank = problem.bank
+    rates = bank.rates or (None,) * bank.num_checkpoints
+    parents = [{**parent, "rate": rate} for parent, rate in zip(bank.parents, rates, strict=True)]
+    twins = [f"note: {note}" for note in duplicates_note(parents)]
+    return [*bank.lines, *twins, *notes_of(problem.operator, bank), *few_images(problem)]
 
 
 def _info(problem: Problem, name: str, command: str) -> dict[str, Any]:
@@ -216,6 +227,8 @@ def _summary(problem: Problem, search: Search, outcome: Outcome, run: RunDir) ->
         "searcher_ran": outcome.searcher_ran or config["searcher"]["name"],
         "num_trials": sum(record["kind"] == "trial" for record in records),
         "num_failed": outcome.num_failed,
+        "parent": run.parent,
+        "num_inherited": num_inherited(records),
         "num_checkpoints": problem.bank.num_checkpoints,
         "num_coefficients": search.space.size,
         "nfe": run.info["nfe"],

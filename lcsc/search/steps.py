@@ -72,7 +72,7 @@ class Steps:
         result = None if uid is None else self.dispatcher.one(uid)
         self.images += step.num_images
         record = self.record(step.kind, step.key, result, step.finish, step.num_images)
-        self.progress.step(step.kind, None, step.num_images, result is None)
+        self.progress.step(step.kind, None, step.num_images, result is None or "inherited" in record)
         return record
 
     def record(

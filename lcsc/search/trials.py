@@ -138,7 +138,7 @@ class Trials:
         sampled = record.get("images", num)
         spent = sampled + (num if "recheck" in record else 0)
         self._steps.images, self.saved = self._steps.images + spent, self.saved + num - sampled
-        self._steps.progress.step("trial", record["value"], spent, result is None)
+        self._steps.progress.step("trial", record["value"], spent, result is None or "inherited" in record)
         if job.call == "race" and "dropped_at" not in record:
             self._incumbent = better(self._incumbent, job.vector, record["value"])
         if result is not None:

@@ -36,7 +36,7 @@ def lcsc(capsys, monkeypatch):
 
     The clock that says how far a pass has come never strikes, however slow the machine is.
     """
-    monkeypatch.setattr("lcsc.cli.watch.PAUSE", math.inf)
+    monkeypatch.setattr("lcsc.cli.passes.PAUSE", math.inf)
 
     def call(*words):
         code = main(words)

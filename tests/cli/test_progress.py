@@ -11,7 +11,7 @@ import sys
 import pytest
 from helpers_cli import TOY
 
-from lcsc.cli.watch import watch
+from lcsc.cli.passes import passing
 from lcsc.search.progress import Progress
 
 
@@ -70,11 +70,11 @@ def test_quiet_says_nothing(capsys):
 
 
 def test_a_pass_over_files_says_how_far_it_is(monkeypatch, capsys):
-    monkeypatch.setattr("lcsc.cli.watch.PAUSE", 0.0)
-    with watch("scan") as said:
+    monkeypatch.setattr("lcsc.cli.passes.PAUSE", 0.0)
+    with passing("scan") as said:
         said(5_000_000_000, 20_000_000_000)
     assert capsys.readouterr().err == "scan: 5.0 of 20.0 GB, 25%\n"
-    monkeypatch.setattr("lcsc.cli.watch.PAUSE", 10.0)
-    with watch("pack", unit="columns") as said:
+    monkeypatch.setattr("lcsc.cli.passes.PAUSE", 10.0)
+    with passing("pack", unit="columns") as said:
         said(1, 2)
     assert capsys.readouterr().err == ""  # not yet

@@ -75,3 +75,25 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_differences_name_every_leaf():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["`a.c`: 2 -> 3", "`d`: None -> 4"]
     assert differences({"a": 1}, {"a": 1.0}) == ["`a`: 1 -> 1.0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [
+        ("a/b", "a-b-2"),
+        ("../../out", "-..-out-2"),
+        (".hidden", "hidden-2"),
+        ("..", "run-2"),
+        ("x" * 300, "x" * 180 + "-2"),
+        ("\u00fc" * 200, "\u00fc" * 90 + "-2"),
+        ("two\nlines and spaces", "two\nlines and spaces-2"),
+        ("CON: *?", "CON: *?-2"),
+    ],
+)
+def test_any_name_is_one_folder_that_is_found_again(tmp_path, name, begins):
+    info = {**INFO, "name": name}
+    run, _ = open_run_dir(tmp_path, None, info, print)
+    assert run.path.parent == tmp_path
+    assert run.path.name.startswith(begins)
+    assert run.info["name"] == name
+    assert open_run_dir(tmp_path, None, info, print) == (run, "resumed")

@@ -238,7 +238,7 @@ def test_idle_time_is_what_workers_waited(monkeypatch):
             clock[0] += 10.0
             return [Result(self.jobs.pop(0).uid, {"value": 1.0}, 8.0)]
 
-    dispatcher = Dispatcher(Two(), "run")
+    dispatcher = Dispatcher(Two(), "run", Budget())
     assert dispatcher.idle_share is None
     uids = [dispatcher.submit(Job("score", (float(i),), Purpose.SEARCH, (0, 1)), f"trial {i}") for i in range(2)]
     assert [dispatcher.first([uid]).uid for uid in uids] == uids
