@@ -54,7 +54,7 @@ class Owner:
         """Who holds a lock, None where nobody does; a file that says nothing sensible makes an unknown owner."""
         try:
             found = json.loads((lock / "owner.json").read_bytes())
-            return cls(*(kind(found[key]) for key, kind in _FIELDS.items()))
+            return cls(*(kind(found[key]) for key, kind in _FIELDS.items()))  # type: ignore[arg-type]
         except (OSError, ValueError, KeyError, TypeError):
             return cls("unknown", 0, "", 0.0, "") if lock.exists() else None
 

@@ -148,7 +148,7 @@ def test_the_next_result_is_found_without_looking_through_all_open_trials():
         def __iter__(self):
             raise AssertionError("went through all of them")
 
-    dispatcher = Dispatcher(Everything(), "run")
+    dispatcher = Dispatcher(Everything(), "run", Budget())
     uids = Asked(
         (dispatcher.submit(Job("score", (float(i),), Purpose.SEARCH, (0, 2)), f"trial {i}"), i) for i in range(200)
     )
