@@ -81,13 +81,17 @@ def run_search(
             progress.expect(search.num_steps())
             search.say_fitting(preview.ask())  # before anything is spent
             outcome = search.run()
+            share = search.dispatcher.idle_share
+            if crew.slots > 1 and share is not None:
+                progress.note(f"{crew.slots} workers waited {share:.1%} of their time")
         num, of = num_inherited(journal.records), len(journal.records)
         if num:
             progress.note(f"{num} of the {of} steps are inherited from {run.parent}")
         _save_samples(problem, search, outcome, run.path)
         where = _geometry(problem, outcome, run.path)
         _export_best(problem, search, outcome, run, where)
-        write_json(run.path / "summary.json", {**_summary(problem, search, outcome, run), "geometry": where})
+        summary = {**_summary(problem, search, outcome, run), "geometry": where, "idle_share": share}
+        write_json(run.path / "summary.json", summary)
     return run.path
 
 
