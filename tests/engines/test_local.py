@@ -339,8 +339,9 @@ def test_stopped_workers_go_with_their_driver(here):
     driver = psutil.Popen(words, env={**os.environ, "PAUSE": "1000"})
     while len(list(here.glob("run/work/local-*.log"))) < 2 or len(driver.children()) < 2:
         time.sleep(0.05)
-    time.sleep(5)  # they have begun by then, or not; both must do
     for worker in driver.children():
+        while worker.num_threads() < 2:  # it listens
+            time.sleep(0.05)
         worker.suspend()
     driver.kill()
     driver.wait()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 #: Environment variable that names the worker; whatever a worker starts inherits it.
 MARK = "LCSC_WORKER"
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ def explain(code: int, last_line: str, counter: OomCounter) -> Death:
     if -code == signal.SIGKILL and counter.rose():
         return Death("killed", "killed by the system (out of memory)", memory=True)
     return Death("killed", f"the worker was killed with {name}")
+
+
+def wake_when_orphaned() -> None:
+    """Have the kernel wake this process up when its parent dies: a stopped one could not see it."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
 def end_marked(marks: Collection[str]) -> None:

@@ -8,7 +8,6 @@ a sentence about the problem, and `cannot` with one about this process; both are
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import json
 import os
@@ -25,8 +24,6 @@ from lcsc.core.files import writing
 from lcsc.search.engines._deaths import MARK, end_marked
 from lcsc.search.job import Job
 from lcsc.search.worker import RESULTS, Worker, guarded, write_result
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Port:
@@ -79,9 +76,6 @@ def main(fd: int) -> None:
     Args:
         fd: where to answer.
     """
-    # a stopped process cannot see that its driver is gone: have the kernel wake it up then
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     lines = os.fdopen(os.dup(0), "rb")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # nothing that a job starts reads the jobs, or keeps the pipes open

@@ -17,13 +17,63 @@ from typing import Any
 from lcsc.search.engines._deaths import MARK
 from lcsc.search.job import Job
 
-#: `python -m` would not find what a caller put on its path
+#: `python -m` would not find what a caller put on its path; what a worker needs takes seconds to import
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); fd = int(sys.argv[2]); del sys.argv[1:]; "
+    "from lcsc.search.engines._deaths import wake_when_orphaned; wake_when_orphaned(); "
     "from lcsc.search.engines._local_child import main; main(fd)"
 )
 #: Seconds in which a process that closed its pipe, or was killed, should be gone.
 _PARTING = 10.0
+
+
+class Wire:
+    """Lines of JSON from and to a process, neither of which waits.
+
+    Args:
+        near: what it says comes from here.
+        inbox: what it is told goes here.
+    """
+
+    def __init__(self, near: int, inbox: int) -> None:
+        #: where to wait for what it says; -1 once it closed its side
+        self.near = near
+        self._inbox, self._rest, self._unsent = inbox, b"", bytearray()
+        for fd in (near, inbox):
+            os.set_blocking(fd, False)  # a stopped process must not stop its driver
+
+    @property
+    def full(self) -> int | None:
+        """Where to wait for room, where there are lines that did not fit into the pipe."""
+        return self._inbox if self._unsent else None
+
+    def send(self, value: Any) -> None:
+        """Tell it something."""
+        self._unsent += json.dumps(value).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what fits into the pipe."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # a dead one is noticed elsewhere
+            while self._unsent:
+                del self._unsent[: os.write(self._inbox, self._unsent[:65536])]
+
+    def hear(self) -> list[tuple[str, str]]:
+        """What it said since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            while self.near >= 0:
+                if not (data := os.read(self.near, 65536)):
+                    self.close()  # it is gone, or about to be
+                else:
+                    self._rest += data
+        *lines, self._rest = self._rest.split(b"\n")
+        return [(word, value) for word, value in map(json.loads, lines)]
+
+    def close(self) -> None:
+        """Hear no more."""
+        if self.near >= 0:
+            os.close(self.near)
+            self.near = -1
 
 
 class Process:
@@ -45,8 +95,8 @@ class Process:
         self.running: str | None = None
         self.since = 0.0
         self.sentence = ""
-        self._seen, self._rest, self._unsent = 0, b"", bytearray()
-        self.fd, far = os.pipe()
+        self._seen = 0
+        near, far = os.pipe()
         try:
             with open(log, "ab") as said:
                 self._popen = subprocess.Popen(
@@ -60,31 +110,25 @@ class Process:
                     bufsize=0,
                 )
         except BaseException:
-            os.close(self.fd)
+            os.close(near)
             raise
         finally:
             os.close(far)
         assert self._popen.stdin
-        os.set_blocking(self.fd, False)
-        os.set_blocking(self._popen.stdin.fileno(), False)  # a stopped process must not stop its driver
-        self._send(order)
-
-    @property
-    def inbox(self) -> int | None:
-        """Where to wait for room, where there are lines that did not fit into the pipe."""
-        return self._popen.stdin.fileno() if self._unsent and self._popen.stdin else None
+        self.wire = Wire(near, self._popen.stdin.fileno())
+        self.wire.send(order)
 
     def give(self, job: Job) -> None:
         """Hand it a job."""
         if not self.held:
             self.since = time.monotonic()
         self.held.append(job.uid)
-        self._send(["job", job.to_plain()])
+        self.wire.send(["job", job.to_plain()])
 
     def drop(self, uid: str) -> None:
         """Take a job back that it has not begun."""
         self.held.remove(uid)
-        self._send(["drop", uid])
+        self.wire.send(["drop", uid])
 
     def begun(self, uid: str) -> None:
         """It said that it began a job."""
@@ -97,31 +141,9 @@ class Process:
         self.held.remove(uid)
         self.running, self.since = None, time.monotonic()
 
-    def _send(self, value: Any) -> None:
-        self._unsent += json.dumps(value).encode() + b"\n"
-        self.flush()
-
-    def flush(self) -> None:
-        """Send what fits into the pipe."""
-        assert self._popen.stdin
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # a dead one is noticed elsewhere
-            while self._unsent:
-                del self._unsent[: os.write(self._popen.stdin.fileno(), self._unsent[:65536])]
-
-    def hear(self) -> list[tuple[str, str]]:
-        """What it said since the last call."""
-        with contextlib.suppress(BlockingIOError):
-            while self.fd >= 0:
-                if not (data := os.read(self.fd, 65536)):
-                    os.close(self.fd)
-                    self.fd = -1  # it is gone, or about to be
-                self._rest += data
-        *lines, self._rest = self._rest.split(b"\n")
-        return [(word, value) for word, value in map(json.loads, lines)]
-
     def ended(self) -> int | None:
         """Exit code, or minus the signal; None while it lives. The process is left to `end`, so its group stays its."""
-        limit = time.monotonic() + (_PARTING if self.fd < 0 else 0)
+        limit = time.monotonic() + (_PARTING if self.wire.near < 0 else 0)
         while True:
             try:
                 found = os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -130,7 +152,7 @@ class Process:
             if found is not None:
                 return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
             if time.monotonic() >= limit:
-                return -signal.SIGKILL if self.fd < 0 else None  # it closed its pipe and lives; `end` follows
+                return -signal.SIGKILL if self.wire.near < 0 else None  # it closed its pipe and lives; `end` follows
             time.sleep(0.002)
 
     def last_line(self) -> str:
@@ -153,10 +175,8 @@ class Process:
         """Wait for it, once it is killed; what it had said last."""
         with contextlib.suppress(subprocess.TimeoutExpired):  # one that the kernel does not let go
             self._popen.wait(_PARTING)
-        said = self.hear()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        said = self.wire.hear()
+        self.wire.close()
         if self._popen.stdin:
             self._popen.stdin.close()
         return said

@@ -120,14 +120,14 @@ class LocalCrew(Closing):
         """Wait until something happens, at most so long, and see to it."""
         poll = select.poll()
         for worker in self._workers:
-            if worker.fd >= 0:
-                poll.register(worker.fd, select.POLLIN)
-            if worker.inbox is not None:
-                poll.register(worker.inbox, select.POLLOUT)
+            if worker.wire.near >= 0:
+                poll.register(worker.wire.near, select.POLLIN)
+            if worker.wire.full is not None:
+                poll.register(worker.wire.full, select.POLLOUT)
         poll.poll(1000 * seconds)
         for worker in list(self._workers):
-            worker.flush()
-            self._heard(worker, worker.hear())
+            worker.wire.flush()
+            self._heard(worker, worker.wire.hear())
             if (code := worker.ended()) is not None:
                 self._bury(worker, code)
             elif self._timeout and worker.held and time.monotonic() - worker.since > self._timeout:
