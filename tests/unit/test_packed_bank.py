@@ -1,0 +1,85 @@
+"""A bank as bytes opens to the same bank, and a machine's processes share one copy of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lcsc.bank import CheckpointBank, Selection
+from lcsc.core.errors import ConfigError
+from lcsc.search.packed_bank import forget, pack_section, packed, unpack_once
+from lcsc.search.setup import open_bank
+
+
+def checkpoints(folder, dtype):
+    for step in (10, 20, 30, 40, 50):
+        torch.manual_seed(step)
+        tensors = {"a": torch.randn(7, 5).to(dtype), "num_batches_tracked": torch.tensor(step)}
+        folder.mkdir(exist_ok=True)
+        save_file(tensors, folder / f"model-{step}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("held", "used"), [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.float32, "bfloat16")]
+)
+def test_what_comes_out_is_the_bank_with_its_selection(tmp_path, held, used):
+    select = Selection(start=20, every=2)  # 30 and 50; every second of these again would be one
+    bank = CheckpointBank.open(checkpoints(tmp_path / "run", held), select=select, dtype=used)
+    assert bank.steps == (30, 50)
+    with packed(bank) as data:
+        assert data.dtype == np.uint8
+        lock = unpack_once(data, tmp_path / "there.safetensors")
+    section = pack_section(bank.config, tmp_path / "there.safetensors")
+    there = open_bank({"bank": section})
+    assert (there.steps, there.digest) == (bank.steps, bank.digest)
+    assert torch.equal(there.matrix(), bank.matrix())
+    lock.close()
+
+
+def test_a_bank_that_a_pack_would_round_is_refused(tmp_path):
+    bank = CheckpointBank.open(checkpoints(tmp_path / "run", torch.float64))
+    with pytest.raises(ConfigError, match="a pack would round its numbers.*`bank=path`"), packed(bank):
+        pass
+
+
+def unpacking(data, path, begin, seen):
+    begin.wait()
+    with unpack_once(data, path):
+        seen.put((path.stat().st_ino, path.read_bytes() == data.tobytes()))
+        time.sleep(0.1)
+
+
+def test_many_processes_write_it_once(tmp_path):
+    data, path = np.arange(100_000, dtype=np.uint32).view(np.uint8), tmp_path / "bank.safetensors"
+    path.write_bytes(b"torn")  # by a process that was killed
+    fork = multiprocessing.get_context("fork")
+    begin, seen = fork.Event(), fork.Queue()
+    processes = [fork.Process(target=unpacking, args=(data, path, begin, seen)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    begin.set()
+    found = [seen.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join()
+    assert set(found) == {(path.stat().st_ino, True)}
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".lock"}
+
+
+def test_it_is_forgotten_when_nobody_uses_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("lcsc.search.packed_bank._TRIES", 1)
+    data, path = np.arange(1000, dtype=np.uint8), Path(tmp_path / "bank.safetensors")
+    forget(path)  # nothing there
+    first, second = unpack_once(data, path), unpack_once(data, path)
+    first.close()
+    forget(path)
+    assert path.read_bytes() == data.tobytes()
+    second.close()
+    forget(path)
+    assert not path.exists()
