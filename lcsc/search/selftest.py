@@ -221,7 +221,8 @@ def _flushed(room: Path, until: float) -> Verdict:
     except OSError:
         heard = True
     finally:
-        os.close(reader), os.close(writer)
+        os.close(reader)
+        os.close(writer)
     return heard, f"20 files, {1000 * sorted(times)[10]:.1f} ms each (median)"
 
 
