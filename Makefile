@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo clean-demo test lint format clean
+.PHONY: demo clean-demo test test-faults lint format clean
 
 # Both searches at a time, each on half of the processors: networks this small gain nothing from more threads.
 demo: $(VENV)/.installed
@@ -23,6 +23,13 @@ clean-demo:
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# The fault tests at their full counts, and the page that is written from them.
+test-faults: $(VENV)/.installed-dev
+	rm -rf build/faults
+	LCSC_FAULT_COUNTS=build/faults $(BIN)/python -m pytest tests/fault
+	LCSC_FAULT_COUNTS=build/faults $(BIN)/python -m pytest -m faults
+	$(BIN)/python benchmarks/faults.py build/faults
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
