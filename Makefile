@@ -24,9 +24,12 @@ clean-demo:
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# Real faults of real processes, in numbers that are too many for every day.
+# The fault tests at their full counts, and the page that is written from them.
 test-faults: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m faults
+	rm -rf build/faults
+	LCSC_FAULT_COUNTS=build/faults $(BIN)/python -m pytest tests/fault
+	LCSC_FAULT_COUNTS=build/faults $(BIN)/python -m pytest -m faults
+	$(BIN)/python benchmarks/faults.py build/faults
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from torch import Tensor
 from lcsc.bank import CheckpointBank
 from lcsc.bank.lora_modules import copied_at
 from lcsc.core.errors import ConfigError, EvaluationError
-from lcsc.core.files import new_directory
+from lcsc.core.files import new_directory, writing
 from lcsc.core.seeds import Purpose
 from lcsc.core.space import Point
 from lcsc.export.card import model_card
@@ -80,7 +80,7 @@ def export_model(
         "evaluator": {**info["fingerprints"]["evaluator"], **({"levels": levels} if levels else {})},
         "score": {key: expected[key] for key in ("value", "se", "num_images")},
     }
-    with new_directory(to) as folder:
+    with writing(to), new_directory(to) as folder:
         if candidate.adapter is None:
             write_weights(weights, candidate.arch, recipe, folder, format=format, max_shard_size=max_shard_size)
         else:

@@ -8,6 +8,7 @@ run and an unbroken one leave the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -83,7 +84,8 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._timing.close()
+        with contextlib.suppress(OSError):  # a row that found no room is decoration, and was spoken of
+            self._timing.close()
         self._unlock()
 
     def _unlock(self) -> None:
@@ -170,8 +172,12 @@ class Journal:
         line = frame(record, self._link)
         self._lock.check()
         with writing(self._path):
-            if self._file.write(line) != len(line):  # a full disk may take a part; the next start drops it
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left = memoryview(line)
+            while left:  # a full disk takes a part, and says why at the rest; the next start drops it
+                taken = self._file.write(left)
+                if not taken:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                left = left[taken:]
             os.fsync(self._file.fileno())
         self._link = link(line)
         self._records.append(record)

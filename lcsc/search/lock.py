@@ -54,7 +54,8 @@ class Owner:
         """Who holds a lock, None where nobody does; a file that says nothing sensible makes an unknown owner."""
         try:
             found = json.loads((lock / "owner.json").read_bytes())
-            return cls(*(kind(found[key]) for key, kind in _FIELDS.items()))  # type: ignore[arg-type]
+            where = str(found["host"]), int(found["pid"]), str(found["boot_id"])
+            return cls(*where, float(found["start"]), str(found["token"]))
         except (OSError, ValueError, KeyError, TypeError):
             return cls("unknown", 0, "", 0.0, "") if lock.exists() else None
 
@@ -227,9 +228,6 @@ def busy(what: str, owner: Owner | None) -> RunError:
     """What a second process is told."""
     who = f": {owner}" if owner is not None else ""
     return RunError(f"another process is running `{what}`{who}. Wait for it, or stop it first.")
-
-
-_FIELDS: dict[str, Callable[..., str | float]] = {"host": str, "pid": int, "boot_id": str, "start": float, "token": str}
 
 
 def _put(path: Path, data: bytes) -> None:

@@ -32,6 +32,8 @@ from lcsc.searchers.base import Proposal, Task, check_told
 
 #: Held to the contract tests, therefore not rehearsed.
 VOUCHED = ("CMA", "DE", "DiagonalCMA", "OnePlusOne", "RandomSearch", "RealSpacePSO", "TBPSA", "TwoPointsDE")
+#: Losses beyond are told as this: nevergrad itself warns of larger ones and takes no larger one.
+LARGEST = 4.9e20
 #: A rehearsal: at most so many trials, twice, in so many seconds; before that Python and nevergrad may load.
 REHEARSAL_TRIALS, REHEARSAL_SECONDS, LOADING_SECONDS = 200, 10.0, 120.0
 READY = "ready"
@@ -145,7 +147,7 @@ class NevergradSession:
         from nevergrad.common.errors import TellNotAskedNotSupportedError
 
         with _quiet(), contextlib.suppress(TellNotAskedNotSupportedError):  # a suggestion is lost on some
-            self._optimizer.tell(candidate, value)
+            self._optimizer.tell(candidate, float(np.clip(value, -LARGEST, LARGEST)))
 
     def best(self) -> np.ndarray:
         return np.asarray(self._optimizer.provide_recommendation().value, dtype=np.float64) * self._scale

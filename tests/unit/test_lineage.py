@@ -183,6 +183,7 @@ def test_a_race_is_the_same_job_only_at_the_same_sizes():
     assert score.key(Budget(4, 40, prefixes=[10])) == score.key(Budget(4, 40))
 
 
+@pytest.mark.slow
 def test_lineage_is_in_the_summary_and_the_report(tmp_path):
     bank = trained(tmp_path / "bank", NET, build("dataset", "gaussian"))
     paths = []

@@ -1,0 +1,136 @@
+"""What the fault tests counted, as docs/how_it_is_tested.md; `make test-faults` runs the tests and then this.
+
+    LCSC_FAULT_COUNTS=build/faults pytest -m faults && python benchmarks/faults.py build/faults
+
+The counts go to benchmarks/results/faults.json, and the page is written from that file alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import circumstances
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "faults.json", ROOT / "docs" / "how_it_is_tested.md"
+
+HEAD = """# How it is tested
+
+Written by `make test-faults` from what its tests counted (`benchmarks/results/faults.json`); not by hand. The same
+tests run at smaller counts in `make test`. A row says what was done to a search and what came of it.
+
+| fault | done | outcome | test |
+|---|---|---|---|
+"""
+
+#: name of a count -> what was done, the numbers said of it, what came of it, and the test that counted.
+ROWS = {
+    "kill_loop": (
+        "kill -9 of the driver at random times, then the same line",
+        "{kills} kills in {runs} runs, {acknowledged} acknowledged evaluations",
+        "{lost} lost, {double} computed twice, {different} journals that differ from an unbroken run's",
+        "test_kill_loop.py",
+    ),
+    "every_write": (
+        "every write, fsync, rename and new folder made to fail once",
+        "{calls} calls",
+        "{sentences} ended in one sentence, the others are decoration; {continued} continued to the same bytes",
+        "test_every_write.py",
+    ),
+    "every_late_write": (
+        "the same in writing samples, model and summary after the last evaluation",
+        "{calls} calls",
+        "each left whole files or none, and continued to the same files",
+        "test_every_write.py",
+    ),
+    "byte_flips": (
+        "random bytes of the journal changed",
+        "{flips} flips",
+        "{noticed} noticed",
+        "test_journal_damage.py",
+    ),
+    "truncations": (
+        "the journal cut inside its last two records",
+        "{cuts} cuts",
+        "all continued to the same bytes",
+        "test_journal_damage.py",
+    ),
+    "starts_plain": (
+        "simultaneous starts of one line",
+        "{starts} starts in {rounds} rounds",
+        "{winners} winners, one a round; one run directory a round",
+        "test_starts.py",
+    ),
+    "starts_no_flock": (
+        "the same without the kernel's file locks",
+        "{starts} starts in {rounds} rounds",
+        "{winners} winners",
+        "test_starts.py",
+    ),
+    "starts_stale": (
+        "the same beside locks that killed processes left",
+        "{starts} starts in {rounds} rounds",
+        "{winners} winners",
+        "test_starts.py",
+    ),
+    "disk_full": (
+        "a file system that fills up",
+        "{stages} stages",
+        "each a sentence, then the same bytes",
+        "test_disk_full.py",
+    ),
+    "disk_limit": (
+        "a file that may not grow",
+        "{stages} stages",
+        "each a sentence, then the same bytes",
+        "test_disk_full.py",
+    ),
+    "places": (
+        "read-only checkpoints and home; names of unicode, spaces, quotes and newlines",
+        "{searches} searches",
+        "inputs unchanged, nothing written elsewhere",
+        "test_places.py",
+    ),
+}
+
+
+def rows_of(counts: dict[str, dict[str, int]]) -> list[str]:
+    """The lines of the table."""
+    rows = []
+    for name, (fault, done, outcome, test) in ROWS.items():
+        if name in counts:
+            said = (text.format(**{key: f"{num:,}" for key, num in counts[name].items()}) for text in (done, outcome))
+            rows.append(f"| {fault} | {' | '.join(said)} | `tests/fault/{test}` |")
+    bad = [count for name, count in counts.items() if name.startswith("bad_results_")]
+    if bad:
+        trials, failed = sum(count["trials"] for count in bad), sum(count["failed"] for count in bad)
+        done = f"{bad[0]['results']} results, {len(bad)} searchers, {trials:,} trials"
+        outcome = f"{failed:,} failures with a reason, none the winner"
+        rows.append(f"| a user's function returns nonsense | {done} | {outcome} | `tests/fault/test_bad_results.py` |")
+    return rows
+
+
+def page(results: dict) -> str:
+    """The page that a results file makes."""
+    made = results["circumstances"]
+    under = f"\nCounted on {made['machine']}, Python {made['python']}, commit {made['commit'][:12]}.\n"
+    return HEAD + "\n".join(rows_of(results["counts"])) + "\n" + under
+
+
+def main() -> None:
+    """Gather, print, write."""
+    folder = Path(sys.argv[1])
+    counts = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    if not counts:
+        sys.exit(f"`{folder}` holds no counts; run the tests with LCSC_FAULT_COUNTS={folder}")
+    results = {"circumstances": circumstances(), "counts": counts}
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    PAGE.write_text(page(results))
+    print("\n".join(rows_of(counts)))
+
+
+if __name__ == "__main__":
+    main()
