@@ -111,7 +111,7 @@ def nfe_saved(results: list[dict]) -> Figure:
             bars(ax, nfe, row, color=ORANGE if who == "base" else BLUE)
             if row is table["scores"][table["aim"]]:
                 ax.axhline(row["median"], color=ORANGE, linewidth=1.1, linestyle="--")
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         ax.margins(x=0.1)
     subtitle(figure, "blue: LCSC · orange: the best tuned baseline, the dashed one is to be reached")
     return figure

@@ -25,6 +25,7 @@ from searches import bank, write
 from lcsc.config.hydra_app import compose_config
 from lcsc.config.schema import SEARCH_SECTIONS
 from lcsc.core.seeds import Purpose
+from lcsc.search.evaluate import Evaluator
 from lcsc.search.frames import read_records
 from lcsc.search.journal import Journal
 from lcsc.search.loop import Search
@@ -50,19 +51,20 @@ def problem(words: list[str]) -> Problem:
     return Problem(bank=open_bank(sections), **build_parts(sections))
 
 
-def searched(task: Problem) -> tuple[Search, list[dict]]:
-    """A whole search without a run directory to keep."""
+def searched(task: Problem) -> tuple[Evaluator, list[dict]]:
+    """A whole search without a run directory to keep: what scores its candidates, and its records."""
     with tempfile.TemporaryDirectory() as folder:
         with Progress("", 0, quiet=True) as progress, Journal(Path(folder), print) as journal:
             search = Search(task, journal, progress)
             search.run()
-        return search, read_records(Path(folder) / "journal.jsonl")[0]
+        evaluator = Evaluator(task.bank, task.operator, task.objective, search.space, task.seed)
+        return evaluator, read_records(Path(folder) / "journal.jsonl")[0]
 
 
-def scores(search: Search, vector: np.ndarray, purpose: Purpose, num: int, count: int, first: int) -> np.ndarray:
+def scores(evaluator: Evaluator, vector: np.ndarray, purpose: Purpose, num: int, count: int, first: int) -> np.ndarray:
     """Independent scores of one candidate, each of `num` images, shape (count,)."""
     rows = [
-        search.evaluator.score(vector, purpose, range(first + i * num, first + (i + 1) * num)) for i in range(count)
+        evaluator.score(vector, purpose, range(first + i * num, first + (i + 1) * num)) for i in range(count)
     ]
     return np.array([row["value"] for row in rows])
 
@@ -79,13 +81,13 @@ def coverage(place: Path) -> dict:
             "num_images_report=1000",
         ]
         words = ["experiment=toy_gaussian", f"bank.path={place}", f"seed={seed}", "searcher=cma"]
-        search, records = searched(problem([*words, *(f"search.{word}" for word in budget)]))
+        evaluator, records = searched(problem([*words, *(f"search.{word}" for word in budget)]))
         best = next(record for record in records if record["kind"] == "report" and record["who"] == "best")
         vector = np.array(best["vector"])
-        truth = scores(search, vector, Purpose.REPORT, 1000, TRUTH_SCORES, FIRST_FRESH).mean()
+        truth = scores(evaluator, vector, Purpose.REPORT, 1000, TRUTH_SCORES, FIRST_FRESH).mean()
         held["report"].append(abs(best["value"] - truth) <= 1.96 * best["se"])
-        own = search.evaluator.score(vector, Purpose.SEARCH, range(200), full=True)
-        truth = scores(search, vector, Purpose.FRESH, 200, TRUTH_SCORES, FIRST_FRESH).mean()
+        own = evaluator.score(vector, Purpose.SEARCH, range(200), full=True)
+        truth = scores(evaluator, vector, Purpose.FRESH, 200, TRUTH_SCORES, FIRST_FRESH).mean()
         held["search seeds of the winner"].append(abs(own["value"] - truth) <= 1.96 * own["se"])
     share = {name: float(np.mean(hits)) for name, hits in held.items()}
     error = {name: float(np.sqrt(s * (1 - s) / COVERAGE_SEARCHES)) for name, s in share.items()}
@@ -96,13 +98,13 @@ def optimism(words: list[str], name: str, num: int) -> dict:
     """What the best trial's value promised, and what the candidate keeps."""
     budget = [f"num_trials={NUM_TRIALS}", f"num_images={num}", "num_finalists=1"]
     budget += ["num_images_select=200", "num_images_report=200"]
-    search, records = searched(problem([*words, *SEARCHERS[name], *(f"search.{word}" for word in budget)]))
+    evaluator, records = searched(problem([*words, *SEARCHERS[name], *(f"search.{word}" for word in budget)]))
     trials = [record for record in records if record["kind"] == "trial" and record["value"] is not None]
     best = min(trials, key=lambda record: record["value"])
     vector = np.array(best["vector"])
-    fresh = scores(search, vector, Purpose.FRESH, num, OPTIMISM_SCORES, FIRST_FRESH).mean()
-    report = scores(search, vector, Purpose.REPORT, num, OPTIMISM_SCORES, FIRST_FRESH).mean()
-    size = search.space.size
+    fresh = scores(evaluator, vector, Purpose.FRESH, num, OPTIMISM_SCORES, FIRST_FRESH).mean()
+    report = scores(evaluator, vector, Purpose.REPORT, num, OPTIMISM_SCORES, FIRST_FRESH).mean()
+    size = evaluator.space.size
     return {
         "searcher": name,
         "num_images": num,
