@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lcsc.core.files import write_bytes
 from lcsc.report.style import BLUE, FAINT, GREEN, INK, ORANGE, new_figure, png, styled, subtitle
