@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 #: A toy search small enough for tests.
 TOY = [
@@ -39,3 +42,13 @@ def start(*words, cwd, env=None):
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def load_script(name: str) -> ModuleType:
+    """`scripts/NAME.py` as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for types
+    spec.loader.exec_module(module)
+    return module

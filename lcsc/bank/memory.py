@@ -10,7 +10,7 @@ import psutil
 
 from lcsc.bank.content import CHUNK
 from lcsc.bank.layout import Layout
-from lcsc.bank.rows import Row, cut
+from lcsc.bank.rows import Row, long_blocks
 from lcsc.bank.stream import default_threads
 from lcsc.core.errors import ConfigError, did_you_mean
 
@@ -54,8 +54,7 @@ class Extent:
         """The extent of some rows with these columns."""
         tables = list({id(row.table): row.table for row in rows}.values())
         chunks = sum(-(-(entry.stop - entry.start) // CHUNK) for entry in layout.entries)
-        sizes = (block.stop - block.start for block in cut(layout, tables))
-        return cls(len(rows), layout.num_parameters, chunks, tuple(size for size in sizes if size > CHUNK))
+        return cls(len(rows), layout.num_parameters, chunks, long_blocks(layout, tables))
 
 
 def available_bytes() -> int:

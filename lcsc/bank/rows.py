@@ -107,6 +107,12 @@ def cut(layout: Layout, tables: Sequence[Table], columns: int = BLOCK, cuts: Col
     return blocks
 
 
+def long_blocks(layout: Layout, tables: Sequence[Table]) -> tuple[int, ...]:
+    """The columns of those blocks of `cut(layout, tables)` that are longer than BLOCK, without cutting."""
+    sizes = ((entry.name, entry.stop - entry.start) for entry in layout.entries)
+    return tuple(numel for name, numel in sizes if numel > BLOCK and any(table[name].runs is None for table in tables))
+
+
 def reads(block: Block, table: Table) -> list[Read] | None:
     """The reads that fill one row of a block, neighbours joined; None when a tensor needs assembling."""
     found: list[Read] = []

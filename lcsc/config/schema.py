@@ -89,10 +89,16 @@ def node_of(part: registry.Part) -> type:
     return dataclasses.make_dataclass(f"{part.cls.__name__}Config", fields)
 
 
+#: What `store_parts` has filed, by kind and name: a second composition in the process files only what is new.
+_STORED: dict[tuple[str, str], registry.Part] = {}
+
+
 def store_parts() -> None:
     """File the schema and every registered part in Hydra's ConfigStore."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for kind in registry.ROOMS:
         for part in registry.discover(kind).values():
-            store.store(group=kind, name=part.name, node=node_of(part))
+            if _STORED.get((kind, part.name)) != part:
+                store.store(group=kind, name=part.name, node=node_of(part))
+                _STORED[kind, part.name] = part

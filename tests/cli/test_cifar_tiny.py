@@ -1,4 +1,8 @@
-"""`scripts/reproduce/cifar10.sh` from end to end at tiny size, on two classes of drawn images kept as CIFAR-10 is."""
+"""`scripts/reproduce/cifar10.sh` from end to end at tiny size, on two classes of drawn images kept as CIFAR-10 is.
+
+What the script has Python do is noted down, and then done in this process: six processes would spend most of their
+time on importing torch.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,47 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from helpers_cli import load_script
 from PIL import Image
+
+from lcsc.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "reproduce" / "cifar10.sh"
 
 
-def run(cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    places = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+#: Stands in for Python: every word and then an empty one, each ended by a zero byte.
+NOTE = """#!/usr/bin/env bash
+printf '%s\\0' "$@" "" >>"$NOTES"
+"""
+
+
+def run(cwd: Path, python: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(SCRIPT)], cwd=cwd, env={**os.environ, **places, **env}, capture_output=True, text=True, timeout=300
+        ["bash", str(SCRIPT)],
+        cwd=cwd,
+        env={**os.environ, "PYTHON": str(python), **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
+
+
+def commands(cwd: Path, tools: Path, **env: str) -> list[list[str]]:
+    """The words of every call of Python that the script makes where all of them succeed."""
+    (tools / "python").write_text(NOTE)
+    (tools / "python").chmod(0o755)
+    done = run(cwd, tools / "python", NOTES=str(tools / "notes"), **env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return [call.split("\0") for call in (tools / "notes").read_text().removesuffix("\0\0").split("\0\0")]
+
+
+def python(words: list[str]) -> int:
+    """`python WORDS` in this process."""
+    if words[:2] == ["-m", "lcsc"]:
+        return main(words[2:])
+    return load_script(Path(words[0]).stem).main(words[1:])
 
 
 def write_parquet(path: Path) -> None:
@@ -39,11 +73,22 @@ def write_parquet(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_command_trains_searches_and_compares(tmp_path: Path) -> None:
+def test_one_command_trains_searches_and_compares(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     write_parquet(tmp_path / "train.parquet")
-    done = run(tmp_path, TINY="1", DATA="train.parquet", OUT="all")
-    assert done.returncode == 0, done.stderr
-    assert "held-out accuracy 1.0000" in done.stdout
+    calls = commands(tmp_path, tmp_path_factory.mktemp("tools"), TINY="1", DATA="train.parquet", OUT="all")
+    assert [call[2] for call in calls[1:]] == ["train", "search", "train", "search", "report"]
+    assert Path(calls[0][0]).resolve() == ROOT / "scripts" / "train_detector.py"
+    monkeypatch.chdir(tmp_path)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    for call in calls:
+        assert python(call) == 0, (call, capsys.readouterr().err)
+    torch.use_deterministic_algorithms(deterministic)
+    assert "held-out accuracy 1.0000" in capsys.readouterr().out
     runs = sorted((tmp_path / "all" / "runs").iterdir())
     summaries = [json.loads((path / "summary.json").read_text()) for path in runs]
     assert {(s["experiment"], s["nfe"]) for s in summaries} == {("cifar10", 5), ("cifar10_consistency", 1)}
@@ -57,7 +102,7 @@ def test_one_command_trains_searches_and_compares(tmp_path: Path) -> None:
 
 
 def test_without_data_it_says_so(tmp_path: Path) -> None:
-    done = run(tmp_path, DATA="absent.parquet")
+    done = run(tmp_path, sys.executable, DATA="absent.parquet")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("cifar10.sh: DATA is `absent.parquet`, which is no file.")
     assert list(tmp_path.iterdir()) == []

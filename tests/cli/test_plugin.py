@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from helpers_cli import TOY, start
+from helpers_cli import TOY
 
 OPERATOR = '''
 """One coefficient only: how far to go from the last checkpoint but one to the last, and beyond."""
@@ -42,6 +45,16 @@ class Extrapolate:
 '''
 
 
+#: One process for both, as the package is installed in neither: it is found on the path.
+LIST_AND_SEARCH = """
+import sys
+from lcsc.cli.main import main
+assert main(["list", "operators"]) == 0
+print("END OF THE LIST")
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture
 def plugin(tmp_path):
     """A folder as an installer would leave it: one module and its metadata."""
@@ -56,16 +69,19 @@ def plugin(tmp_path):
 
 @pytest.mark.slow
 def test_a_foreign_operator_is_searched(plugin, tmp_path):
-    env = {"PYTHONPATH": str(plugin)}
-    process = start("list", "operators", cwd=tmp_path, env={**env, "COLUMNS": "200"})
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    assert "extrapolate" in out
-    assert "ExPO" in out
-    words = ["search", *TOY, "operator=extrapolate", "operator.reach=3", "searcher=one_plus_one"]
-    process = start(*words, cwd=tmp_path, env=env)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
+    words = ["search", *TOY, "operator=extrapolate", "operator.reach=3", "searcher=lcsc_evolution"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIST_AND_SEARCH, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(plugin), *sys.path]), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    listed, _, _ = done.stdout.partition("END OF THE LIST")
+    assert "extrapolate" in listed
+    assert "ExPO" in listed
     (path,) = (p.parent for p in tmp_path.glob("runs/*/summary.json"))
     summary = json.loads((path / "summary.json").read_text())
     assert summary["operator"] == "extrapolate"

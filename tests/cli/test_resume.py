@@ -1,4 +1,4 @@
-"""A real process killed with SIGKILL: the same line finishes with the journal of an unbroken run."""
+"""Real processes killed with SIGKILL: the same line finishes with the journal of an unbroken run."""
 
 from __future__ import annotations
 
@@ -9,20 +9,31 @@ import signal
 import time
 
 import pytest
+import torch
 from helpers_cli import TOY, start
 
 from lcsc.cli.main import main
 
-# one thread, so that both processes add in the same order
+# one thread, so that all processes add in the same order
 ENV = {"OMP_NUM_THREADS": "1"}
 WORDS = ["search", *TOY, "searcher=diagonal_cma", "search.num_trials=60"]
 
 
-def finish(cwd):
-    process = start(*WORDS, cwd=cwd, env=ENV)
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    return out
+@pytest.fixture
+def finish(lcsc, monkeypatch):
+    """Run the search to its end in this process, in a folder, and return what it prints."""
+    monkeypatch.setenv("OMP_NUM_THREADS", ENV["OMP_NUM_THREADS"])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def call(cwd):
+        monkeypatch.chdir(cwd)
+        code, out, err = lcsc(*WORDS)
+        assert code == 0, err
+        return out
+
+    yield call
+    torch.set_num_threads(before)
 
 
 def kill_after(cwd, num_lines):
@@ -45,7 +56,7 @@ def only_run(cwd):
 
 
 @pytest.mark.slow
-def test_killed_twice_gives_the_journal_of_an_unbroken_run(tmp_path):
+def test_killed_twice_gives_the_journal_of_an_unbroken_run(tmp_path, finish):
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
     finish(tmp_path / "whole")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
+import io
 import json
+import shutil
+import sys
 
 import numpy as np
 import pandas as pd
@@ -13,17 +17,29 @@ import torch
 from helpers_cli import TOY
 
 from lcsc.bank import CheckpointBank
+from lcsc.cli.main import main
 from lcsc.core.registry import build
 from lcsc.export.weights import read_recipe
 from lcsc.models.network import load_network
 from lcsc.search.frames import read_records
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder in which the toy was searched, and what the search printed; not to be touched."""
+    folder, out = tmp_path_factory.mktemp("made"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["lcsc"])
+        assert main(["search", *TOY]) == 0
+    return folder, out.getvalue()
+
+
 @pytest.fixture
-def run(here, lcsc):
-    """A finished toy run."""
-    code, out, err = lcsc("search", *TOY)
-    assert code == 0, err
+def run(here, made):
+    """A finished toy run in a folder of its own."""
+    folder, out = made
+    shutil.copytree(folder, here, dirs_exist_ok=True)
     (path,) = (p.parent for p in here.glob("runs/*/run.json"))
     return path, out
 

@@ -69,6 +69,7 @@ def test_installed_wheel_searches_from_the_root_folder(wheel, tmp_path):
     where = run(venv / "bin" / "python", "-c", "import lcsc; print(lcsc.__file__)", cwd="/", env=env)
     assert where.startswith(str(site))
     words = [
+        "searcher=lcsc_evolution",  # which loads fastest
         "search.num_trials=10",
         "search.num_images=64",
         "search.num_images_select=64",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +11,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from helpers_cli import load_script
 from sklearn.datasets import load_digits
 
 from lcsc.core.digests import file_sha256
@@ -28,19 +27,13 @@ from lcsc.metrics.classifier import (
     pack_classifier,
 )
 
-ROOT = Path(__file__).parents[2]
 ARCH = ClassifierArch((1, 8, 8), (4, 6), 5, 3)
 SMALL = ["num_steps=80", "batch_size=64", "learning_rate=0.01", "widths=8,16", "num_features=16", "shift=0"]
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_detector", ROOT / "scripts" / "train_detector.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["train_detector"] = importlib.util.module_from_spec(spec)  # where dataclasses look for types
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train_detector")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from helpers_cli import load_script
 from torchmetrics.image import fid
 from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -26,12 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_digits_detector", ROOT / "scripts" / "make_digits_detector.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_digits_detector")
 
 
 @pytest.fixture

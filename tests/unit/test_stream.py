@@ -14,7 +14,7 @@ from lcsc.bank import CheckpointBank
 from lcsc.bank.content import CHUNK
 from lcsc.bank.extents import Piece, Source
 from lcsc.bank.layout import Layout
-from lcsc.bank.rows import Files, Row, Span, cut, read_row, reads
+from lcsc.bank.rows import Files, Row, Span, cut, long_blocks, read_row, reads
 from lcsc.core.errors import BankError, EvaluationError, NonFiniteError
 from lcsc.kernels import Groups
 
@@ -201,6 +201,7 @@ def test_a_tensor_in_runs_is_read_in_blocks_and_one_in_strides_as_a_whole(tmp_pa
     blocks = cut(layout, [pieces])
     long = [block.spans for block in blocks if block.stop - block.start > CHUNK]
     assert long == [(Span("columns", 0, numel),)]
+    assert long_blocks(layout, [pieces]) == (numel,)
     row = Row(1, path, (path,), pieces)
     files = Files([row])
     for block in blocks:
@@ -211,6 +212,24 @@ def test_a_tensor_in_runs_is_read_in_blocks_and_one_in_strides_as_a_whole(tmp_pa
         expected = np.concatenate([value.reshape(-1)[span.a : span.b] for span in block.spans])
         np.testing.assert_array_equal(out_C, expected)
     files.close()
+
+
+def test_long_blocks_are_those_of_the_cut():
+    """Tensors in strides (odd ones, in the second table) and whole ones, some of one block or less, some of more."""
+    sizes = [1, 2 * CHUNK + 1, CHUNK, CHUNK + 1, 5, CHUNK, 3 * CHUNK, CHUNK + 7, 0, 3 * CHUNK]
+    shapes = {f"t{i}": (2, size) for i, size in enumerate(sizes)}
+    whole = {name: Source("float32", shape, (Piece(0, 0, shape, None, (0, 0)),)) for name, shape in shapes.items()}
+    odd = {
+        name: Source("float32", shape, (Piece(0, 0, shape, (1, 2), (0, 0)),)) if i % 2 else whole[name]
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    layout = Layout.of(shapes, {})
+    for tables, long in (
+        ([whole], ()),
+        ([whole, odd], (4 * CHUNK + 2, 2 * CHUNK + 2, 2 * CHUNK, 2 * CHUNK + 14, 6 * CHUNK)),
+    ):
+        columns = [block.stop - block.start for block in cut(layout, tables)]
+        assert long_blocks(layout, tables) == tuple(c for c in columns if c > CHUNK) == long
 
 
 def test_content_digests_come_with_the_pass(folder, monkeypatch):
