@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--to benchmarks/results/engines.json] [--work scratch/] [--only PART ...]
 
 workers   overhead, idle share and lost work by number of workers: asynchronous, and in batches as large as the crew
-weather   64 workers: without stragglers and deaths, with stragglers, with both
+weather   64 workers: evaluations of little spread, without stragglers and deaths, with stragglers, with both
 loss      how long throughput suffers when half of 64 workers die at a moment
 resume    seconds from the start of a process to the first new evaluation, 1,000 trials x 100 coefficients behind it
 local     two local workers on two cores against one on one
@@ -32,7 +32,20 @@ import numpy as np
 import psutil
 from machine import circumstances, spread
 from scaling_runs import local_workers, resume_seconds
-from simulated import DEATHS, MEASURED, SLOWER, STRAGGLERS, Coefficients, Loss, Luck, Nothing, SimulatedCrew
+from simulated import (
+    DEATHS,
+    LEASE,
+    MEASURED,
+    NARROW,
+    RESTART,
+    SLOWER,
+    STRAGGLERS,
+    Coefficients,
+    Loss,
+    Luck,
+    Nothing,
+    SimulatedCrew,
+)
 
 from lcsc.core.registry import build
 from lcsc.search.budget import Budget
@@ -133,7 +146,7 @@ def figures(crew: SimulatedCrew) -> dict[str, float]:
 
 
 def row(
-    workers: int, work: Path, policy: str, sizes: tuple[int, int], scale: float, searcher: str = "cma", **luck: float
+    workers: int, work: Path, policy: str, sizes: tuple[int, int], scale: float, searcher: str = "cma", **luck: Any
 ) -> dict[str, Any]:
     """One crew under one policy, on the same evaluation times as under the other."""
     trials, seeds = sizes
@@ -165,7 +178,9 @@ def workers_part(work: Path) -> dict[str, Any]:
 
 def weather_part(work: Path) -> dict[str, Any]:
     """What of the idle share is whose fault."""
-    kinds = {"calm": {"stragglers": 0.0, "deaths": 0.0}, "stragglers": {"deaths": 0.0}, "stragglers_and_deaths": {}}
+    calm = {"stragglers": 0.0, "deaths": 0.0}
+    kinds: dict[str, dict[str, Any]] = {"narrow": {**calm, "measured": NARROW}, "calm": calm}
+    kinds |= {"stragglers": {"deaths": 0.0}, "stragglers_and_deaths": {}}
     return {
         name: [row(64, work, policy, (SIZES[64][0], 1), 1.0, **luck) for policy in POLICIES]
         for name, luck in kinds.items()
@@ -187,10 +202,12 @@ def loss_part(work: Path, at: float = 60.0, scale: float = 4.0, workers: int = 6
             after = np.arange(0, min(crew.asked_at - at, 120), 0.5)
             low = [t for t in after if crew.at_work(at + t) < 0.95 * expected and t < 60]
             later = np.mean([crew.at_work(at + t) for t in after if t >= 60]) / expected
-            times.append({"seconds": low[-1] + 0.5 if low else 0.0, "share_of_expected_after_60_s": float(later)})
+            times.append(
+                {"seconds": float(low[-1]) + 0.5 if low else 0.0, "share_of_expected_after_60_s": float(later)}
+            )
         found[name] = {key: spread([one[key] for one in times]) for key in times[0]}
         print(name, found[name], flush=True)
-    return {**found, "lease": crew.lease, "restart": crew.restart}
+    return found
 
 
 PARTS = {
@@ -238,19 +255,24 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    data = json.loads(options.to.read_text()) if options.to.exists() else {}
     for name in options.only:
         began, load = time.monotonic(), os.getloadavg()[0]
         rows = PARTS[name](options.work.resolve())
         if rows is not None:
             taken = {"seconds": round(time.monotonic() - began, 1), "load_average": load, "disk": disk(options.work)}
-            data[name] = {**circumstances(), **taken, "rows": rows}
-    drawn = {"quantiles": MEASURED, "stragglers": STRAGGLERS, "slower": SLOWER, "deaths": DEATHS}
-    data["setting"] = {**drawn, "coefficients": COEFFICIENTS, "lease": 30.0, "restart": 10.0}
-    data["numbers"] = numbers(data)
-    options.to.write_text(json.dumps(data, indent=2) + "\n")
-    for line in data["numbers"]:
+            write(options.to, {name: {**circumstances(), **taken, "rows": rows}})
+    for line in write(options.to, {}):
         print(f"{line['number']}: {line['value']:.4g}, {line['is']} {line['target']}: {line['reached']}")
+
+
+def write(to: Path, parts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Put parts into the results file, in place of their older selves; what was to be reached."""
+    data = {**(json.loads(to.read_text()) if to.exists() else {}), **parts}
+    drawn = {"quantiles": MEASURED, "narrow": NARROW, "stragglers": STRAGGLERS, "slower": SLOWER, "deaths": DEATHS}
+    data["setting"] = {**drawn, "coefficients": COEFFICIENTS, "lease": LEASE, "restart": RESTART}
+    data["numbers"] = numbers(data)
+    to.write_text(json.dumps(data, indent=2) + "\n")
+    return data["numbers"]
 
 
 def disk(path: Path) -> str:

@@ -143,7 +143,38 @@ def honesty(results: list[dict]) -> Figure:
     return figure
 
 
+@styled
+def scaling(results: list[dict]) -> Figure:
+    """Idle share against the number of workers, asynchronous and in batches."""
+    (data,) = results
+    figure = new_figure(4.2, "How long workers wait")
+    ax = figure.add_axes((0.075, 0.14, 0.9, 0.66))
+    ax.set_xscale("log", base=4)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.set_ylim(-2, 102)
+    ax.grid(axis="y")
+    ax.set_xlabel("workers")
+    ax.set_ylabel("idle share of their time, %")
+    looks = {"asynchronous": BLUE, "batches": ORANGE}
+    for size, style in (("as_measured", "o-"), ("times_60", "o--")):
+        table = [row for row in data["workers"]["rows"][size] if row["searcher"] == "cma"]
+        for policy, color in looks.items():
+            rows = [row for row in table if row["policy"] == policy]
+            if len(rows) < 2:
+                continue
+            seconds = rows[0]["mean_evaluation_seconds"]
+            label = (
+                f"{policy}, evaluations of {seconds:.0f} s" if seconds < 60 else f"{policy}, of {seconds / 60:.0f} min"
+            )
+            shares = [100 * row["idle_share"]["median"] for row in rows]
+            ax.plot([row["workers"] for row in rows], shares, style, color=color, linewidth=1.6, label=label)
+    ax.legend(frameon=False, fontsize=9, loc="upper left")
+    subtitle(figure, "simulated workers, the real driver · 2 % of the evaluations take ten times as long, 1 % are lost")
+    return figure
+
+
 PICTURES = {
+    "scaling": (scaling, ["engines"]),
     "search_efficiency": (efficiency, ["search_efficiency_digits", "search_efficiency_mnist16"]),
     "search_training_saved": (training_saved, ["search_training_saved"]),
     "search_nfe_saved": (nfe_saved, ["search_nfe_saved"]),

@@ -30,7 +30,14 @@ MEASURED = (
     0.704, 0.854, 0.894, 0.926, 0.96, 0.994, 1.042, 1.095, 1.173, 1.232, 1.276,
     1.319, 1.372, 1.441, 1.529, 1.632, 1.785, 2.094, 2.681, 3.695, 6.8,
 )  # fmt: skip
+#: the same of 58 evaluations of one search (searcher=cma) with less beside it, so with less spread
+NARROW = (
+    0.527, 0.535, 0.573, 0.596, 0.613, 0.664, 0.706, 0.751, 0.765, 0.776, 0.812,
+    0.836, 0.855, 0.884, 0.909, 0.922, 0.929, 0.96, 1.005, 1.028, 1.145,
+)  # fmt: skip
 STRAGGLERS, SLOWER, DEATHS = 0.02, 10.0, 0.01
+#: seconds until a death is noticed, and from there until the worker is back
+LEASE, RESTART = 30.0, 10.0
 #: times that one evaluation may be lost; the next attempt lives
 MOST_DEATHS = 3
 
@@ -49,12 +56,19 @@ class Luck:
 
     @classmethod
     def drawn(
-        cls, jobs: int, seed: int, scale: float = 1.0, stragglers: float = STRAGGLERS, deaths: float = DEATHS
+        cls,
+        jobs: int,
+        seed: int,
+        scale: float = 1.0,
+        *,
+        stragglers: float = STRAGGLERS,
+        deaths: float = DEATHS,
+        measured: Sequence[float] = MEASURED,
     ) -> Luck:
-        """From the measured quantiles times `scale`, with stragglers from their lognormal fit and with deaths."""
+        """From measured quantiles times `scale`, with stragglers from their lognormal fit and with deaths."""
         rng, shape = np.random.default_rng(seed), (MOST_DEATHS + 1, jobs)
-        seconds = np.interp(rng.random(shape), np.linspace(0, 1, len(MEASURED)), MEASURED)
-        middle, width = lognormal_fit()
+        seconds = np.interp(rng.random(shape), np.linspace(0, 1, len(measured)), measured)
+        middle, width = lognormal_fit(measured)
         slow = SLOWER * rng.lognormal(middle, width, shape)
         dies = np.where(rng.random(shape) < deaths, rng.random(shape), math.nan)
         dies[-1] = math.nan
@@ -71,9 +85,9 @@ class Luck:
         return cls(np.array([seconds], float), np.full((1, len(seconds)), math.nan))
 
 
-def lognormal_fit() -> tuple[float, float]:
+def lognormal_fit(measured: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation of the logarithm of the measured seconds."""
-    logs = np.log(np.interp(np.linspace(0.005, 0.995, 100), np.linspace(0, 1, len(MEASURED)), MEASURED))
+    logs = np.log(np.interp(np.linspace(0.005, 0.995, 100), np.linspace(0, 1, len(measured)), measured))
     return float(logs.mean()), float(logs.std())
 
 
@@ -114,8 +128,8 @@ class SimulatedCrew(Closing):
         workers: int,
         luck: Luck,
         *,
-        lease: float = 30.0,
-        restart: float = 10.0,
+        lease: float = LEASE,
+        restart: float = RESTART,
         clock: Callable[[], float] = time.perf_counter,
         loss: Loss | None = None,
     ) -> None:
