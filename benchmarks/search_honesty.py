@@ -63,9 +63,7 @@ def searched(task: Problem) -> tuple[Evaluator, list[dict]]:
 
 def scores(evaluator: Evaluator, vector: np.ndarray, purpose: Purpose, num: int, count: int, first: int) -> np.ndarray:
     """Independent scores of one candidate, each of `num` images, shape (count,)."""
-    rows = [
-        evaluator.score(vector, purpose, range(first + i * num, first + (i + 1) * num)) for i in range(count)
-    ]
+    rows = [evaluator.score(vector, purpose, range(first + i * num, first + (i + 1) * num)) for i in range(count)]
     return np.array([row["value"] for row in rows])
 
 
