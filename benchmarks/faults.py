@@ -8,6 +8,7 @@ The counts go to benchmarks/results/faults.json, and the page is written from th
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +21,9 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results" / "faults.json", ROOT / "docs" /
 HEAD = """# How it is tested
 
 Written by `make test-faults` from what its tests counted (`benchmarks/results/faults.json`); not by hand. The same
-tests run at smaller counts in `make test`. A row says what was done to a search and what came of it.
+tests run at smaller counts in `make test`. A row says what was done to a search and what came of it. The search is a
+small one without networks, through the real loop, journal, lock and run directory (`tests/fault/small_search.py`);
+samples, models and reports are real where a row names them.
 
 | fault | done | outcome | test |
 |---|---|---|---|
@@ -43,7 +46,7 @@ ROWS = {
     "every_late_write": (
         "the same in writing samples, model and summary after the last evaluation",
         "{calls} calls",
-        "each left whole files or none, and continued to the same files",
+        "each left whole files or none, and continued to the same files; what safetensors writes is not among them",
         "test_every_write.py",
     ),
     "byte_flips": (
@@ -89,21 +92,21 @@ ROWS = {
         "test_disk_full.py",
     ),
     "places": (
-        "read-only checkpoints and home; names of unicode, spaces, quotes and newlines",
-        "{searches} searches",
-        "inputs unchanged, nothing written elsewhere",
+        "checkpoints and home marked read-only; names of unicode, spaces, quotes and newlines",
+        "{searches} searches as {user}",
+        "inputs unchanged; outside of the run only matplotlib's list of fonts, in the home",
         "test_places.py",
     ),
 }
 
 
-def rows_of(counts: dict[str, dict[str, int]]) -> list[str]:
+def rows_of(counts: dict[str, dict[str, int | str]]) -> list[str]:
     """The lines of the table."""
     rows = []
     for name, (fault, done, outcome, test) in ROWS.items():
         if name in counts:
-            said = (text.format(**{key: f"{num:,}" for key, num in counts[name].items()}) for text in (done, outcome))
-            rows.append(f"| {fault} | {' | '.join(said)} | `tests/fault/{test}` |")
+            shown = {key: num if isinstance(num, str) else f"{num:,}" for key, num in counts[name].items()}
+            rows.append(f"| {fault} | {done.format(**shown)} | {outcome.format(**shown)} | `tests/fault/{test}` |")
     bad = [count for name, count in counts.items() if name.startswith("bad_results_")]
     if bad:
         trials, failed = sum(count["trials"] for count in bad), sum(count["failed"] for count in bad)
@@ -116,7 +119,8 @@ def rows_of(counts: dict[str, dict[str, int]]) -> list[str]:
 def page(results: dict) -> str:
     """The page that a results file makes."""
     made = results["circumstances"]
-    under = f"\nCounted on {made['machine']}, Python {made['python']}, commit {made['commit'][:12]}.\n"
+    when = "in part before commit" if results["older"] else "at commit"
+    under = f"\nCounted on {made['machine']}, Python {made['python']}, {when} {made['commit'][:12]}.\n"
     return HEAD + "\n".join(rows_of(results["counts"])) + "\n" + under
 
 
@@ -126,7 +130,9 @@ def main() -> None:
     counts = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     if not counts:
         sys.exit(f"`{folder}` holds no counts; run the tests with LCSC_FAULT_COUNTS={folder}")
-    results = {"circumstances": circumstances(), "counts": counts}
+    head = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True).stdout
+    older = min(path.stat().st_mtime for path in folder.glob("*.json")) < float(head or 0)
+    results = {"circumstances": circumstances(), "older": older, "counts": counts}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     PAGE.write_text(page(results))
     print("\n".join(rows_of(counts)))

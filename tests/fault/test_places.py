@@ -52,7 +52,7 @@ def test_odd_names_read_only_inputs_and_nothing_written_elsewhere(tmp_path, monk
     assert path.parent == runs
     assert Run.open(path).name == ODD
     assert dict(Status(Run.open(path)).rows())["phase"] == "finished"
-    count("places", searches=2)
+    count("places", searches=2, user="root, whom such marks do not bind" if os.geteuid() == 0 else "a plain user")
 
 
 def test_jumps_of_the_clock_change_nothing(tmp_path, monkeypatch):
