@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from lcsc.search.evaluate import Row
-from lcsc.search.job import Job
-from lcsc.search.problem import Problem
+if TYPE_CHECKING:  # engines have processes that evaluate nothing; torch would take them seconds
+    from lcsc.search.evaluate import Row
+    from lcsc.search.job import Job
+    from lcsc.search.problem import Problem
 
 
 @dataclass(frozen=True)

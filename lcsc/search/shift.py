@@ -1,0 +1,265 @@
+"""A worker of a folder queue: a small process that claims jobs and has them done by a child, whatever becomes of it.
+
+The child evaluates (`lcsc.search.child`); it may hang, crash or be killed. Then its parent says so in the result's
+place, or has the job done by another child. The parent holds no network and no bank, so that little can happen to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lcsc.core.errors import LcscError
+from lcsc.search.deaths import cause_of_death, count_oom_kills
+from lcsc.search.lease import DRIVER, Beat, Leases, beat_seconds, read_beat
+from lcsc.search.queue import Entry, Queue
+
+#: A job whose child died so often is taken for what kills it; so is a problem that cannot even be loaded.
+MOST_DEATHS = 2
+
+#: Share of the longest evaluation so far that must be left of a worker's time for another one.
+RESERVE = 1.5
+
+#: Time kept free at the end for that the cluster warns before it kills; at most a tenth of all.
+MARGIN_SECONDS = 120.0
+
+#: First pause of whoever has nothing to do; it grows.
+SHORT_PAUSE = 0.02
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a worker keeps to.
+
+    Args:
+        lease_seconds: as the driver judges workers.
+        driver_lease_seconds: a driver that has not beaten for so long is gone, and so is its worker then.
+        poll_seconds: longest pause between two looks for a job.
+        seconds: that the worker may run; None for any.
+    """
+
+    lease_seconds: float
+    driver_lease_seconds: float
+    poll_seconds: float
+    seconds: float | None
+
+
+class Child:
+    """The evaluating process of a worker."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._oom_kills = count_oom_kills()
+        cwd = json.loads((folder / "order.json").read_bytes())["cwd"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lcsc.search.child", str(folder), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=cwd,  # where modules of the user's are found
+            start_new_session=True,  # ended as a group, with what evaluations started
+        )
+        self.pid = self._process.pid
+        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def send(self, job: Any) -> None:
+        """Hand over a job; a dead process is noticed by its answer."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def answer(self, seconds: float) -> dict[str, Any] | None:
+        """The next line, None where the process died.
+
+        Raises:
+            queue.Empty: it has said nothing for so long.
+        """
+        return self._answers.get(timeout=seconds)
+
+    def end(self) -> tuple[str, str]:
+        """Kill it with all that it started; the cause and the words for how it ended by itself, if it did."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self._process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(0.2)  # its pipe closes a moment before it is dead
+            os.killpg(self.pid, signal.SIGKILL)
+        return cause_of_death(self._process.wait(), self._oom_kills)
+
+    def _listen(self, lines: IO[bytes]) -> None:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                self._answers.put(json.loads(line))
+        self._answers.put(None)
+
+
+class Shift:
+    """Works until there is nobody to work for, or no time.
+
+    Args:
+        folder: of the queue.
+        name: of the worker, unlike all others.
+        terms: what it keeps to.
+    """
+
+    def __init__(self, folder: Path, name: str, terms: Terms) -> None:
+        self._queue, self._name, self._terms = Queue(folder), name, terms
+        self._began, self._longest, self._done = time.monotonic(), 0.0, 0
+        self._driver = Leases(terms.driver_lease_seconds)
+        self._alone = False
+        self._child: Child | None = None
+        self._entry: Entry | None = None
+        beats = folder / "beats"
+        each = self._look_for_driver
+        self._beat = Beat(beats, name, beat_seconds(terms.lease_seconds), each, uid=None, done=0, child=None)
+
+    def run(self) -> int:
+        """The number of jobs done.
+
+        Raises:
+            LcscError: the problem cannot be built here, or is damaged; the beat says so and stays.
+        """
+        with self._beat:
+            try:
+                while (entry := self._next()) is not None:
+                    self._entry = entry
+                    self._beat.say(uid=entry.uid)
+                    self._have_done(entry)
+                    self._queue.drop(entry.uid, self._name)
+                    self._entry, self._done = None, self._done + 1
+                    self._beat.say(uid=None, done=self._done)
+            except Stopped:
+                pass
+            except LcscError as error:
+                self._beat.leave = False
+                self._beat.say(error=str(error))
+                self._beat.beat()
+                raise
+            finally:
+                self.release()
+        return self._done
+
+    def release(self) -> None:
+        """Stop evaluating and offer the job at hand again."""
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+        if self._entry is not None:
+            self._queue.give_back(self._entry.uid, self._name)
+            self._entry = None
+
+    # ------------------------------------------------------------------------------------------------- one job
+
+    def _next(self) -> Entry | None:
+        """The next job, once there is a child to do it; None where the shift is over."""
+        pause = SHORT_PAUSE
+        while not self._over():
+            self._ready()  # this takes a while
+            if not self._over() and (entry := self._queue.claim(self._name)) is not None:
+                return entry
+            time.sleep(pause)
+            pause = min(1.5 * pause, self._terms.poll_seconds)
+        return None
+
+    def _have_done(self, entry: Entry) -> None:
+        """A result for a job: its child's, or what became of the child."""
+        for _ in range(MOST_DEATHS):
+            child = self._ready()
+            child.send(entry.job)
+            began = time.monotonic()
+            answer, limit = None, entry.timeout_seconds
+            try:
+                answer = self._answer(child, limit)
+            except queue.Empty:
+                self._end_child()
+                self._fail(entry, f"not done after {limit:g} seconds", "timeout", time.monotonic() - began)
+                return
+            if answer is not None:
+                self._longest = max(self._longest, time.monotonic() - began)
+                return
+            cause, words = self._end_child()
+        self._fail(entry, f"the evaluating process died {MOST_DEATHS} times, the last time {words}", cause)
+
+    def _ready(self) -> Child:
+        """The child, with the problem loaded."""
+        for _ in range(MOST_DEATHS):
+            if self._child is not None and self._child.alive:
+                return self._child
+            self._child = Child(self._queue.folder, self._name)
+            self._beat.say(child=self._child.pid)
+            if self._answer(self._child, None) is not None:
+                return self._child
+            _, words = self._end_child()
+        raise LcscError(
+            f"worker {self._name} cannot load the bank: its process died {MOST_DEATHS} times, the last time {words}. "
+            "Give it more memory, or look into its log."
+        )
+
+    def _answer(self, child: Child, limit: float | None) -> dict[str, Any] | None:
+        """What the child says next; None where it died.
+
+        Raises:
+            queue.Empty: it says nothing for `limit` seconds.
+            LcscError: it says that the problem is wrong.
+            Stopped: the queue was closed.
+        """
+        began = time.monotonic()
+        while True:
+            left = self._terms.poll_seconds if limit is None else began + limit - time.monotonic()
+            try:
+                answer = child.answer(max(0.0, min(left, self._terms.poll_seconds)))
+            except queue.Empty:
+                if self._stopped():
+                    raise Stopped("the queue was closed") from None
+                if limit is not None and time.monotonic() - began >= limit:
+                    raise
+                continue
+            if answer is not None and "error" in answer:
+                raise LcscError(answer["error"])
+            return answer
+
+    def _end_child(self) -> tuple[str, str]:
+        assert self._child is not None
+        child, self._child = self._child, None
+        return child.end()
+
+    def _fail(self, entry: Entry, reason: str, cause: str, seconds: float = 0.0) -> None:
+        from lcsc.search.engines.base import Result
+        from lcsc.search.evaluate import failed_row
+
+        self._queue.deliver(Result(entry.uid, failed_row({}, reason, 0, cause=cause), seconds, self._name))
+
+    # ------------------------------------------------------------------------------------------------- the end
+
+    def _over(self) -> bool:
+        """Whether to take no more work: nobody wants it, or there is no time for it."""
+        if self._alone or self._stopped():
+            return True
+        if self._terms.seconds is None or not self._longest:
+            return False
+        left = self._terms.seconds - (time.monotonic() - self._began)
+        return left < RESERVE * self._longest + min(MARGIN_SECONDS, self._terms.seconds / 10)
+
+    def _stopped(self) -> bool:
+        return (self._queue.folder / "stop").exists()
+
+    def _look_for_driver(self) -> None:
+        self._alone = not self._driver.alive(DRIVER, read_beat(self._queue.folder / "beats" / f"{DRIVER}.json"))
+
+
+class Stopped(Exception):
+    """The queue was closed while a job was at hand."""
