@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lcsc.search.queue import Queue
+from lcsc.search.queue import Queue, deliver
 
 
 def main(folder: Path, name: str) -> None:
@@ -45,7 +45,7 @@ def main(folder: Path, name: str) -> None:
         if wrong is not None:
             say({"error": wrong})
             return
-        tray.deliver(result)
+        deliver(tray, result)
         say({"done": job.uid, "seconds": result.seconds})
 
 

@@ -118,14 +118,6 @@ class Queue:
             mine.unlink(missing_ok=True)  # no job that the driver wrote; it notices what it misses
         return None
 
-    def deliver(self, result: Result) -> None:
-        """Leave a result, unless a valid one is there: the first one counts."""
-        from lcsc.search.worker import read_result, write_result
-
-        folder = self.folder / "results"
-        if read_result(folder, result.uid) is None:
-            write_result(folder, result)
-
     # ------------------------------------------------------------------------------------------------- both's
 
     def give_back(self, uid: str, worker: str) -> bool:
@@ -151,6 +143,15 @@ class Queue:
         random.shuffle(self._listed)
         while self._listed:
             yield self._listed.pop()
+
+
+def deliver(queue: Queue, result: Result) -> None:
+    """Leave a result, unless a valid one is there: the first one counts."""
+    from lcsc.search.worker import read_result, write_result
+
+    folder = queue.folder / "results"
+    if read_result(folder, result.uid) is None:
+        write_result(folder, result)
 
 
 def names(folder: Path) -> list[str]:

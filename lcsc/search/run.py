@@ -81,9 +81,7 @@ def run_search(
             progress.expect(search.num_steps())
             search.say_fitting(preview.ask())  # before anything is spent
             outcome = search.run()
-            share = search.dispatcher.idle_share
-            if crew.slots > 1 and share is not None:
-                progress.note(f"{crew.slots} workers waited {share:.1%} of their time")
+            share = _waited(search, crew.slots)
         num, of = num_inherited(journal.records), len(journal.records)
         if num:
             progress.note(f"{num} of the {of} steps are inherited from {run.parent}")
@@ -93,6 +91,14 @@ def run_search(
         summary = {**_summary(problem, search, outcome, run), "geometry": where, "idle_share": share}
         write_json(run.path / "summary.json", summary)
     return run.path
+
+
+def _waited(search: Search, slots: int) -> float | None:
+    """The share of their time that workers waited, said where there are several."""
+    share = search.dispatcher.idle_share
+    if slots > 1 and share is not None:
+        search.progress.note(f"{slots} workers waited {share:.1%} of their time")
+    return share
 
 
 def _opening(problem: Problem) -> list[str]:

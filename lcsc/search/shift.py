@@ -22,7 +22,7 @@ from typing import IO, Any
 from lcsc.core.errors import LcscError
 from lcsc.search.deaths import cause_of_death, count_oom_kills
 from lcsc.search.lease import DRIVER, Beat, Leases, beat_seconds, read_beat
-from lcsc.search.queue import Entry, Queue
+from lcsc.search.queue import Entry, Queue, deliver
 
 #: A job whose child died so often is taken for what kills it; so is a problem that cannot even be loaded.
 MOST_DEATHS = 2
@@ -241,7 +241,7 @@ class Shift:
         from lcsc.search.engines.base import Result
         from lcsc.search.evaluate import failed_row
 
-        self._queue.deliver(Result(entry.uid, failed_row({}, reason, 0, cause=cause), seconds, self._name))
+        deliver(self._queue, Result(entry.uid, failed_row({}, reason, 0, cause=cause), seconds, self._name))
 
     # ------------------------------------------------------------------------------------------------- the end
 

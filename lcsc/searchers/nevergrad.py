@@ -105,7 +105,7 @@ class NevergradSession:
         self._asked: dict[int, Any] = {}
         self._count = 0
         #: proposals that may be open at a time
-        self.width = 1 if optimizer.no_parallelization else math.inf
+        self.width = 1 if getattr(optimizer, "no_parallelization", False) else math.inf
 
     def population(self) -> int:
         """How many scored points the optimizer can begin with: those it breeds from; 1 where it says nothing."""

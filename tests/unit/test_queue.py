@@ -19,7 +19,7 @@ from lcsc.search.desk import Desk
 from lcsc.search.engines.base import Result
 from lcsc.search.job import Job
 from lcsc.search.lease import DRIVER, Beat, Leases, beat_seconds, read_beat, read_beats
-from lcsc.search.queue import Entry, Queue
+from lcsc.search.queue import Entry, Queue, deliver
 from lcsc.search.shift import Shift, Terms
 
 
@@ -153,15 +153,15 @@ def test_files_of_strangers_are_no_jobs_and_no_results(tray, folder):
     for body in (b"", b"garbage", b"00000000 {}\n", json.dumps({"uid": job(1).uid}).encode()):
         (folder / "results" / f"{job(1).uid}.json").write_bytes(body)
         assert tray.results([job(1).uid]) == []
-    tray.deliver(done(job(1), value=2.5))  # over what is damaged
-    tray.deliver(done(job(1), value=9.5))  # a valid one stays
+    deliver(tray, done(job(1), value=2.5))  # over what is damaged
+    deliver(tray, done(job(1), value=9.5))  # a valid one stays
     assert [result.row["value"] for result in tray.results([job(1).uid])] == [2.5]
 
 
 def test_results_of_many_jobs_are_found_by_listing(tray, monkeypatch):
     monkeypatch.setattr(queue_module, "FEW", 3)
     for number in (1, 3):
-        tray.deliver(done(job(number)))
+        deliver(tray, done(job(number)))
     uids = [job(number).uid for number in range(6)]
     assert {result.uid for result in tray.results(uids)} == {job(1).uid, job(3).uid}
 
@@ -265,10 +265,10 @@ def test_a_lost_workers_job_is_done_by_another_and_a_late_result_counts_for_noth
     assert tray.claim("quick").timeout_seconds == 5.0
     desk.audit()
     assert list(desk.alive) == ["quick"]
-    tray.deliver(done(job(1), "quick", 2.5))
+    deliver(tray, done(job(1), "quick", 2.5))
     tray.drop(job(1).uid, "quick")
     assert [(result.worker, result.row["value"]) for result in desk.results()] == [("quick", 2.5)]
-    tray.deliver(done(job(1), "slow", 7.5))  # continued after its lease
+    deliver(tray, done(job(1), "slow", 7.5))  # continued after its lease
     beat(folder, "slow", 2)
     desk.audit()
     assert (desk.results(), desk.num_open, list(desk.alive)) == ([], 0, ["quick", "slow"])
@@ -282,7 +282,7 @@ def test_a_slow_worker_that_delivers_first_wins(desk, tray, folder, clock):
     clock.now += 10
     desk.audit()
     assert tray.waiting() == {job(1).uid}
-    tray.deliver(done(job(1), "slow"))
+    deliver(tray, done(job(1), "slow"))
     assert [result.worker for result in desk.results()] == ["slow"]
     assert tray.waiting() == set()  # nobody does it again
 
@@ -298,7 +298,7 @@ def test_a_job_that_loses_two_workers_is_a_failure(desk, tray, folder, clock):
     (result,) = desk.results()
     assert (result.row["value"], result.row["status"], result.row["cause"]) == (None, "failed", "killed")
     assert (tray.waiting(), tray.claims(), desk.num_open) == (set(), [], 0)
-    tray.deliver(done(job(1)))
+    deliver(tray, done(job(1)))
     desk.audit()
     assert desk.results() == []
 
@@ -334,7 +334,7 @@ def test_a_job_that_is_nowhere_is_offered_again(desk, tray, folder, clock):
     desk.audit()
     assert tray.waiting() == {job(1).uid}
     tray.claim("w")
-    tray.deliver(done(job(1), value=4.5))
+    deliver(tray, done(job(1), value=4.5))
     assert [result.row["value"] for result in desk.results()] == [4.5]
 
 
@@ -351,8 +351,8 @@ def test_a_new_driver_takes_results_and_leaves_claims_of_the_living(tray, folder
         first.submit(job(number))
     while tray.waiting():
         tray.claim("w")
-    tray.deliver(done(job(0), value=0.5))
-    tray.deliver(failed(job(1)))
+    deliver(tray, done(job(0), value=0.5))
+    deliver(tray, failed(job(1)))
     for number in (0, 1, 3):
         tray.drop(job(number).uid, "w")
     tray.put(entry(3))
