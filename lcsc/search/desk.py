@@ -36,7 +36,7 @@ class Desk:
         self._queue, self._timeout, self._clock = queue, timeout_seconds, clock
         self._leases = Leases(lease_seconds, clock)
         for uid in queue.waiting():
-            queue.withdraw(uid)
+            queue.drop(uid)
         self._claimed = {uid for uid, _ in queue.claims()}
         self._open: dict[str, Job] = {}
         self._found: list[Result] = []
@@ -92,7 +92,7 @@ class Desk:
         for result in self._queue.results(self._open):
             self._close(result)
             if self._lost[result.uid]:
-                self._queue.withdraw(result.uid)  # its first worker was slow, not dead
+                self._queue.drop(result.uid)  # its first worker was slow, not dead
 
     def _close(self, result: Result) -> None:
         del self._open[result.uid]

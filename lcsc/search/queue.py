@@ -74,10 +74,6 @@ class Queue:
         body = canonical_json({"job": entry.job, "timeout_seconds": entry.timeout_seconds})
         write_bytes(self.folder / "jobs" / f"{entry.uid}.json", f"{body}\n".encode())
 
-    def withdraw(self, uid: str) -> None:
-        """Offer it no more; whoever has claimed it goes on."""
-        (self.folder / "jobs" / f"{uid}.json").unlink(missing_ok=True)
-
     def waiting(self) -> set[str]:
         """Jobs that nobody has claimed."""
         return {name[:-5] for name in names(self.folder / "jobs") if _UID.fullmatch(name[:-5])}
@@ -128,9 +124,10 @@ class Queue:
             return False
         return True
 
-    def drop(self, uid: str, worker: str) -> None:
-        """Forget a claim."""
-        (self.folder / "claims" / f"{uid}.{worker}.json").unlink(missing_ok=True)
+    def drop(self, uid: str, worker: str | None = None) -> None:
+        """Forget a worker's claim, or (None) the offer of a job; whoever is at it goes on."""
+        path = f"jobs/{uid}.json" if worker is None else f"claims/{uid}.{worker}.json"
+        (self.folder / path).unlink(missing_ok=True)
 
     def _candidates(self) -> Iterator[str]:
         """Jobs to try: the rest of the last listing, then a new one, so that thousands of jobs are listed seldom.

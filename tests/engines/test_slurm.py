@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers_cli import TOY
@@ -136,21 +137,25 @@ def test_a_search_with_a_killed_worker_leaves_the_journal_of_one_process(tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lcsc.cli.watch.PAUSE", math.inf)
     assert main([*SEARCH, "run_dir=inline"]) == 0
-    killed = []
+    killed, over = [], threading.Event()
 
     def kill_one():
-        def evaluating():
-            beats = read_beats(tmp_path / "slurm" / "work" / "beats")
-            killed.extend(facts["child"] for facts in beats.values() if facts["done"] and facts["child"])
-            return killed
-
-        until(evaluating)
-        kill(killed[0])
+        """Kill an evaluating process once three evaluations are done."""
+        while len(list((tmp_path / "slurm" / "work" / "results").glob("*.json"))) < 3 and not over.wait(0.01):
+            pass
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "lcsc.search.child" in words and str(tmp_path) in " ".join(words):
+                process.kill()
+                killed.append(process.pid)
+                return
 
     killer = threading.Thread(target=kill_one)
     killer.start()
     assert main([*SEARCH, *ENGINE, "run_dir=slurm"]) == 0
+    over.set()
     killer.join()
+    assert len(killed) == 1
     assert journal(tmp_path / "slurm") == journal(tmp_path / "inline")
     # all ended, and nothing is open
     assert sorted(path.name for path in (tmp_path / "slurm" / "work").iterdir()) == sorted(
@@ -162,9 +167,16 @@ def test_a_search_with_a_killed_worker_leaves_the_journal_of_one_process(tmp_pat
 
 def test_the_parts_are_what_they_say():
     assert isinstance(Slurm(), Engine)
-    wrong = {"num_workers": 0, "time_minutes": 0, "lease_seconds": 0.0, "poll_seconds": -1.0, "max_restarts": -1}
+    wrong = {
+        "extra": "qos",
+        "num_workers": 0,
+        "time_minutes": 0,
+        "lease_seconds": 0.0,
+        "poll_seconds": -1.0,
+        "max_restarts": -1,
+    }
     for name, value in {**wrong, "timeout_seconds": math.nan}.items():
-        with pytest.raises(ConfigError, match=f"`engine.{name}` is {value}; it must be"):
+        with pytest.raises(ConfigError, match=f"`engine.{name}` is `?{value}`?; (it must be|write parameters by name)"):
             Slurm(**{name: value})
 
 

@@ -12,8 +12,8 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -216,7 +216,7 @@ class SlurmCrew(Closing):
         self._stop.touch()
         self._array.cancel()
         for uid in self._queue.waiting():
-            self._queue.withdraw(uid)
+            self._queue.drop(uid)
         for uid, worker in self._queue.claims():
             self._queue.drop(uid, worker)
         self._open.close()
@@ -270,8 +270,8 @@ class Slurm:
         partition, account: as sbatch has them; None for the cluster's defaults.
         gpus_per_node, cpus_per_task, mem_gb: of each worker; None for the cluster's defaults.
         time_minutes: that each worker may run; it takes no work that would not be done by then, and is replaced.
-        extra: more of submitit's parameters for SLURM, such as `{qos: high, constraint: a100}`; what submitit does not
-            know goes into `additional_parameters`.
+        extra: more of submitit's parameters for SLURM, such as `{qos: high, constraint: a100}`, or None; what submitit
+            does not know goes into `additional_parameters`.
         lease_seconds: a worker that has not beaten for so long is lost, and its job is done by another.
         driver_lease_seconds: workers whose driver has not beaten for so long end.
         timeout_seconds: that an evaluation may take before it is a failure; None for any.
@@ -288,7 +288,7 @@ class Slurm:
     cpus_per_task: Optional[int] = None  # noqa: UP045
     mem_gb: Optional[float] = None  # noqa: UP045
     time_minutes: int = 240
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: Any = None
     lease_seconds: float = 120.0
     driver_lease_seconds: float = 600.0
     timeout_seconds: Optional[float] = None  # noqa: UP045
@@ -303,6 +303,8 @@ class Slurm:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"`engine.{name}` is {value}; it must be above 0.")
+        if not isinstance(self.extra, Mapping | None):
+            raise ConfigError(f"`engine.extra` is `{self.extra}`; write parameters by name: {{qos: high}}.")
         if self.max_restarts < 0:
             raise ConfigError(f"`engine.max_restarts` is {self.max_restarts}; it must be at least 0.")
 
@@ -325,7 +327,7 @@ def _parameters(settings: Slurm, name: str) -> dict[str, Any]:
         "slurm_partition": settings.partition,
         "slurm_account": settings.account,
         "slurm_array_parallelism": settings.num_workers,
-        **{f"slurm_{key}": value for key, value in settings.extra.items()},
+        **{f"slurm_{key}": value for key, value in (settings.extra or {}).items()},
     }
 
 
