@@ -135,7 +135,7 @@ def local_workers(work: Path, jobs: int = 24) -> dict[str, Any] | None:
     rates: dict[int, list[float]] = {1: [], 2: []}
     for round_ in range(ROUNDS):
         for number, seen in rates.items():
-            engine = registry.build("engine", {"name": "local", field: number})
+            engine = registry.build("engine", {"name": "local", field: number, "threads": 1})
             with engine.start(site) as crew:
                 seen.append(rate(crew, tasks, problem.budget.num_images, f"{round_} {number}"))
     speedups = [two / one for one, two in zip(rates[1], rates[2], strict=True)]

@@ -18,7 +18,7 @@ import numpy as np
 from lcsc.core.errors import ConfigError, LcscError, MissingExtraError
 from lcsc.core.registry import register
 from lcsc.search.engines.base import Closing, Result, Site
-from lcsc.search.engines.ray_cluster import Cluster
+from lcsc.search.engines.ray_cluster import Cluster, last_words
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
 from lcsc.search.packed_bank import forget, pack_section, packed, unpack_once
@@ -31,6 +31,8 @@ DEPTH = 2
 TRIES = 2
 #: Seconds after which the user hears that no worker has begun yet.
 PATIENCE = 60.0
+#: Seconds at the end for removing the bank's files.
+FAREWELL = 10.0
 #: Seconds that a process may take longer for its first evaluation, which imports what the problem needs.
 WARM_UP = 60.0
 
@@ -114,7 +116,9 @@ class Host:
     def __init__(self, order: Mapping[str, Any], name: str, bank: str) -> None:
         self._order, self._name, self._bank = dict(order), name, bank
         self._worker: Worker | None = None
-        self._files: list[IO[Any]] = []
+        self._words: IO[str] | None = None  # open until the process ends
+        self._file = Path()  # of the bank's bytes, on this node
+        self._lock: IO[bytes] | None = None  # says that the file is in use
 
     def ready(self, data: np.ndarray | None) -> dict[str, Any]:
         """Build the worker, from the bank's bytes where they are given; what the driver should know.
@@ -128,8 +132,9 @@ class Host:
 
         folder = session_folder()
         words = folder / "logs" / f"lcsc-{os.getpid()}.crash"
-        self._files.append(open(words, "w"))  # noqa: SIM115 - open until the process ends
-        faulthandler.enable(self._files[-1], all_threads=False)
+        if self._words is None:
+            self._words = open(words, "w")  # noqa: SIM115
+            faulthandler.enable(self._words, all_threads=False)
         told = {"absent": False, "error": None, "file": None, "last_words": str(words), "pid": os.getpid()}
         told["node"] = ray.get_runtime_context().get_node_id()
         if not Path(self._order["cwd"]).is_dir():
@@ -138,29 +143,27 @@ class Host:
             there = Path(self._order["cwd"], self._order["config"]["bank"]["path"])
             if not there.exists():
                 return {**told, "absent": True}
-        path = None if data is None else folder / f"lcsc-bank-{self._order['fingerprints']['bank']}.safetensors"
-        self._worker, error = guarded(lambda: self._build(data, path))
-        return {**told, "error": error, "file": path}
+        self._file = folder / f"lcsc-bank-{self._order['fingerprints']['bank']}.safetensors"
+        self._worker, error = guarded(lambda: self._build(data))
+        return {**told, "error": error, "file": None if data is None else self._file}
 
-    def _build(self, data: np.ndarray | None, path: Path | None) -> Worker:
-        if data is not None and path is not None:
-            self._files.append(unpack_once(data, path))
+    def _build(self, data: np.ndarray | None) -> Worker:
+        if data is not None:
+            self._lock = unpack_once(data, self._file)
             config = self._order["config"]
-            self._order["config"] = {**config, "bank": pack_section(config["bank"], path)}
+            self._order["config"] = {**config, "bank": pack_section(config["bank"], self._file)}
         return Worker(self._order, self._name)
+
+    def leave(self) -> None:
+        """Remove the bank's file, if this is the last process here that uses it."""
+        if self._lock is not None:
+            self._lock.close()
+            forget(self._file)
 
     def do(self, job: Job) -> tuple[Result | None, str | None]:
         """The result, or what is wrong with the problem; neither where the process was started again meanwhile."""
         worker = self._worker
         return (None, None) if worker is None else guarded(lambda: worker.do(job))
-
-
-def last_words(path: str) -> str:
-    """What a process wrote when it crashed; empty where it was killed."""
-    file = Path(path)
-    text = file.read_text() if file.is_file() else ""
-    file.unlink(missing_ok=True)
-    return text.strip().partition("\n")[0]
 
 
 @dataclass
@@ -197,7 +200,6 @@ class RayCrew(Closing):
         self._deaths: Counter[str] = Counter()
         self._results: list[Result] = []
         self._data: Any = None  # the bank in the object store
-        self._copies: dict[str, Path] = {}  # node: file of the bank
         self._patience = time.monotonic() + PATIENCE
 
     def begin(self) -> None:
@@ -242,10 +244,12 @@ class RayCrew(Closing):
     def close(self) -> None:
         """See `Crew.close`."""
         with contextlib.suppress(Exception):  # a cluster that is gone needs no farewell
+            idle = [] if self._cluster.own else [m for m in self._members if m.told.get("file") and not m.jobs]
+            calls = [member.actor.leave.remote() for member in idle]
+            if calls:
+                self._ray.wait(calls, num_returns=len(calls), timeout=FAREWELL)
             for member in self._members:
                 self._ray.kill(member.actor)
-            if not self._cluster.own:
-                self._cluster.errands(forget, self._copies)
         self._cluster.leave()
 
     def _hire(self, member: Member) -> None:
@@ -298,8 +302,6 @@ class RayCrew(Closing):
                 self._prepare(member)
         elif member.told["error"] is not None:
             self._dismiss(member, member.told["error"])
-        elif member.told["file"]:
-            self._copies[member.told["node"]] = member.told["file"]
 
     def _dismiss(self, member: Member, reason: str) -> None:
         """Go on without it.
@@ -374,8 +376,7 @@ class RayCrew(Closing):
         if self._deaths[job.uid] < TRIES:
             self._waiting.appendleft(job)
         else:
-            node = member.told["node"]
-            words = self._cluster.errands(last_words, {node: member.told["last_words"]}).get(node)
+            words = self._cluster.errand(member.told["node"], last_words, member.told["last_words"])
             how = f"crashed {TRIES} times ({words})" if words else f"was killed {TRIES} times; often memory ran out"
             self._fail(member, job, f"the process of its worker {how}", "crashed" if words else "killed")
         self._prepare(member)

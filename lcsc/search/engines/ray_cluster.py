@@ -12,6 +12,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,8 +25,8 @@ ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
 }
-#: Seconds that small errands on other nodes may take.
-ERRAND = 15.0
+#: Seconds that a small errand on another node may take: a process has to start for it.
+ERRAND = 60.0
 #: Times that Ray is started, where it gives up because the machine is busy: it waits for itself no longer than 30 s.
 STARTS = 3
 
@@ -80,21 +81,14 @@ class Cluster:
         room = sum(int(min(has.get(key, 0) // n for key, n in need.items() if n)) for has in nodes)
         return room, {key: max((has.get(key, 0) for has in nodes), default=0) for key in need}
 
-    def errands(self, work: Callable[[Any], Any], places: Mapping[str, Any]) -> dict[str, Any]:
-        """What `work` gives on each node for its argument; nothing of a node that is gone or slow."""
-        ray, calls = self.ray, {}
-        for node, argument in places.items():
-            there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
-            task = ray.remote(work).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-            calls[task.remote(argument)] = node
-        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=ERRAND) if calls else ([], [])
-        found = {}
-        for call in done:
-            try:
-                found[calls[call]] = ray.get(call)
-            except ray.exceptions.RayError:
-                continue
-        return found
+    def errand(self, node: str, work: Callable[[Any], Any], argument: Any) -> Any:
+        """What `work` gives on a node; None where the node is gone or slow."""
+        there = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+        task = self.ray.remote(work).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        try:
+            return self.ray.get(task.remote(argument), timeout=ERRAND)
+        except self.ray.exceptions.RayError:
+            return None
 
     def leave(self) -> None:
         """Disconnect; stop Ray if it is ours."""
@@ -160,3 +154,11 @@ def kill_children(temp: str) -> None:
         with warnings.catch_warnings():  # Ray forgets processes that it started in vain, and Python complains
             warnings.simplefilter("ignore", ResourceWarning)
             gc.collect()
+
+
+def last_words(path: str) -> str:
+    """What a process wrote when it crashed; empty where it was killed."""
+    file = Path(path)
+    text = file.read_text() if file.is_file() else ""
+    file.unlink(missing_ok=True)
+    return text.strip().partition("\n")[0]
