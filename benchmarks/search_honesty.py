@@ -8,13 +8,17 @@ coverage  200 searches of a problem with a known answer (`toy_gaussian`, each wi
 optimism  the best trial's value on its search seeds, against the mean of 20 scores of the same candidate on as many
           fresh images (same half of the reference): by searcher and by images a trial per coefficient. And the same
           candidate on the other half, which adds what was fitted to the reference.
+
+The same line continues: every finished search is a small file under `--work`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -67,27 +71,44 @@ def scores(evaluator: Evaluator, vector: np.ndarray, purpose: Purpose, num: int,
     return np.array([row["value"] for row in rows])
 
 
-def coverage(place: Path) -> dict:
+def kept(path: Path, measure: Callable[[], dict]) -> dict:
+    """What a file holds, or, where it is not there yet, what is measured now and written to it."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = json.dumps(measure())
+        path.with_suffix(".part").write_text(found)
+        path.with_suffix(".part").rename(path)
+    return json.loads(path.read_text())
+
+
+def intervals_hold(place: Path, seed: int) -> dict[str, bool]:
+    """One search of the known problem: does the interval of the report, and of the search seeds, hold the truth?"""
+    budget = [
+        "num_trials=30",
+        "num_images=200",
+        "num_finalists=3",
+        "num_images_select=200",
+        "num_images_report=1000",
+    ]
+    words = ["experiment=toy_gaussian", f"bank.path={place}", f"seed={seed}", "searcher=cma"]
+    evaluator, records = searched(problem([*words, *(f"search.{word}" for word in budget)]))
+    best = next(record for record in records if record["kind"] == "report" and record["who"] == "best")
+    vector = np.array(best["vector"])
+    truth = scores(evaluator, vector, Purpose.REPORT, 1000, TRUTH_SCORES, FIRST_FRESH).mean()
+    held = {"report": bool(abs(best["value"] - truth) <= 1.96 * best["se"])}
+    own = evaluator.score(vector, Purpose.SEARCH, range(200), full=True)
+    truth = scores(evaluator, vector, Purpose.FRESH, 200, TRUTH_SCORES, FIRST_FRESH).mean()
+    return {**held, "search seeds of the winner": bool(abs(own["value"] - truth) <= 1.96 * own["se"])}
+
+
+def coverage(work: Path) -> dict:
     """How often the intervals hold the truth."""
-    held = {"report": [], "search seeds of the winner": []}
-    for seed in range(COVERAGE_SEARCHES):
-        budget = [
-            "num_trials=30",
-            "num_images=200",
-            "num_finalists=3",
-            "num_images_select=200",
-            "num_images_report=1000",
-        ]
-        words = ["experiment=toy_gaussian", f"bank.path={place}", f"seed={seed}", "searcher=cma"]
-        evaluator, records = searched(problem([*words, *(f"search.{word}" for word in budget)]))
-        best = next(record for record in records if record["kind"] == "report" and record["who"] == "best")
-        vector = np.array(best["vector"])
-        truth = scores(evaluator, vector, Purpose.REPORT, 1000, TRUTH_SCORES, FIRST_FRESH).mean()
-        held["report"].append(abs(best["value"] - truth) <= 1.96 * best["se"])
-        own = evaluator.score(vector, Purpose.SEARCH, range(200), full=True)
-        truth = scores(evaluator, vector, Purpose.FRESH, 200, TRUTH_SCORES, FIRST_FRESH).mean()
-        held["search seeds of the winner"].append(abs(own["value"] - truth) <= 1.96 * own["se"])
-    share = {name: float(np.mean(hits)) for name, hits in held.items()}
+    place = bank(["experiment=toy_gaussian"], work / "bank-toy_gaussian")
+    rows = [
+        kept(work / f"honesty/coverage-{seed}.json", lambda seed=seed: intervals_hold(place, seed))
+        for seed in range(COVERAGE_SEARCHES)
+    ]
+    share = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     error = {name: float(np.sqrt(s * (1 - s) / COVERAGE_SEARCHES)) for name, s in share.items()}
     return {"share_of_95_percent_intervals_that_hold": share, "standard_error": error, "target": 0.93}
 
@@ -122,14 +143,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results/search_honesty.json"))
     args = parser.parse_args()
-    toy = bank(["experiment=toy_gaussian"], args.work / "bank-toy_gaussian")
-    covered = coverage(toy)
-    runs = []
+    covered, runs = coverage(args.work), []
     for seed in args.seeds:
         words = ["experiment=digits_consistency", f"seed={seed}"]
         place = bank(words, args.work / f"bank-digits_consistency-{seed}")
         words.append(f"bank.path={place}")
-        runs += [{"seed": seed, **optimism(words, name, num)} for num in NUM_IMAGES for name in SEARCHERS]
+        for num in NUM_IMAGES:
+            for name in SEARCHERS:
+                file = args.work / f"honesty/{name.replace(', ', '-').replace(' ', '_')}-{num}-{seed}.json"
+                runs.append({"seed": seed, **kept(file, lambda n=name, m=num, w=words: optimism(w, n, m))})
     keys = ("promised", "fresh_noise", "other_half", "optimism_of_noise", "optimism_of_all")
     table = [
         {
