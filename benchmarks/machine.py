@@ -15,7 +15,7 @@ PACKAGES = ("lcsc", "torch", "numpy", "scipy", "diffusers", "nevergrad", "scikit
 
 
 def circumstances() -> dict[str, Any]:
-    """Machine, versions and commit."""
+    """Machine, versions and commit; the environment's `COMMIT` names it for a copy without its repository."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run(["git", "status", "--porcelain", "lcsc", "conf"], cwd=ROOT, capture_output=True, text=True)
@@ -23,7 +23,7 @@ def circumstances() -> dict[str, Any]:
         "machine": f"{os.cpu_count()} cores, {cpu or platform.processor()}, {platform.system()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "commit": commit + ("+changes" if dirty.stdout.strip() else ""),
+        "commit": os.environ.get("COMMIT") or commit + ("+changes" if dirty.stdout.strip() else ""),
         "gpu": _gpu(),
     }
 

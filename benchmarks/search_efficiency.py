@@ -19,7 +19,7 @@ from searches import by_contestant, contest, contest_arguments, write
 
 EVOLUTION = "lcsc_evolution"
 #: Budget of the paper's search: (trials, images a trial). The issue's size on digits, less where images cost more.
-EVOLUTION_BUDGET = {"digits": (2000, 1000), "mnist16": (400, 1000)}
+EVOLUTION_BUDGET = {"digits": (2000, 1000), "mnist16": (2000, 500)}
 GRADIENT_STEPS = (20, 40, 60, 160)
 TARGET = 1 / 30
 

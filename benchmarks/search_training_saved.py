@@ -2,6 +2,8 @@
 
     python benchmarks/search_training_saved.py --work scratch/ [--seeds 0 1 2] [--steps 8000]
     python benchmarks/search_training_saved.py --work scratch/ --experiment mnist16_consistency --mnist mnist.npz
+    python benchmarks/search_training_saved.py --work scratch/ --experiment cifar10_consistency --seeds 0 \
+        --cifar10 made/ --data train.parquet   # `made/` as scripts/reproduce/cifar10.sh wrote it
 
 Consistency models at 1 network evaluation, one long run for each seed. The aim is the best of the full run's EMAs
 (exponential and power-function ones of many lengths, over all its checkpoints, tuned on the search seeds). Then the
@@ -21,33 +23,47 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from searches import bank, run, words_of, write
 
-BATCHES = {"digits_consistency": 128, "mnist16_consistency": 64}
+BATCHES = {"digits_consistency": 128, "mnist16_consistency": 64, "cifar10_consistency": 256}
 SAVE_EVERY, NUM_CHECKPOINTS, NUM_TRIALS = 20, 40, 60
 STOPS = (100, 200, 300, 400, 600, 800, 1200, 1600)
 EMAS = ("ema", "power_ema")
 
 
-def early(words: list[str], stop: int, target: Path) -> dict:
+def early(words: list[str], stop: int, save_every: int, target: Path) -> dict:
     """The search over at most 40 checkpoints up to a step."""
-    every = max(1, stop // SAVE_EVERY // NUM_CHECKPOINTS)
+    every = max(1, stop // save_every // NUM_CHECKPOINTS)
     return run([*words, f"bank.stop={stop}", f"bank.every={every}", f"search.num_trials={NUM_TRIALS}"], target)
 
 
-def measure(experiment: str, seed: int, steps: int, work: Path, mnist: Path | None) -> dict:
-    """One training run, its EMAs, and searches of growing prefixes until one is good enough."""
-    batch, name = BATCHES[experiment], f"{experiment}-{steps}-{seed}"
+def long_bank(experiment: str, seed: int, args: argparse.Namespace) -> tuple[list[str], int, int]:
+    """Words that name the long run's bank, its steps and how often it saved."""
+    if experiment.startswith("cifar10"):
+        made = args.cifar10.resolve()
+        place, weights = made / "banks" / experiment, made / "detector.safetensors"
+        trainer = json.loads((place / "train.json").read_text())["config"]["trainer"]
+        words = [f"experiment={experiment}", f"seed={seed}", f"bank.path={place}"]
+        words += [f"dataset.path={args.data.resolve()}", f"metric.weights_path={weights}"]
+        return words, trainer["num_steps"], trainer["save_every"]
+    steps, batch = args.steps, BATCHES[experiment]
     train = [f"trainer.num_steps={steps}", f"trainer.save_every={SAVE_EVERY}", f"trainer.batch_size={batch}"]
-    words = [*words_of(experiment, seed, work, mnist), *train]
-    words.append(f"bank.path={bank(words, work / f'bank-long-{name}')}")
+    words = [*words_of(experiment, seed, args.work, args.mnist), *train]
+    place = bank(words, args.work / f"bank-long-{experiment}-{steps}-{seed}")
+    return [*words, f"bank.path={place}"], steps, SAVE_EVERY
+
+
+def measure(experiment: str, seed: int, args: argparse.Namespace) -> dict:
+    """One training run, its EMAs, and searches of growing prefixes until one is good enough."""
+    words, steps, save_every = long_bank(experiment, seed, args)
+    name = f"{experiment}-{steps}-{seed}"
     one = ["searcher=one_plus_one", "search.num_trials=1", "search.num_finalists=1", "search.num_images=1000"]
-    full = run([*words, *one], work / f"full-{name}")
+    full = run([*words, *one], args.work / f"full-{name}")
     aim = min((full["baselines"][e] for e in EMAS if e in full["baselines"]), key=lambda row: row["value"])
-    cost = 4 * batch * steps
+    cost = 4 * BATCHES[experiment] * steps
     row = {"experiment": experiment, "seed": seed, "num_steps": steps, "image_forwards_of_full_run": cost}
     row |= {"best_ema_of_full_run": aim, "baselines_of_full_run": full["baselines"], "early": {}}
-    for stop in (stop for stop in STOPS if stop < steps):
-        found = early(words, stop, work / f"early-{name}-{stop}")
-        spent = 4 * batch * stop + found["image_forwards_of_search"]
+    for stop in (stop for stop in STOPS if 2 * save_every <= stop < steps):
+        found = early(words, stop, save_every, args.work / f"early-{name}-{stop}")
+        spent = 4 * BATCHES[experiment] * stop + found["image_forwards_of_search"]
         row["early"][str(stop)] = {**found, "image_forwards_with_training": spent}
         if found["value"] <= aim["value"]:
             factors = {"factor_in_steps": steps / stop, "factor_with_search": cost / spent}
@@ -61,11 +77,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--experiment", default="digits_consistency", choices=sorted(BATCHES))
     parser.add_argument("--mnist", type=Path, help="npz file of MNIST")
+    parser.add_argument("--cifar10", type=Path, help="folder of scripts/reproduce/cifar10.sh")
+    parser.add_argument("--data", type=Path, help="parquet file of CIFAR-10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results/search_training_saved.json"))
     args = parser.parse_args()
-    rows = [measure(args.experiment, seed, args.steps, args.work, args.mnist) for seed in args.seeds]
+    rows = [measure(args.experiment, seed, args) for seed in args.seeds]
     mine = {(row["experiment"], row["seed"]) for row in rows}
     old = json.loads(args.to.read_text())["runs"] if args.to.exists() else []
     rows = [row for row in old if (row["experiment"], row["seed"]) not in mine] + rows

@@ -160,6 +160,7 @@ class _Session:
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.wrapped, self.prepared = accelerator.prepare(net, self.optimizer)
         self.done = load_state(folder.state_path, net, self.optimizer, folder.digest)
+        self.ahead: tuple[Tensor, dict[str, Tensor]] | None = None  # the next step's batch and noise
         self.wrapped.train()
         if self.speed.compile != "no":
             self.wrapped = torch.compile(self.wrapped, backend=self.speed.compile)
@@ -190,32 +191,44 @@ class _Session:
 
     def _step(self, step: int, interrupted: Callable[[], bool]) -> tuple[float, bool]:
         """One update; returns the loss before it and whether any process was interrupted."""
-        size, rank = self.recipe.batch_size // self.accelerator.num_processes, self.accelerator.process_index
-        mine = slice(rank * size, (rank + 1) * size)
-        rng = self.seeds.generator(step)
-        torch.manual_seed(int(self.seeds.generator(step, DROPOUT + rank).integers(2**63)))
-        index_N = torch.from_numpy(rng.integers(len(self.images_NCHW), size=self.recipe.batch_size))
-        shape_NCHW = (self.recipe.batch_size, *self.images_NCHW.shape[1:])
-        arrays = self.recipe.draw(rng, step, shape_NCHW)
+        torch.manual_seed(int(self.seeds.generator(step, DROPOUT + self.accelerator.process_index).integers(2**63)))
+        images_NCHW, draws = self.ahead or self._batch(step)
         device = self.accelerator.device
-        draws = {name: torch.from_numpy(array[mine]).to(device) for name, array in arrays.items()}
-        images_NCHW = self.images_NCHW[index_N[mine]].to(device, memory_format=self.memory_format)
         # A call uses each weight once, so a cache of casts would only hold memory.
         with torch.autocast(
             device.type, torch.bfloat16, enabled=self.speed.mixed_precision == "bf16", cache_enabled=False
         ):
             loss = self.recipe.loss(self.wrapped, self.model, images_NCHW, draws).mean()
         flag = torch.tensor(float(interrupted()), device=device)
-        value, stop = self.accelerator.reduce(torch.stack([loss.detach(), flag]), "mean").tolist()
+        mean = self.accelerator.reduce(torch.stack([loss.detach(), flag]), "mean")
+        self.prepared.zero_grad()
+        self.accelerator.backward(loss)
+        self.prepared.step()
+        # Reading a number waits for the GPU, so the next batch is drawn while it still works.
+        self.ahead = self._batch(step + 1) if step < self.recipe.num_steps else None
+        value, stop = mean.tolist()
         if not math.isfinite(value):
             raise EvaluationError(
                 f"the loss is {value} at step {step} with `learning_rate` {self.recipe.learning_rate}; it must be "
                 "finite. Train with a lower learning rate into another folder."
             )
-        self.prepared.zero_grad()
-        self.accelerator.backward(loss)
-        self.prepared.step()
         return value, stop > 0
+
+    def _batch(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """This process's images and random numbers of a step, on its device."""
+        size, rank = self.recipe.batch_size // self.accelerator.num_processes, self.accelerator.process_index
+        mine = slice(rank * size, (rank + 1) * size)
+        rng = self.seeds.generator(step)
+        index_N = torch.from_numpy(rng.integers(len(self.images_NCHW), size=self.recipe.batch_size))
+        shape_NCHW = (self.recipe.batch_size, *self.images_NCHW.shape[1:])
+        arrays = self.recipe.draw(rng, step, shape_NCHW)
+        draws = {name: self._moved(torch.from_numpy(array[mine])) for name, array in arrays.items()}
+        return self._moved(self.images_NCHW[index_N[mine]]).to(memory_format=self.memory_format), draws
+
+    def _moved(self, numbers: Tensor) -> Tensor:
+        """On the device; from pinned memory the copy does not wait for what the GPU has to do first."""
+        device = self.accelerator.device
+        return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
     def _log(self, log: TextIO | None) -> None:
         mean = sum(self.done.losses) / len(self.done.losses)

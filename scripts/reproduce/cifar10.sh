@@ -8,6 +8,8 @@
 #   PYTHON=python    a Python that lcsc is installed in
 #   SEED=0           of the trainings and searches
 #   TINY=1           the whole chain at a size for tests, on any CPU; its scores mean nothing
+#   EXPERIMENTS="cifar10 cifar10_consistency"  which of the two, in this order
+#   TRAIN="..."      further words for the trainings, as trainer.num_steps=4000
 #   SPEED="..."      how the trainings run; by default bfloat16, channels-last and compiled, which wants a recent GPU
 # Made for one GPU of the H100 or H200 class and 20 minutes.
 set -euo pipefail
@@ -16,6 +18,7 @@ DATA=${DATA:-${1:-}}
 OUT=${OUT:-cifar10}
 PYTHON=${PYTHON:-python}
 SEED=${SEED:-0}
+EXPERIMENTS=${EXPERIMENTS:-cifar10 cifar10_consistency}
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 if [[ ! -f $DATA ]]; then
@@ -46,6 +49,8 @@ else
     search=()
 fi
 read -ra speed <<<"$SPEED"
+read -ra more <<<"${TRAIN:-}"
+train+=("${more[@]}")
 data+=("dataset.path=$DATA")
 
 weights=$OUT/detector.safetensors
@@ -53,7 +58,7 @@ if [[ ! -f $weights ]]; then
     "$PYTHON" "$HERE/../train_detector.py" dataset=parquet "${data[@]}" "seed=$SEED" "${detector[@]}" "to=$weights"
 fi
 
-for experiment in cifar10 cifar10_consistency; do
+for experiment in $EXPERIMENTS; do
     settings=(
         "experiment=$experiment" "seed=$SEED" "${data[@]}" "metric.weights_path=$weights"
         "bank.path=$OUT/banks/$experiment" "runs_dir=$OUT/runs" "${train[@]}" "${speed[@]}" "${search[@]}"
