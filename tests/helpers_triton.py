@@ -246,7 +246,12 @@ def compiled():
         options = {"num_warps": warps, "enable_fp_fusion": True}
         ptx = build(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
         loads = re.findall(r"ld\.global\.L1::evict_first(?:\.L2::cache_hint)?(?:\.v(\d))?\.b(\d+)", ptx)
-        return {"load_bits": sorted({int(n or 1) * int(bits) for n, bits in loads}), "local": ".local" in ptx}
+        starts = "0d8000000000000000" in ptx or "0f80000000" in ptx
+        return {
+            "load_bits": sorted({int(n or 1) * int(bits) for n, bits in loads}),
+            "local": ".local" in ptx,
+            "starts_at_negative_zero": starts,
+        }
 
     result = {}
     for BB, dtype, acc, edge, zeros in [

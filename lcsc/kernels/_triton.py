@@ -87,7 +87,7 @@ def _combine_kernel(
     count = tl.load(counts + group)
     rows += group * N
     coefs += group * N * BB
-    acc = tl.full((BB, BLOCK), -0.0, ACC)
+    acc = tl.full((BB, BLOCK), 0.0, ACC) * -1.0  # -0.0, which Triton before 3.9 takes for 0.0 in `full`
     if ANCHOR:
         share = tl.load(anchor_coefs + group * BB + candidate)
         base = tl.load(anchor + column, mask=inside, other=0.0)

@@ -85,6 +85,7 @@ def test_project_is_the_sum_within_tolerance_and_the_same_every_time(interpreted
 def test_the_kernels_compile_for_an_h100_with_wide_loads_and_without_spills(children):
     found = finish(children[1])
     assert not any(kernel["local"] for kernel in found.values())
+    assert all(kernel["starts_at_negative_zero"] for name, kernel in found.items() if "combine" in name)
     widths = {name: kernel["load_bits"] for name, kernel in found.items()}
     assert widths.pop("combine 16 fp16 fp64 edge") == [16]  # pieces of blocks are read number by number
     assert len(widths) == 3
