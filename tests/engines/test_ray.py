@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
-from helpers_ray import calls, config_of, enter, everything, job, ray_processes, site_of
+from helpers_ray import calls, enter, everything, ray_processes, site_of
 
 from lcsc.core import registry
 from lcsc.core.errors import ConfigError, LcscError, MissingExtraError
@@ -18,7 +19,6 @@ from lcsc.search.engines.ray import Ray
 from lcsc.search.engines.ray_cluster import Cluster
 from lcsc.search.job import Job
 from lcsc.search.run import run_search
-from lcsc.search.setup import build_problem
 
 
 @pytest.fixture(scope="module")
@@ -47,26 +47,17 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_journal_is_that_of_one_process(local, here, monkeypatch, capfd):
-    problem = build_problem(config_of())
+def test_the_journal_is_that_of_one_process_although_a_worker_is_killed(local, here, capfd):
+    problem = site_of(here).problem
     inline = run_search(problem, name="toy", run_dir=here / "inline", quiet=True)
+    Path("calls").unlink()
+    Path("once-0").touch()  # the first evaluation kills its process
     remote = run_search(problem, name="toy", run_dir=here / "ray", quiet=True, engine=Ray())
+    assert not Path("once-0").exists()
     assert (inline / "journal.jsonl").read_bytes() == (remote / "journal.jsonl").read_bytes()
     assert json.loads((remote / "summary.json").read_text())["num_trials"] == 6
-    assert capfd.readouterr().out == ""
-
-
-def test_an_evaluation_whose_worker_is_killed_is_done_again(local, here, capfd):
-    Path("once-1").touch()
-    site = site_of(here)
-    size = site.problem.space().size
-    with Ray(num_workers=2).start(site) as crew:
-        assert crew.slots == 2
-        found = everything(crew, {n: job(n, size) for n in range(5)})
-    assert {n: found[n].row["value"] - found[0].row["value"] for n in found} == pytest.approx({n: n for n in range(5)})
-    tried = [n for n, _ in calls()]
-    assert [tried.count(n) for n in range(5)] == [1, 2, 1, 1, 1]
-    assert len({pid for n, pid in calls() if n == 1}) == 2
+    pids = {pid for _, pid in calls()} - {os.getpid()}  # the export scores here
+    assert 2 <= len(pids) <= 3
     assert capfd.readouterr().out == ""  # Ray would say there that a worker died
 
 
@@ -81,7 +72,7 @@ def test_a_worker_without_the_banks_path_gets_the_bank(local, here, monkeypatch)
     one = {0: Job("score", (0.1,) * size, Purpose.SEARCH, (0, 64)).named("run", "0")}
     with (
         pytest.raises(LcscError, match="no Ray worker can work: .*banks/toy_gaussian"),
-        Ray(bank="path").start(site) as crew,
+        Ray(num_workers=1, bank="path").start(site) as crew,
     ):
         everything(crew, one)
     with Ray(num_workers=2).start(site) as crew:  # auto

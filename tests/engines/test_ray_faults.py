@@ -103,11 +103,11 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.faults
 def test_a_driver_that_is_killed_leaves_no_process_and_its_run_is_continued(here):
-    words = ["search", *SMALL, "engine=ray", "engine.num_workers=2", "search.num_trials=40"]
+    words = ["search", *SMALL, "engine=ray", "engine.num_workers=2"]
     env = {**os.environ, "PYTHONPATH": str(Path(engine_file.__file__).parents[3])}
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, *words, "run_dir=killed"], env=env, cwd=here)
     journal = here / "killed" / "journal.jsonl"
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 30:
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
         assert driver.poll() is None
         time.sleep(0.05)
     children = psutil.Process(driver.pid).children(recursive=True)

@@ -19,12 +19,8 @@ import psutil
 
 from lcsc.core.errors import ConfigError
 
-#: For a Ray of our own: no statistics to its makers; its agents end soon after it was killed, instead of in a minute.
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
-}
+#: For a Ray of our own: no statistics to its makers, nor for a dashboard that is not there.
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
 #: Seconds that a small errand on another node may take: a process has to start for it.
 ERRAND = 60.0
 #: Times that Ray is started, where it gives up because the machine is busy: it waits for itself no longer than 30 s.
