@@ -1,25 +1,30 @@
-"""The ideal denoiser of Gaussian images, as a diffusers network: the toy on which everything is known."""
+"""The ideal denoiser of Gaussian images, kept in the layout of diffusers: the toy on which everything is known.
+
+It is none of diffusers' classes, as importing those takes longer than searching the toy.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+#: Name of the files of weights, as diffusers gives it; `suffix` numbers shards.
+WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 
-@dataclass
-class GaussianDenoiserOutput(BaseOutput):
+
+class GaussianDenoiserOutput(NamedTuple):
     """`sample`: denoised images, shape (N, C, H, W)."""
 
     sample: Tensor
 
 
-class GaussianDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class GaussianDenoiser(nn.Module):
     """E[clean | x] for clean ~ N(mean, diag(std^2)) and x = clean + sigma * unit normal.
 
     D(x; sigma) = mean + std^2 / (std^2 + sigma^2) (x - mean), linear-Gaussian regression (Bishop 2006, Eq. 2.116).
@@ -31,9 +36,9 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         shape: (C, H, W) of an image.
     """
 
-    @register_to_config
     def __init__(self, shape: Sequence[int] = (1, 2, 2)) -> None:
         super().__init__()
+        self.shape = list(shape)
         self.mean_CHW = nn.Parameter(torch.zeros(*shape))
         self.std_CHW = nn.Parameter(torch.ones(*shape))
 
@@ -45,3 +50,30 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         variance_CHW = self.std_CHW**2
         gain_NCHW = variance_CHW / (variance_CHW + sigma_N111**2)
         return GaussianDenoiserOutput(sample=self.mean_CHW + gain_NCHW * (x_NCHW - self.mean_CHW))
+
+    def save_pretrained(self, folder: str, *, max_shard_size: str = "5GB", **_: Any) -> None:
+        """Write config.json and safetensors shards into `folder`, as a network of diffusers does."""
+        from huggingface_hub import save_torch_state_dict
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": type(self).__name__, "shape": self.shape}
+        (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_torch_state_dict(self.state_dict(), folder, filename_pattern=WEIGHTS, max_shard_size=max_shard_size)
+
+    @classmethod
+    def from_pretrained(cls, folder: str, *, output_loading_info: bool = False, **_: Any) -> Any:
+        """The network in `folder`, in eval mode; in a pair with the missing and unexpected keys where these are wanted.
+
+        Raises:
+            OSError: no files of weights.
+            Exception: what safetensors and torch raise for damaged ones, and for tensors of other shapes.
+        """
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        net = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
+        files = sorted(Path(folder).glob(WEIGHTS.format(suffix="*")))
+        if not files:
+            raise OSError(f"no {WEIGHTS.format(suffix='')}")
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        missing, unexpected = net.load_state_dict(tensors, strict=False)
+        info = {"missing_keys": missing, "unexpected_keys": unexpected}
+        return (net.eval(), info) if output_loading_info else net.eval()

@@ -36,7 +36,7 @@ def network_class(name: str) -> Any:
     """The class called `name`; raises `ConfigError` for a name outside `NETWORKS`."""
     if name not in NETWORKS:
         raise ConfigError(f"no network class named `{name}`.{did_you_mean(name, NETWORKS)}")
-    with _quiet():
+    with _quiet(name):
         return getattr(importlib.import_module(NETWORKS[name]), name)
 
 
@@ -65,7 +65,7 @@ def build_network(arch: Mapping[str, Any] | None) -> nn.Module:
         if key not in known:
             raise ConfigError(f"network `{name}` has no argument `{key}`.{did_you_mean(key, known)}")
     try:
-        with _quiet():
+        with _quiet(name):
             return cls(**config)
     except (ValueError, TypeError, IndexError, NotImplementedError) as error:
         raise ConfigError(f"network `{name}` cannot be built from `arch.config`: {_one_line(error)}") from error
@@ -95,7 +95,7 @@ def load_network(folder: Path) -> nn.Module:
             f"`{path}` describes quantized weights; lcsc combines plain ones. Save the network unquantized."
         )
     try:
-        with _quiet():
+        with _quiet(name):
             net, info = cls.from_pretrained(
                 str(folder),
                 local_files_only=True,
@@ -125,13 +125,19 @@ def save_network(net: nn.Module, folder: Path, max_shard_size: str = "5GB") -> N
     cls = network_class(name)
     if not isinstance(net, cls):
         raise ConfigError(f"network `{name}` is not {NETWORKS[name]}.{name}; only those can be saved and loaded again.")
-    with _quiet():
+    with _quiet(name):
         cls.save_pretrained(net, str(folder), safe_serialization=True, max_shard_size=max_shard_size)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence diffusers' log below errors and its bars; what matters of it is raised by us."""
+def _quiet(name: str) -> Iterator[None]:
+    """Silence diffusers' log below errors and its bars; what matters of it is raised by us.
+
+    A network of our own does without diffusers, which takes seconds to import.
+    """
+    if NETWORKS[name] != "diffusers":
+        yield
+        return
     from diffusers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
