@@ -78,7 +78,8 @@ def test_killed_twice_gives_the_journal_of_an_unbroken_run(tmp_path, finish):
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_continue(tmp_path):
-    process = start(*WORDS[:-1], "search.num_trials=1000000", cwd=tmp_path, env=ENV)  # it cannot finish first
+    words = ["search", *TOY, "searcher=lcsc_evolution", "search.num_trials=1000000"]  # it cannot finish first
+    process = start(*words, cwd=tmp_path, env=ENV)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if any(journal.stat().st_size for journal in tmp_path.glob("runs/*/journal.jsonl")):
