@@ -25,29 +25,30 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "reproduce" / "cifar10.sh"
 
 
-#: Stands in for Python: every word and then an empty one, each ended by a zero byte.
+#: Stands in for Python: every word and then an empty one, each ended by a zero byte. It fails at one word.
 NOTE = """#!/usr/bin/env bash
 printf '%s\\0' "$@" "" >>"$NOTES"
+case " $* " in *" ${FAILS_AT:-no word} "*) exit 3 ;; esac
 """
 
 
-def run(cwd: Path, python: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+def run(cwd: Path, python: str | Path, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(SCRIPT)],
         cwd=cwd,
         env={**os.environ, "PYTHON": str(python), **env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout,
     )
 
 
-def commands(cwd: Path, tools: Path, **env: str) -> list[list[str]]:
-    """The words of every call of Python that the script makes where all of them succeed."""
+def commands(cwd: Path, tools: Path, code: int = 0, **env: str) -> list[list[str]]:
+    """The words of every call of Python that the script makes, which then ends with `code`."""
     (tools / "python").write_text(NOTE)
     (tools / "python").chmod(0o755)
     done = run(cwd, tools / "python", NOTES=str(tools / "notes"), **env)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
     return [call.split("\0") for call in (tools / "notes").read_text().removesuffix("\0\0").split("\0\0")]
 
 
@@ -99,6 +100,38 @@ def test_one_command_trains_searches_and_compares(
         reported = json.loads((path / "journal.jsonl").read_text().splitlines()[-1])
         assert reported["others"]["kid_classifier"]["se"] > 0
     assert (tmp_path / "all" / "comparison" / "comparison.csv").exists()
+
+
+def test_a_step_that_fails_is_the_last(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (tmp_path / "train.parquet").touch()
+    tools, words = tmp_path_factory.mktemp("tools"), {"TINY": "1", "DATA": "train.parquet"}
+    calls = commands(tmp_path, tools, 3, FAILS_AT="experiment=cifar10_consistency", **words)
+    assert [call[2] for call in calls[1:]] == ["train", "search", "train"]
+
+
+def test_experiments_and_words_of_the_trainings_can_be_named(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (tmp_path / "train.parquet").touch()
+    words = {"DATA": "train.parquet", "EXPERIMENTS": "cifar10", "TRAIN": "trainer.num_steps=9 bank.every=2"}
+    calls = commands(tmp_path, tmp_path_factory.mktemp("tools"), **words)
+    assert [call[2] for call in calls[1:]] == ["train", "search", "report"]
+    for call in calls[1:3]:
+        assert {"experiment=cifar10", "trainer.num_steps=9", "bank.every=2", "trainer.compile=inductor"} <= set(call)
+
+
+@pytest.mark.faults
+def test_in_processes_of_its_own(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet")
+    words = {"TINY": "1", "DATA": "train.parquet", "OUT": "all", "PYTHONPATH": str(ROOT)}
+    first = run(tmp_path, sys.executable, timeout=900, **words)
+    assert first.returncode == 0, first.stderr
+    assert "held-out accuracy 1.0000" in first.stdout
+    journals = {path: path.read_bytes() for path in (tmp_path / "all" / "runs").glob("*/journal.jsonl")}
+    assert len(journals) == 2
+    again = run(tmp_path, sys.executable, timeout=900, **words)  # the same line finds everything done
+    assert again.returncode == 0, again.stderr
+    assert {path: path.read_bytes() for path in journals} == journals
 
 
 def test_without_data_it_says_so(tmp_path: Path) -> None:
