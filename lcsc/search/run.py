@@ -16,6 +16,7 @@ from lcsc.export.model import export_model, searched_levels
 from lcsc.metrics.frechet import FrechetDistance
 from lcsc.objectives.base import tuned
 from lcsc.operators.base import notes_of
+from lcsc.search.disk import run_bytes
 from lcsc.search.engines.base import Engine, Site
 from lcsc.search.engines.inline import Inline
 from lcsc.search.frames import read_records
@@ -64,9 +65,9 @@ def run_search(
         LcscError: a mistake in the configuration or the bank; nothing is written before all are checked.
     """
     problem.bank.load()  # damaged numbers show up here, before anything is written
-    preview = problem.searcher.start(problem.task())  # refuses a task it cannot work on
-    info = _info(problem, name, command)
-    run, state = open_run_dir(runs_dir, run_dir, info, (lambda _: None) if quiet else say, fork)
+    first = problem.searcher.start(problem.task()).ask()  # refuses a task it cannot work on
+    info, need = _info(problem, name, command), run_bytes(problem, slopes=first.gradient)
+    run, state = open_run_dir(runs_dir, run_dir, info, (lambda _: None) if quiet else say, fork, need)
     if state == "finished":
         if not quiet:
             say(f"{run.path} is finished already; nothing to do")
@@ -79,7 +80,7 @@ def run_search(
         with (engine or Inline()).start(site) as crew:
             search = Search(problem, journal, progress, crew, inherited_rows(run, progress.note))
             progress.expect(search.num_steps())
-            search.say_fitting(preview.ask())  # before anything is spent
+            search.say_fitting(first)  # before anything is spent
             outcome = search.run()
             share = _waited(search, crew.slots)
         num, of = num_inherited(journal.records), len(journal.records)

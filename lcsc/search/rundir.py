@@ -15,6 +15,7 @@ from lcsc.core.differences import differences
 from lcsc.core.digests import value_digest
 from lcsc.core.errors import OutputExistsError, RunError
 from lcsc.core.files import new_directory, write_json, writing
+from lcsc.search.disk import need_room
 from lcsc.search.lock import LEASE, Lock
 
 #: Raised when a run directory is written otherwise than before. 2: journal lines carry checksums.
@@ -57,7 +58,12 @@ class RunDir:
 
 
 def open_run_dir(
-    runs_dir: Path, explicit: Path | None, info: Mapping[str, Any], note: Callable[[str], None], fork: bool = False
+    runs_dir: Path,
+    explicit: Path | None,
+    info: Mapping[str, Any],
+    note: Callable[[str], None],
+    fork: bool = False,
+    need: int = 0,
 ) -> tuple[RunDir, str]:
     """The run directory for a search: the one it began earlier, or a new one.
 
@@ -68,6 +74,7 @@ def open_run_dir(
         note: hears why a run of the same configuration was not continued.
         fork: whether a run of another configuration, `explicit` or the newest of this name, becomes the parent of a
             new one in `runs_dir`, whose run.json has the section `parent`: `run_id`, `path` and `differences`.
+        need: bytes that a new directory will take in the end.
 
     Returns:
         The directory and what happened: "new", "resumed" or "finished".
@@ -75,12 +82,13 @@ def open_run_dir(
     Raises:
         RunError: `explicit` belongs to another configuration (every differing field is named) or is no run directory;
             there is nothing to fork.
+        ConfigError: the disk has no room for a new one.
     """
     parent = None
     if explicit is not None:
         with contextlib.suppress(OutputExistsError):  # also where another start of the same line makes it just now
             if not fork:
-                return _create(explicit, info), "new"
+                return _create(explicit, info, need), "new"
         parent = RunDir.load(explicit)
         rows = _differences(parent.info, info)
         if not rows:
@@ -103,7 +111,7 @@ def open_run_dir(
         else:
             _say_near(runs_dir, info, note)
         name = f"{_folder_name(info['name'])}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-        return _create(runs_dir / name, info), "new"
+        return _create(runs_dir / name, info, need), "new"
 
 
 def _folder_name(name: str) -> str:
@@ -153,8 +161,10 @@ def _parent_section(parent: RunDir, info: Mapping[str, Any]) -> dict[str, Any]:
     return {"run_id": parent.info["run_id"], "path": str(parent.path.resolve()), "differences": rows}
 
 
-def _create(path: Path, info: Mapping[str, Any]) -> RunDir:
+def _create(path: Path, info: Mapping[str, Any], need: int) -> RunDir:
     """A run directory that is there with its run.json or not at all; raises OutputExistsError where one is."""
+    if not path.exists():
+        need_room(path, need)
     now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     info = {"schema": SCHEMA, "run_id": path.name, "created_utc": now, **info}
     with writing(path), new_directory(path) as folder:
