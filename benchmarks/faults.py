@@ -97,6 +97,12 @@ ROWS = {
         "inputs unchanged; outside of the run only matplotlib's list of fonts, in the home",
         "test_places.py",
     ),
+    "one_journal": (
+        "the digits search, in batches, inline and by two workers of local, ray and slurm (submitit on this machine)",
+        "{engines} runs of {records} records",
+        "one journal, SHA-256 {digest}...; the same best candidate",
+        "engines/test_one_journal.py",
+    ),
 }
 
 
@@ -106,7 +112,8 @@ def rows_of(counts: dict[str, dict[str, int | str]]) -> list[str]:
     for name, (fault, done, outcome, test) in ROWS.items():
         if name in counts:
             shown = {key: num if isinstance(num, str) else f"{num:,}" for key, num in counts[name].items()}
-            rows.append(f"| {fault} | {done.format(**shown)} | {outcome.format(**shown)} | `tests/fault/{test}` |")
+            place = test if "/" in test else f"fault/{test}"
+            rows.append(f"| {fault} | {done.format(**shown)} | {outcome.format(**shown)} | `tests/{place}` |")
     bad = [count for name, count in counts.items() if name.startswith("bad_results_")]
     if bad:
         trials, failed = sum(count["trials"] for count in bad), sum(count["failed"] for count in bad)

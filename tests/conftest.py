@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # workers inherit what the process that started them has set below
@@ -44,3 +46,20 @@ def tiny_bank(tmp_path):
     for step in (50, 100, 200, 400, 1000):
         save_network(build_network(TINY), folder / f"checkpoint-{step}" / "unet")
     return folder
+
+
+@pytest.fixture
+def count():
+    """A function that files numbers under a name for docs/how_it_is_tested.md; see benchmarks/faults.py.
+
+    It does nothing unless `LCSC_FAULT_COUNTS` names a folder. Each name has a file of its own, for tests run side by
+    side.
+    """
+
+    def file(name, **numbers):
+        folder = os.environ.get("LCSC_FAULT_COUNTS")
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / f"{name}.json").write_text(json.dumps(numbers))
+
+    return file
