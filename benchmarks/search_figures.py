@@ -131,6 +131,9 @@ def honesty(results: list[dict]) -> Figure:
     ax.set_xscale("log")
     ax.grid(axis="y")
     ax.axhline(0, color=INK, linewidth=0.9)
+    ax.set_xticks([row["images_per_coefficient"] for row in data["optimism"]], minor=False)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.minorticks_off()
     looks = {"gradient, fresh noise": BLUE, "gradient, common noise": "#56B4E9", "cma": FAINT, EVOLUTION: ORANGE}
     for shift, (name, color) in enumerate(looks.items()):
         rows = [row for row in data["optimism"] if row["searcher"] == name]
