@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lcsc.core.errors import LcscError
-from lcsc.search.deaths import cause_of_death, count_oom_kills
+from lcsc.search.deaths import Death, OomCounter, explain
 from lcsc.search.lease import DRIVER, Beat, Leases, beat_seconds, read_beat
 from lcsc.search.queue import Entry, Queue, deliver
 
@@ -58,7 +58,7 @@ class Child:
     """The evaluating process of a worker."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._oom_kills = count_oom_kills()
+        self._oom = OomCounter()
         cwd = json.loads((folder / "order.json").read_bytes())["cwd"]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lcsc.search.child", str(folder), name],
@@ -91,14 +91,14 @@ class Child:
         """
         return self._answers.get(timeout=seconds)
 
-    def end(self) -> tuple[str, str]:
-        """Kill it with all that it started; the cause and the words for how it ended by itself, if it did."""
+    def end(self) -> Death:
+        """Kill it with all that it started; how it ended by itself, if it did."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self._process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(0.2)  # its pipe closes a moment before it is dead
             os.killpg(self.pid, signal.SIGKILL)
-        return cause_of_death(self._process.wait(), self._oom_kills)
+        return explain(self._process.wait(), "", self._oom, who="the evaluating process")
 
     def _listen(self, lines: IO[bytes]) -> None:
         for line in lines:
@@ -191,8 +191,8 @@ class Shift:
             if answer is not None:
                 self._longest = max(self._longest, time.monotonic() - began)
                 return
-            cause, words = self._end_child()
-        self._fail(entry, f"the evaluating process died {MOST_DEATHS} times, the last time {words}", cause)
+            death = self._end_child()
+        self._fail(entry, f"{death.reason}, {MOST_DEATHS} times", death.cause)
 
     def _ready(self) -> Child:
         """The child, with the problem loaded."""
@@ -203,9 +203,9 @@ class Shift:
             self._beat.say(child=self._child.pid)
             if self._answer(self._child, None) is not None:
                 return self._child
-            _, words = self._end_child()
+            death = self._end_child()
         raise LcscError(
-            f"worker {self._name} cannot load the bank: its process died {MOST_DEATHS} times, the last time {words}. "
+            f"worker {self._name} cannot load the bank: {death.reason}, {MOST_DEATHS} times. "
             "Give it more memory, or look into its log."
         )
 
@@ -232,7 +232,7 @@ class Shift:
                 raise LcscError(answer["error"])
             return answer
 
-    def _end_child(self) -> tuple[str, str]:
+    def _end_child(self) -> Death:
         assert self._child is not None
         child, self._child = self._child, None
         return child.end()

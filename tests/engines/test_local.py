@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from lcsc.core.errors import ConfigError, LcscError
 from lcsc.core.seeds import Purpose
 from lcsc.search.budget import Budget
-from lcsc.search.engines._deaths import OomCounter, explain
+from lcsc.search.deaths import OomCounter
 from lcsc.search.engines.base import Site
 from lcsc.search.engines.local import THREADS, Local
 from lcsc.search.frames import read_records
@@ -201,22 +201,6 @@ def test_a_slow_and_a_crashing_evaluation_cost_themselves_alone(here):
     assert not Path("run/work").exists()
 
 
-def test_what_a_worker_died_of(tmp_path):
-    events = tmp_path / "memory.events"
-    events.write_text("low 0\noom 3\noom_kill 3\n")
-    counter = OomCounter([tmp_path / "absent", events])
-    died = explain(-signal.SIGKILL, "", counter)
-    assert (died.cause, died.reason, died.memory) == ("killed", "the worker was killed with SIGKILL", False)
-    events.write_text("low 0\noom 4\noom_kill 4\n")
-    died = explain(-signal.SIGKILL, "", counter)
-    assert (died.cause, died.reason, died.memory) == ("killed", "killed by the system (out of memory)", True)
-    assert not explain(-signal.SIGKILL, "", counter).memory  # one kill is one worker's
-    assert explain(-signal.SIGTERM, "", counter).cause == "killed"
-    assert explain(3, "no such file", counter).reason == "the worker ended with exit code 3: no such file"
-    assert explain(-signal.SIGSEGV, "", counter).cause == "crashed"
-    assert not OomCounter([tmp_path / "absent"]).rose()
-
-
 def test_settings_make_environments(monkeypatch):
     monkeypatch.setattr("lcsc.search.engines.local.visible_gpus", lambda: iter(()))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
@@ -358,7 +342,7 @@ def test_two_deaths_for_lack_of_memory_take_one_worker_away(here, monkeypatch):
         rows = {number: result.row for number, result in gathered(crew, 4).items()}
         assert crew.slots == 1  # and never none
     assert [rows[number]["status"] for number in range(4)] == ["failed", "ok", "ok", "failed"]
-    assert (rows[0]["cause"], rows[0]["reason"]) == ("killed", "killed by the system (out of memory)")
+    assert (rows[0]["cause"], rows[0]["reason"]) == ("oom", "the worker was killed by the system (out of memory)")
     said = "note: the system killed 2 workers for lack of memory; going on with 1"
     assert [note for note in notes if "lack of memory" in note] == [said]
 

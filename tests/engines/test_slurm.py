@@ -294,7 +294,7 @@ def test_crashing_and_meddled_jobs_are_rows(site):
         found = collect(crew, 2)
         crash, quick = (found[each.uid].row for each in jobs)
         assert (crash["status"], crash["cause"]) == ("failed", "crashed")
-        assert crash["reason"] == "the evaluating process died 2 times, the last time with exit status 3"
+        assert crash["reason"] == "the evaluating process ended with exit code 3, 2 times"
         assert quick["value"] == 7.5
         crew.submit(job(QUICK, 9))
         assert list(collect(crew, 1)) == [job(QUICK, 9).uid]

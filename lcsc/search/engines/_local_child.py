@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from lcsc.core.errors import LcscError
 from lcsc.core.files import writing
-from lcsc.search.engines._deaths import MARK, end_marked
+from lcsc.search.deaths import MARK, end_marked
 from lcsc.search.job import Job
 from lcsc.search.worker import RESULTS, Worker, guarded, write_result
 

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcsc.search.engines._deaths import MARK
+from lcsc.search.deaths import MARK
 from lcsc.search.job import Job
 
 #: `python -m` would not find what a caller put on its path; what a worker needs takes seconds to import
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); fd = int(sys.argv[2]); del sys.argv[1:]; "
-    "from lcsc.search.engines._deaths import wake_when_orphaned; wake_when_orphaned(); "
+    "from lcsc.search.deaths import wake_when_orphaned; wake_when_orphaned(); "
     "from lcsc.search.engines._local_child import main; main(fd)"
 )
 #: Seconds in which a process that closed its pipe, or was killed, should be gone.

@@ -16,7 +16,7 @@ from typing import Any
 from lcsc.core.errors import ConfigError, LcscError
 from lcsc.core.files import writing
 from lcsc.core.registry import register
-from lcsc.search.engines._deaths import Death, OomCounter, end_marked, explain
+from lcsc.search.deaths import Death, OomCounter, end_marked, explain
 from lcsc.search.engines._local_process import Process
 from lcsc.search.engines.base import Closing, Result, Site
 from lcsc.search.evaluate import failed_row
@@ -201,7 +201,7 @@ class LocalCrew(Closing):
         seconds = time.monotonic() - worker.since
         uid = self._remove(worker)
         death = explain(code, worker.last_line(), self._oom)
-        if death.memory:
+        if death.cause == "oom":
             self._spare_memory()
         if not worker.ready:
             self._not_started(worker, death)
