@@ -26,9 +26,9 @@ from lcsc.search.engines.base import Site
 from lcsc.search.engines.local import THREADS, Local
 from lcsc.search.frames import read_records
 from lcsc.search.job import Job
+from lcsc.search.packed_bank import share_bank
 from lcsc.search.run import run_search
 from lcsc.search.setup import build_problem, fingerprints, open_bank
-from lcsc.search.shared_bank import NAME, share_bank
 
 #: Adapters need no network, so these workers start in a third of the time.
 SCORER = """
@@ -224,16 +224,18 @@ def test_a_shared_bank_is_the_bank(tmp_path, stored, dtype):
         torch.manual_seed(step)
         save_file({"a": torch.randn(5, 3, dtype=getattr(torch, stored))}, run / f"model-{step}.safetensors")
     selection = {"start": None, "stop": None, "every": 2, "last": None}
-    section = {"path": str(run), "component": None, "weights": None, **selection, "dtype": dtype, "storage": "auto"}
+    how = {"dtype": dtype, "storage": "auto", "device": "cpu"}
+    section = {"path": str(run), "component": None, "weights": None, **selection, **how}
 
     def opened(section):
-        return open_bank({"bank": {**section, "device": "cpu"}})
+        return open_bank({"bank": section})
 
     bank, notes = opened(section), []
     for _ in range(2):  # the copy of an interrupted session is used again
         own = share_bank(section, bank, tmp_path, notes.append)
-        stamp = (tmp_path / NAME).stat().st_mtime_ns
-    assert (tmp_path / NAME).stat().st_mtime_ns == stamp
+        (copy,) = tmp_path.glob("lcsc-bank-*.safetensors")
+        stamp = copy.stat().st_mtime_ns
+    assert copy.stat().st_mtime_ns == stamp
     found = opened(own)
     assert found.steps == bank.steps == (20, 40)
     assert found.digest == bank.digest

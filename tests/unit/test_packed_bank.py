@@ -27,25 +27,46 @@ def checkpoints(folder, dtype):
 
 
 @pytest.mark.parametrize(
-    ("held", "used"), [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.float32, "bfloat16")]
+    ("held", "used", "storage"),
+    [
+        (torch.float32, "float32", "auto"),
+        (torch.bfloat16, "float32", "auto"),
+        (torch.float32, "bfloat16", "auto"),
+        (torch.float64, "float32", "auto"),
+        (torch.float64, "float32", "delta"),
+        (torch.float64, "float32", "streamed"),
+        (torch.float32, "bfloat16", "streamed"),  # whose numbers are not rounded while it works
+    ],
 )
-def test_what_comes_out_is_the_bank_with_its_selection(tmp_path, held, used):
+def test_what_comes_out_is_the_bank_with_its_selection(tmp_path, held, used, storage):
     select = Selection(start=20, every=2)  # 30 and 50; every second of these again would be one
-    bank = CheckpointBank.open(checkpoints(tmp_path / "run", held), select=select, dtype=used)
+    bank = CheckpointBank.open(checkpoints(tmp_path / "run", held), select=select, dtype=used, storage=storage)
     assert bank.steps == (30, 50)
     with packed(bank) as data:
         assert data.dtype == np.uint8
         lock = unpack_once(data, tmp_path / "there.safetensors")
-    section = pack_section(bank.config, tmp_path / "there.safetensors")
+    section = {**pack_section(bank.config, bank), "path": str(tmp_path / "there.safetensors")}
     there = open_bank({"bank": section})
-    assert (there.steps, there.digest) == (bank.steps, bank.digest)
-    assert torch.equal(there.matrix(), bank.matrix())
+    assert (there.steps, there.storage, there.digest) == (bank.steps, bank.storage, bank.digest)
+    coef = torch.tensor([[0.3, 0.7], [1.9, -0.9]], dtype=torch.float64)
+    assert torch.equal(there.combine(coef), bank.combine(coef))
     lock.close()
 
 
-def test_a_bank_that_a_pack_would_round_is_refused(tmp_path):
-    bank = CheckpointBank.open(checkpoints(tmp_path / "run", torch.float64))
-    with pytest.raises(ConfigError, match="a pack would round its numbers.*`bank=path`"), packed(bank):
+def test_a_copys_name_tells_banks_apart(tmp_path):
+    folder = checkpoints(tmp_path / "run", torch.float32)
+    opened = [{}, {"select": Selection(every=2)}, {"dtype": "bfloat16"}]
+    banks = [CheckpointBank.open(folder, **settings) for settings in opened]
+    assert len({pack_section(bank.config, bank)["path"] for bank in banks}) == 3
+
+
+def test_a_bank_that_cannot_be_packed_is_refused(tmp_path):
+    (folder := tmp_path / "checkpoint-10").mkdir()
+    tensors = {"0.lora_A.weight": torch.randn(1, 3), "0.lora_B.weight": torch.randn(2, 1)}
+    save_file({f"base_model.model.{name}": t for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    bank = CheckpointBank.open(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be sent to workers: .* LoRA factors.*`bank=path`"), packed(bank):
         pass
 
 

@@ -21,7 +21,7 @@ from lcsc.search.engines._local_process import Process
 from lcsc.search.engines.base import Closing, Result, Site
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
-from lcsc.search.shared_bank import share_bank
+from lcsc.search.packed_bank import share_bank
 from lcsc.search.worker import RESULTS, order, read_result
 
 #: Seconds between looks at processes that say nothing.

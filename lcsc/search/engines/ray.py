@@ -86,6 +86,7 @@ class Ray:
         except ImportError as error:
             raise MissingExtraError("engine `ray` needs `ray`; install it with `pip install 'lcsc[ray]'`.") from error
         plan = order(site)
+        plan["packed"] = pack_section(plan["config"]["bank"], site.problem.bank)
         crew = RayCrew(self, site, plan, Cluster(ray, self.address, (self.num_workers or 0) * self.cpus_per_worker))
         try:
             crew.begin()
@@ -108,7 +109,7 @@ class Host:
     """The far side: an actor with a worker in it.
 
     Args:
-        order: see `lcsc.search.worker.order`.
+        order: see `lcsc.search.worker.order`; `packed` opens a packed copy of the bank.
         name: of the worker.
         bank: see `Ray`.
     """
@@ -143,15 +144,15 @@ class Host:
             there = Path(self._order["cwd"], self._order["config"]["bank"]["path"])
             if not there.exists():
                 return {**told, "absent": True}
-        self._file = folder / f"lcsc-bank-{self._order['fingerprints']['bank']}.safetensors"
+        self._file = folder / self._order["packed"]["path"]
         self._worker, error = guarded(lambda: self._build(data))
         return {**told, "error": error, "file": None if data is None else self._file}
 
     def _build(self, data: np.ndarray | None) -> Worker:
         if data is not None:
             self._lock = unpack_once(data, self._file)
-            config = self._order["config"]
-            self._order["config"] = {**config, "bank": pack_section(config["bank"], self._file)}
+            bank = {**self._order["packed"], "path": str(self._file)}
+            self._order["config"] = {**self._order["config"], "bank": bank}
         return Worker(self._order, self._name)
 
     def leave(self) -> None:
