@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 
 from lcsc.search.engines.base import Result
+from lcsc.search.engines.common import TRIES
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
 from lcsc.search.lease import Facts, Leases, read_beats
 from lcsc.search.queue import Entry, Queue
-
-#: A job whose workers were lost so often is taken for what kills them.
-MOST_LOST = 2
 
 
 class Desk:
@@ -105,11 +103,11 @@ class Desk:
             self._queue.drop(uid, worker)
             return
         self._lost[uid] += 1
-        if self._lost[uid] < MOST_LOST:
+        if self._lost[uid] < TRIES:
             self._queue.give_back(uid, worker)
             return
         self._queue.drop(uid, worker)
-        reason = f"{MOST_LOST} workers were lost while they evaluated it"
+        reason = f"{TRIES} workers were lost while they evaluated it"
         self._close(Result(uid, failed_row({}, reason, 0, cause="killed"), 0.0, worker))
 
     def _offer_missing(self, there: set[str]) -> None:

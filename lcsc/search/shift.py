@@ -21,11 +21,9 @@ from typing import IO, Any
 
 from lcsc.core.errors import LcscError
 from lcsc.search.deaths import Death, OomCounter, explain
+from lcsc.search.engines.common import TRIES
 from lcsc.search.lease import DRIVER, Beat, Leases, beat_seconds, read_beat
 from lcsc.search.queue import Entry, Queue, deliver
-
-#: A job whose child died so often is taken for what kills it; so is a problem that cannot even be loaded.
-MOST_DEATHS = 2
 
 #: Share of the longest evaluation so far that must be left of a worker's time for another one.
 RESERVE = 1.5
@@ -177,7 +175,7 @@ class Shift:
 
     def _have_done(self, entry: Entry) -> None:
         """A result for a job: its child's, or what became of the child."""
-        for _ in range(MOST_DEATHS):
+        for _ in range(TRIES):
             child = self._ready()
             child.send(entry.job)
             began = time.monotonic()
@@ -192,11 +190,11 @@ class Shift:
                 self._longest = max(self._longest, time.monotonic() - began)
                 return
             death = self._end_child()
-        self._fail(entry, f"{death.reason}, {MOST_DEATHS} times", death.cause)
+        self._fail(entry, f"{death.reason}, {TRIES} times", death.cause)
 
     def _ready(self) -> Child:
         """The child, with the problem loaded."""
-        for _ in range(MOST_DEATHS):
+        for _ in range(TRIES):
             if self._child is not None and self._child.alive:
                 return self._child
             self._child = Child(self._queue.folder, self._name)
@@ -205,7 +203,7 @@ class Shift:
                 return self._child
             death = self._end_child()
         raise LcscError(
-            f"worker {self._name} cannot load the bank: {death.reason}, {MOST_DEATHS} times. "
+            f"worker {self._name} cannot load the bank: {death.reason}, {TRIES} times. "
             "Give it more memory, or look into its log."
         )
 

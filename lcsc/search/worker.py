@@ -49,18 +49,14 @@ class Worker:
     Args:
         order: see `order`.
         name: of the worker, for results.
-        bank: path of the bank where it is another one here; it must hold the same.
 
     Raises:
         LcscError: the problem cannot be built here, or is another one than the driver's.
     """
 
-    def __init__(self, order: Mapping[str, Any], name: str, bank: Path | None = None) -> None:
+    def __init__(self, order: Mapping[str, Any], name: str) -> None:
         os.chdir(order["cwd"])
-        config = order["config"]
-        if bank is not None:
-            config = {**config, "bank": {**config["bank"], "path": str(bank)}}
-        problem = build_problem(config, trust=True)  # the user's own command line, not a stranger's run.json
+        problem = build_problem(order["config"], trust=True)  # the user's own command line, not a stranger's run.json
         rows = differences(order["fingerprints"], json.loads(canonical_json(fingerprints(problem))))
         if rows:
             raise ConfigError(f"worker {name} would score otherwise than the driver: {'; '.join(rows)}.")

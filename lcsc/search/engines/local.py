@@ -19,6 +19,7 @@ from lcsc.core.registry import register
 from lcsc.search.deaths import Death, OomCounter, end_marked, explain
 from lcsc.search.engines._local_process import Process
 from lcsc.search.engines.base import Closing, Result, Site
+from lcsc.search.engines.common import TRIES, check_settings
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
 from lcsc.search.packed_bank import share_bank
@@ -26,8 +27,6 @@ from lcsc.search.worker import RESULTS, order, read_result
 
 #: Seconds between looks at processes that say nothing.
 TICK = 0.5
-#: Processes that may die of one job before it is given up.
-TRIES = 2
 #: So many deaths for lack of memory within so many evaluations take one worker away.
 DEATHS, EVALUATIONS = 2, 10
 #: Where libraries read how many threads to use, when they are loaded.
@@ -312,12 +311,7 @@ class Local:
     devices: list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "threads"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"`engine.{name}` is `{value}`; it must be at least 1, or null.")
-        if self.timeout_seconds is not None and not self.timeout_seconds > 0:
-            raise ConfigError(f"`engine.timeout_seconds` is `{self.timeout_seconds}`; it must be above 0, or null.")
+        check_settings(self, {"num_workers": 1, "threads": 1}, above_zero=["timeout_seconds"])
         if self.devices is not None and not self.devices:
             raise ConfigError("`engine.devices` is empty; name at least one, such as [0, 1], or write null.")
 

@@ -15,9 +15,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from lcsc.core.errors import ConfigError, LcscError, MissingExtraError
+from lcsc.core.errors import ConfigError, LcscError, not_installed
 from lcsc.core.registry import register
 from lcsc.search.engines.base import Closing, Result, Site
+from lcsc.search.engines.common import TRIES, check_settings
 from lcsc.search.engines.ray_cluster import Cluster, last_words
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
@@ -27,8 +28,6 @@ from lcsc.search.worker import Worker, guarded, order
 BANKS = ("auto", "path", "store")
 #: Evaluations that an actor has at most: the one it does, and the next, so that it need not wait for the driver.
 DEPTH = 2
-#: Evaluations of one candidate whose worker died, before the candidate is taken for the cause.
-TRIES = 2
 #: Seconds after which the user hears that no worker has begun yet.
 PATIENCE = 60.0
 #: Seconds at the end for removing the bank's files.
@@ -64,13 +63,8 @@ class Ray:
     bank: str = "auto"
 
     def __post_init__(self) -> None:
-        least = {"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0, "max_restarts": -1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"`engine.{name}` is {value}; it must be at least {low}.")
-        if self.timeout_seconds is not None and self.timeout_seconds <= 0:
-            raise ConfigError(f"`engine.timeout_seconds` is {self.timeout_seconds}; it must be above 0, or null.")
+        least = {"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0.0, "max_restarts": -1}
+        check_settings(self, least, above_zero=["timeout_seconds"])
         if self.bank not in BANKS:
             raise ConfigError(f"`engine.bank` is `{self.bank}`; it must be one of {', '.join(BANKS)}.")
 
@@ -84,7 +78,7 @@ class Ray:
         try:
             import ray
         except ImportError as error:
-            raise MissingExtraError("engine `ray` needs `ray`; install it with `pip install 'lcsc[ray]'`.") from error
+            raise not_installed("engine `ray`", "ray", "ray") from error
         plan = order(site)
         plan["packed"] = pack_section(plan["config"]["bank"], site.problem.bank)
         crew = RayCrew(self, site, plan, Cluster(ray, self.address, (self.num_workers or 0) * self.cpus_per_worker))

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from lcsc.core.errors import ConfigError, LcscError, MissingExtraError
+from lcsc.core.errors import ConfigError, LcscError, not_installed
 from lcsc.core.files import write_json
 from lcsc.core.registry import register
 from lcsc.search.engines.base import Closing, Result, Site
+from lcsc.search.engines.common import check_settings
 from lcsc.search.lease import DRIVER, Beat, beat_seconds
 from lcsc.search.queue import Queue
 from lcsc.search.shift import SHORT_PAUSE, Shift, Terms
@@ -72,7 +73,7 @@ class Array:
         try:
             import submitit
         except ImportError as error:
-            raise MissingExtraError("`engine=slurm` needs submitit: pip install 'lcsc[slurm]'.") from error
+            raise not_installed("engine `slurm`", "submitit", "slurm") from error
         self._submitit, self._settings, self._folder = submitit, settings, folder
         self._logs, self._cluster = folder / "submitit", settings.cluster or "slurm"
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -296,17 +297,10 @@ class Slurm:
     max_restarts: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "time_minutes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`engine.{name}` is {getattr(self, name)}; it must be at least 1.")
-        for name in ("lease_seconds", "driver_lease_seconds", "timeout_seconds", "poll_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"`engine.{name}` is {value}; it must be above 0.")
+        seconds = ("lease_seconds", "driver_lease_seconds", "timeout_seconds", "poll_seconds")
+        check_settings(self, {"num_workers": 1, "time_minutes": 1, "max_restarts": 0}, above_zero=seconds)
         if not isinstance(self.extra, Mapping | None):
             raise ConfigError(f"`engine.extra` is `{self.extra}`; write parameters by name: {{qos: high}}.")
-        if self.max_restarts < 0:
-            raise ConfigError(f"`engine.max_restarts` is {self.max_restarts}; it must be at least 0.")
 
     def start(self, site: Site) -> SlurmCrew:
         """See `Engine.start`."""
