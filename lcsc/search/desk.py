@@ -11,6 +11,7 @@ from lcsc.search.engines.common import TRIES
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
 from lcsc.search.lease import Facts, Leases, read_beats
+from lcsc.search.patience import Patience
 from lcsc.search.queue import Entry, Queue
 
 
@@ -20,7 +21,7 @@ class Desk:
     Args:
         queue: the folders; jobs that an earlier session left unclaimed are withdrawn, results and claims stay.
         lease_seconds: a worker that has not beaten for so long is lost.
-        timeout_seconds: that an evaluation may take; None for any.
+        timeout_seconds: that an evaluation may take; None has workers judge it by `patience`.
         clock: monotonic seconds.
     """
 
@@ -31,7 +32,9 @@ class Desk:
         timeout_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._queue, self._timeout, self._clock = queue, timeout_seconds, clock
+        self._queue, self._clock = queue, clock
+        #: what evaluations took, for the driver's beat
+        self.patience = Patience(timeout_seconds)
         self._leases = Leases(lease_seconds, clock)
         for uid in queue.waiting():
             queue.drop(uid)
@@ -93,7 +96,7 @@ class Desk:
                 self._queue.drop(result.uid)  # its first worker was slow, not dead
 
     def _close(self, result: Result) -> None:
-        del self._open[result.uid]
+        self.patience.add(self._open.pop(result.uid), result)
         self._missing.pop(result.uid, None)
         self._found.append(result)
 
@@ -120,4 +123,4 @@ class Desk:
                 self._offer(self._open[uid])
 
     def _offer(self, job: Job) -> None:
-        self._queue.put(Entry(job.uid, job.to_plain(), self._timeout))
+        self._queue.put(Entry(job.uid, job.to_plain(), self.patience.given))

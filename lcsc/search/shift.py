@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +24,7 @@ from lcsc.core.errors import LcscError
 from lcsc.search.deaths import Death, OomCounter, explain
 from lcsc.search.engines.common import TRIES
 from lcsc.search.lease import DRIVER, Beat, Leases, beat_seconds, read_beat
+from lcsc.search.patience import Paces, judged, kind_of, too_long
 from lcsc.search.queue import Entry, Queue, deliver
 
 #: Share of the longest evaluation so far that must be left of a worker's time for another one.
@@ -66,6 +68,8 @@ class Child:
             start_new_session=True,  # ended as a group, with what evaluations started
         )
         self.pid = self._process.pid
+        #: whether it has done no job yet
+        self.fresh = True
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
 
@@ -119,6 +123,7 @@ class Shift:
         self._began, self._longest, self._done = time.monotonic(), 0.0, 0
         self._driver = Leases(terms.driver_lease_seconds)
         self._alone = False
+        self._paces: Paces = {}  # what evaluations take, as the driver's beat says
         self._child: Child | None = None
         self._entry: Entry | None = None
         beats = folder / "beats"
@@ -179,13 +184,14 @@ class Shift:
             child = self._ready()
             child.send(entry.job)
             began = time.monotonic()
-            answer, limit = None, entry.timeout_seconds
             try:
-                answer = self._answer(child, limit)
-            except queue.Empty:
+                answer = self._answer(child, lambda: self._limit(entry, child.fresh))  # noqa: B023 - asked at once
+            except Late as error:
                 self._end_child()
-                self._fail(entry, f"not done after {limit:g} seconds", "timeout", time.monotonic() - began)
+                reason = too_long(error.limit, entry.timeout_seconds is not None)
+                self._fail(entry, reason, "timeout", time.monotonic() - began)
                 return
+            child.fresh = False
             if answer is not None:
                 self._longest = max(self._longest, time.monotonic() - began)
                 return
@@ -199,7 +205,7 @@ class Shift:
                 return self._child
             self._child = Child(self._queue.folder, self._name)
             self._beat.say(child=self._child.pid)
-            if self._answer(self._child, None) is not None:
+            if self._answer(self._child, lambda: None) is not None:
                 return self._child
             death = self._end_child()
         raise LcscError(
@@ -207,16 +213,29 @@ class Shift:
             "Give it more memory, or look into its log."
         )
 
-    def _answer(self, child: Child, limit: float | None) -> dict[str, Any] | None:
+    def _limit(self, entry: Entry, first: bool) -> float | None:
+        """Seconds that an evaluation may take, as far as is known by now."""
+        if entry.timeout_seconds is not None:
+            return entry.timeout_seconds
+        with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):  # a beat that was meddled with
+            return judged(self._paces, *kind_of(entry.job), first)
+        return None
+
+    def _answer(self, child: Child, limit_now: Callable[[], float | None]) -> dict[str, Any] | None:
         """What the child says next; None where it died.
 
+        Args:
+            child: just asked.
+            limit_now: seconds that it may take, None for any.
+
         Raises:
-            queue.Empty: it says nothing for `limit` seconds.
+            Late: it has said nothing for so long.
             LcscError: it says that the problem is wrong.
             Stopped: the queue was closed.
         """
         began = time.monotonic()
         while True:
+            limit = limit_now()
             left = self._terms.poll_seconds if limit is None else began + limit - time.monotonic()
             try:
                 answer = child.answer(max(0.0, min(left, self._terms.poll_seconds)))
@@ -224,7 +243,7 @@ class Shift:
                 if self._stopped():
                     raise Stopped("the queue was closed") from None
                 if limit is not None and time.monotonic() - began >= limit:
-                    raise
+                    raise Late(limit) from None
                 continue
             if answer is not None and "error" in answer:
                 raise LcscError(answer["error"])
@@ -256,7 +275,18 @@ class Shift:
         return (self._queue.folder / "stop").exists()
 
     def _look_for_driver(self) -> None:
-        self._alone = not self._driver.alive(DRIVER, read_beat(self._queue.folder / "beats" / f"{DRIVER}.json"))
+        facts = read_beat(self._queue.folder / "beats" / f"{DRIVER}.json")
+        self._alone = not self._driver.alive(DRIVER, facts)
+        if facts is not None:
+            self._paces = facts.get("patience", {})
+
+
+class Late(Exception):
+    """The child has taken longer than it may."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(limit)
+        self.limit = limit
 
 
 class Stopped(Exception):

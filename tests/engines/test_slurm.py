@@ -20,19 +20,23 @@ from helpers_slurm import install
 from lcsc.bank import CheckpointBank
 from lcsc.cli.main import main
 from lcsc.core.errors import ConfigError, LcscError
+from lcsc.core.files import write_json
 from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose
 from lcsc.models.gaussian import GaussianDenoiser
 from lcsc.models.network import save_network
 from lcsc.search.budget import Budget
+from lcsc.search.desk import Desk
 from lcsc.search.engines.base import Crew, Engine, Site
 from lcsc.search.engines.slurm import Slurm
 from lcsc.search.frames import read_records
 from lcsc.search.job import Job
-from lcsc.search.lease import read_beat, read_beats
+from lcsc.search.lease import DRIVER, Beat, read_beat, read_beats
 from lcsc.search.problem import Problem
+from lcsc.search.queue import Queue
 from lcsc.search.setup import describe_problem, fingerprints
-from lcsc.search.worker import read_result
+from lcsc.search.shift import Shift, Terms
+from lcsc.search.worker import order, read_result
 
 #: The number of images says what the function does.
 QUICK, HELD, CRASH, HANG = 1, 2, 3, 4
@@ -277,10 +281,35 @@ def test_a_hung_job_is_a_row(site):
         child = at_work(site.folder, job(HANG))["child"]
         (result,) = collect(crew, 1).values()
         assert (result.row["status"], result.row["cause"]) == ("failed", "timeout")
-        assert result.row["reason"] == "not done after 10 seconds"
+        assert result.row["reason"] == "took longer than `engine.timeout_seconds`, 10 s, and was killed"
         assert not Path(f"/proc/{child}").exists()
         beat = site.folder / "work" / "beats" / f"{result.worker}.json"
         until(lambda: read_beat(beat)["child"] != child, crew)  # the worker goes on
+
+
+@pytest.mark.faults
+def test_a_worker_kills_what_hangs_by_the_pace_in_the_drivers_beat(site, monkeypatch):
+    monkeypatch.setattr("lcsc.search.patience.LEAST", 1.0)  # the worker is a thread of this process, its child is not
+    work, done = site.folder.resolve() / "work", []
+    tray, beats = Queue(work), work / "beats"
+    write_json(work / "order.json", order(site))
+    desk = Desk(tray, 60.0)
+    worker = threading.Thread(target=lambda: done.append(Shift(work, "w", Terms(0.5, 60.0, 0.1, None)).run()))
+    with Beat(beats, DRIVER, 0.1) as beat:
+        for number in range(5):
+            desk.submit(job(QUICK, number))
+        worker.start()
+        until(lambda: desk.results() == [] and desk.num_open == 0)
+        assert desk.patience.paces["score"][:2] == (5, 1)
+        beat.say(patience=desk.patience.paces)
+        desk.submit(job(HANG))
+        until(lambda: desk.results() == [] and read_result(work / "results", job(HANG).uid))
+        (work / "stop").touch()
+        worker.join()
+    row = read_result(work / "results", job(HANG).uid).row
+    assert (row["value"], row["cause"]) == (None, "timeout")
+    assert "`engine.timeout_seconds` sets another limit" in row["reason"]
+    assert done == [6]
 
 
 @pytest.mark.faults

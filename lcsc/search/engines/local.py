@@ -23,6 +23,7 @@ from lcsc.search.engines.common import TRIES, check_settings
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
 from lcsc.search.packed_bank import share_bank
+from lcsc.search.patience import Patience, too_long
 from lcsc.search.worker import RESULTS, order, read_result
 
 #: Seconds between looks at processes that say nothing.
@@ -48,13 +49,13 @@ class LocalCrew(Closing):
         site: see `Site`.
         what: the order of the workers.
         envs: environment of each worker; a new one in place of a dead one takes its environment.
-        timeout_seconds: of one evaluation; None for no limit.
+        timeout_seconds: of one evaluation; None judges it by the others, see `lcsc.search.patience`.
     """
 
     def __init__(
         self, site: Site, what: Mapping[str, Any], envs: Sequence[Mapping[str, str]], timeout_seconds: float | None
     ) -> None:
-        self._note, self._order, self._timeout = site.note, what, timeout_seconds
+        self._note, self._order, self._patience = site.note, what, Patience(timeout_seconds)
         self._work, self._results = site.folder / "work", site.folder / RESULTS
         self._tasks: dict[str, _Task] = {}
         self._pending: deque[str] = deque()
@@ -129,8 +130,8 @@ class LocalCrew(Closing):
             self._heard(worker, worker.wire.hear())
             if (code := worker.ended()) is not None:
                 self._bury(worker, code)
-            elif self._timeout and worker.held and time.monotonic() - worker.since > self._timeout:
-                self._out_of_time(worker)
+            elif (limit := self._limit(worker)) is not None and time.monotonic() - worker.since > limit:
+                self._out_of_time(worker, limit)
         self._fill()
         self._hand_out()
 
@@ -154,8 +155,9 @@ class LocalCrew(Closing):
         if found is None:
             self._lose(uid, Death("crashed", f"its result in `{self._results}` cannot be read"), "")
             return False
-        if self._tasks.pop(uid, None):
+        if task := self._tasks.pop(uid, None):
             self._finished += 1
+            self._patience.add(task.job, found)
             self._out.append(found)
         return True
 
@@ -231,20 +233,26 @@ class LocalCrew(Closing):
             self._envs.popleft()
             self._note(f"note: {why.rstrip('.')}; going on with {left}")
 
-    def _out_of_time(self, worker: Process) -> None:
+    def _limit(self, worker: Process) -> float | None:
+        """Seconds that it may be at the job it has, None for any."""
+        if not worker.held:
+            return None
+        task = self._tasks.get(worker.held[0])
+        return self._patience.given if task is None else self._patience.limit(task.job, worker.fresh)
+
+    def _out_of_time(self, worker: Process, limit: float) -> None:
         first, was = worker.held[0], worker.running
         seconds = time.monotonic() - worker.since
         uid = self._remove(worker)
-        limit = f"`engine.timeout_seconds`, {self._timeout:g} s"
         if uid is not None and uid == was:
-            self._fail(uid, "timeout", f"took longer than {limit}, and was killed", seconds, worker.name)
+            self._fail(uid, "timeout", too_long(limit, self._patience.given is not None), seconds, worker.name)
             return
         if uid is not None:  # begun in this very moment
             self._pending.appendleft(uid)
         if was is None and first in self._tasks:  # stopped before it could begin: not the candidate's fault
             if first in self._pending:
                 self._pending.remove(first)
-            self._lose(first, Death("timeout", f"no worker began it within {limit}"), worker.name, seconds)
+            self._lose(first, Death("timeout", f"no worker began it within {limit:g} s"), worker.name, seconds)
 
     # ------------------------------------------------------------------------------------------------------- work
 
@@ -299,8 +307,8 @@ class Local:
     Args:
         num_workers: how many; None takes one for each GPU that is visible, else one for every `threads` cores that this
             process may use.
-        timeout_seconds: an evaluation that takes longer is killed and has failed; None for no limit. The first one of a
-            worker also loads what the objective needs.
+        timeout_seconds: an evaluation that takes longer is killed and has failed; None for ten times what others take,
+            see `lcsc.search.patience`. The first one of a worker also loads what the objective needs.
         threads: of each worker; None shares the cores among them.
         devices: `CUDA_VISIBLE_DEVICES` of the workers, in turn; None gives each one of the GPUs that are visible.
     """

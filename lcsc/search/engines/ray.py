@@ -23,6 +23,7 @@ from lcsc.search.engines.ray_cluster import Cluster, last_words
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
 from lcsc.search.packed_bank import forget, pack_section, packed, unpack_once
+from lcsc.search.patience import Patience, too_long
 from lcsc.search.worker import Worker, guarded, order
 
 BANKS = ("auto", "path", "store")
@@ -49,7 +50,7 @@ class Ray:
         max_restarts: times that Ray starts an actor's process again (-1: always). An actor that used them up is
             replaced, unless it never finished an evaluation.
         timeout_seconds: an evaluation that takes longer (a minute more for a process's first) is a failure, and its
-            process is killed; None: no limit.
+            process is killed; None: ten times what others take, see `lcsc.search.patience`.
         bank: `path`: workers read the checkpoints under the driver's path; `store`: they get them through Ray's object
             store; `auto`: through the store where a node does not have the path.
     """
@@ -194,6 +195,7 @@ class RayCrew(Closing):
         self._waiting: deque[Job] = deque()
         self._deaths: Counter[str] = Counter()
         self._results: list[Result] = []
+        self._limits = Patience(engine.timeout_seconds)
         self._data: Any = None  # the bank in the object store
         self._patience = time.monotonic() + PATIENCE
 
@@ -334,11 +336,14 @@ class RayCrew(Closing):
                 self._started(member)
             else:
                 self._done(member)
-        given = math.inf if self._engine.timeout_seconds is None else self._engine.timeout_seconds
-        for member in self._members:
-            limit = given + (0 if member.warm else WARM_UP)
-            late = member.jobs and time.monotonic() - member.began > limit
-            if late and not self._ray.wait([member.jobs[0][0]], timeout=0)[0]:
+        for member in [member for member in self._members if member.jobs]:
+            call, job = member.jobs[0]
+            limit = self._limits.limit(job, first=not member.warm)
+            if limit is None:
+                continue
+            more = 0 if member.warm or self._limits.given is None else WARM_UP
+            late = time.monotonic() - member.began > limit + more
+            if late and not self._ray.wait([call], timeout=0)[0]:
                 self._hung(member, limit)
         if time.monotonic() > self._patience and all(member.fresh for member in self._members):
             self._patience = math.inf
@@ -361,6 +366,7 @@ class RayCrew(Closing):
         member.jobs.popleft()
         member.proven, member.warm, member.began = True, True, time.monotonic()
         self._deaths.pop(job.uid, None)
+        self._limits.add(job, result)
         self._results.append(result)
 
     def _died(self, member: Member) -> None:
@@ -380,7 +386,7 @@ class RayCrew(Closing):
         self._ray.kill(member.actor)
         _, job = member.jobs.popleft()
         self._take_back(member)
-        self._fail(member, job, f"it took more than {limit:g} seconds", "timeout")
+        self._fail(member, job, too_long(limit, self._limits.given is not None), "timeout")
         self._hire(member)
 
     def _take_back(self, member: Member) -> None:

@@ -176,7 +176,7 @@ class SlurmCrew(Closing):
         self._told: set[str] = set()
         self._began = time.monotonic()
         self._open = contextlib.ExitStack()
-        self._open.enter_context(Beat(self._beats, DRIVER, beat_seconds(settings.driver_lease_seconds)))
+        self._beat = self._open.enter_context(Beat(self._beats, DRIVER, beat_seconds(settings.driver_lease_seconds)))
         self._stop.unlink(missing_ok=True)
         try:
             self._array.look(set())
@@ -225,6 +225,7 @@ class SlurmCrew(Closing):
     def _audit(self) -> None:
         before = set(self._desk.alive)
         self._desk.audit(lambda worker: _job_id(worker) in self._array.ended)
+        self._beat.say(patience=self._desk.patience.paces)
         self._array.look({_job_id(worker) for worker in before - set(self._desk.alive)})
         self._started = self._started or bool(self._desk.alive or self._desk.broken)
         for worker, facts in self._desk.broken.items():
@@ -275,7 +276,8 @@ class Slurm:
             does not know goes into `additional_parameters`.
         lease_seconds: a worker that has not beaten for so long is lost, and its job is done by another.
         driver_lease_seconds: workers whose driver has not beaten for so long end.
-        timeout_seconds: that an evaluation may take before it is a failure; None for any.
+        timeout_seconds: that an evaluation may take before it is a failure; None for ten times what others take, see
+            `lcsc.search.patience`.
         poll_seconds: longest pause between two looks into the folder.
         max_restarts: rounds of new workers in place of those that ended, without a result in between, before the search
             stops.
