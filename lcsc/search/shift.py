@@ -100,12 +100,16 @@ class Child:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(0.2)  # its pipe closes a moment before it is dead
             os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # what it did not read
+            if self._process.stdin is not None:
+                self._process.stdin.close()
         return explain(self._process.wait(), "", self._oom, who="the evaluating process")
 
     def _listen(self, lines: IO[bytes]) -> None:
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                self._answers.put(json.loads(line))
+        with lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    self._answers.put(json.loads(line))
         self._answers.put(None)
 
 
