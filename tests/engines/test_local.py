@@ -16,8 +16,10 @@ import psutil
 import pytest
 import torch
 from helpers_cli import TOY, start
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from lcsc.cli.train import train
+from lcsc.config.hydra_app import compose_config
 from lcsc.core.errors import ConfigError, LcscError
 from lcsc.core.seeds import Purpose
 from lcsc.search.budget import Budget
@@ -246,20 +248,21 @@ def test_a_shared_bank_is_the_bank(tmp_path, stored, dtype):
     def opened(section):
         return open_bank({"bank": section})
 
-    bank, notes = opened(section), []
-    for _ in range(2):  # the copy of an interrupted session is used again
-        own = share_bank(section, bank, tmp_path, notes.append)
-        (copy,) = tmp_path.glob("lcsc-bank-*.safetensors")
-        stamp = copy.stat().st_mtime_ns
-    assert copy.stat().st_mtime_ns == stamp
+    bank, notes, banks = opened(section), [], tmp_path / "banks"
+    own, leave = share_bank(section, bank, banks, notes.append)
     found = opened(own)
     assert found.steps == bank.steps == (20, 40)
     assert found.digest == bank.digest
     assert torch.equal(found.matrix(), bank.matrix())
-    assert share_bank(own, found, tmp_path / "absent", notes.append) == own  # it can be mapped already
-    assert notes == []
+    assert share_bank(own, found, tmp_path / "absent", notes.append)[0] == own  # it can be mapped already
     other = opened({**section, "every": 1})
-    assert opened(share_bank(section, other, tmp_path, notes.append)).digest == other.digest != bank.digest
+    owns, leave_other = share_bank(section, other, banks, notes.append)
+    assert opened(owns).digest == other.digest != bank.digest
+    assert notes == []
+    assert len(list(banks.glob("*.safetensors"))) == 2
+    leave()
+    leave_other()
+    assert not banks.exists()
 
 
 # ------------------------------------------------------------------------------------------------- make test-faults
@@ -274,6 +277,31 @@ def test_the_toy_gives_the_journal_of_inline(here):
         out, _ = process.communicate(timeout=600)
         assert process.returncode == 0, out
     assert Path("one/journal.jsonl").read_bytes() == Path("two/journal.jsonl").read_bytes()
+
+
+@pytest.mark.faults
+def test_searches_and_sweeps_at_once_share_one_packed_bank(here):
+    train(compose_config(TOY))
+    for file in here.glob("banks/**/*.safetensors"):
+        save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file)
+    common = [*TOY, "search.num_trials=8", "quiet=true", "engine=local", "engine.num_workers=2", "engine.threads=1"]
+    lines = [["-m", *common, "seed=0,1"], [*common, "seed=2"]]
+    processes = [start("search", *words, cwd=here, env={"OMP_NUM_THREADS": "1"}) for words in lines]
+    seen, most = {}, 0
+    while any(process.poll() is None for process in processes):
+        found = list(here.glob("runs/.banks/lcsc-bank-*.safetensors"))
+        for path in found:
+            with contextlib.suppress(FileNotFoundError):
+                seen[path.stat().st_ino] = path
+        most = max(most, len(found))
+        time.sleep(0.01)
+    for process in processes:
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+    assert most == 1
+    assert len(set(seen.values())) == 1
+    assert not (here / "runs" / ".banks").exists()
+    assert len(list(here.glob("runs/*/summary.json"))) == 3
 
 
 @pytest.mark.faults

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from safetensors.torch import save_file
 
 from lcsc.bank import CheckpointBank, Selection
 from lcsc.core.errors import ConfigError
-from lcsc.search.packed_bank import forget, pack_section, packed, unpack_once
+from lcsc.search import packed_bank
+from lcsc.search.packed_bank import forget, keeping, pack_section, packed, share_bank, unpack_once
 from lcsc.search.setup import open_bank
 
 
@@ -91,16 +94,107 @@ def test_many_processes_write_it_once(tmp_path):
         process.join()
     assert set(found) == {(path.stat().st_ino, True)}
     assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".lock"}
+    assert all(file.stem == path.stem for file in tmp_path.iterdir())
 
 
-def test_it_is_forgotten_when_nobody_uses_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("lcsc.search.packed_bank._TRIES", 1)
+def test_it_is_forgotten_when_nobody_uses_it(tmp_path):
     data, path = np.arange(1000, dtype=np.uint8), Path(tmp_path / "bank.safetensors")
     forget(path)  # nothing there
     first, second = unpack_once(data, path), unpack_once(data, path)
     first.close()
-    forget(path)
+    forget(path, tries=1)
     assert path.read_bytes() == data.tobytes()
     second.close()
-    forget(path)
-    assert not path.exists()
+    forget(path, tries=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------- searches share one
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """Paths of the copies that were written."""
+    written = []
+
+    def write(bank, path):
+        written.append(path)
+        time.sleep(0.1)
+        write_copy(bank, path)
+
+    write_copy = packed_bank._write
+    monkeypatch.setattr(packed_bank, "_write", write)
+    return written
+
+
+def shared(bank, folder):
+    notes = []
+    section, leave = share_bank(bank.config, bank, folder, notes.append)
+    assert notes == []
+    assert open_bank({"bank": section}).digest == bank.digest
+    return Path(section["path"]), leave
+
+
+def test_searches_at_once_share_one_copy_until_the_last_leaves(tmp_path, packs):
+    bank, banks = CheckpointBank.open(checkpoints(tmp_path / "run", torch.float64)), tmp_path / ".banks"
+    bank.load()
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: shared(bank, banks), range(6)))
+    assert packs == [found[0][0]]
+    assert {path for path, _ in found} == set(packs)
+    with ThreadPoolExecutor(6) as pool:  # some leave while others come
+        later = pool.map(lambda _: shared(bank, banks), range(5))
+        list(pool.map(lambda pair: pair[1](), found[1:]))
+    assert packs == [found[0][0]]
+    for _, leave in (*later, found[0]):
+        assert packs[0].is_file()
+        leave()
+    assert not banks.exists()
+
+
+def test_coming_and_leaving_in_any_order_finds_a_whole_copy(tmp_path):
+    bank, banks = CheckpointBank.open(checkpoints(tmp_path / "run", torch.float32)), tmp_path / ".banks"
+    bank.load()
+
+    def search(_):
+        path, leave = shared(bank, banks)
+        whole = packed_bank._is_copy({**bank.config, **pack_section(bank.config, bank), "path": path}, bank)
+        leave()
+        return whole
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(search, range(40))) == [True] * 40
+    assert not banks.exists()
+
+
+def killed(leave):
+    """What the kernel does for a search that is killed: its lock is given back."""
+    inspect.getclosurevars(leave).nonlocals["lock"].close()
+
+
+def test_what_a_killed_search_left_is_used_or_removed_by_the_next(tmp_path, packs):
+    folder = checkpoints(tmp_path / "run", torch.float32)
+    bank, other, banks = CheckpointBank.open(folder), CheckpointBank.open(folder, dtype="bfloat16"), tmp_path / ".banks"
+    path, leave = shared(bank, banks)
+    killed(leave)
+    (banks / f".{path.name}.12345678.tmp").write_bytes(b"half")
+    again, leave = shared(bank, banks)
+    assert (again, packs) == (path, [path])
+    killed(leave)
+    last, leave = shared(other, banks)
+    assert {file.name for file in banks.iterdir()} == {last.name, last.with_suffix(".lock").name}
+    leave()
+    assert not banks.exists()
+
+
+def test_a_sweep_keeps_the_copy_for_its_next_search(tmp_path, packs):
+    folder, banks = checkpoints(tmp_path / "run", torch.float32), tmp_path / ".banks"
+    bank, other = CheckpointBank.open(folder), CheckpointBank.open(folder, select=Selection(every=2))
+    with keeping():
+        for _ in range(3):
+            shared(bank, banks)[1]()
+        assert len(packs) == 1
+        assert packs[0].is_file()
+        shared(other, banks)[1]()
+        assert [file for file in banks.iterdir() if file.suffix == ".safetensors"] == [packs[1]]
+    assert not banks.exists()

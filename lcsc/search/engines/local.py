@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,7 @@ from lcsc.search.engines.base import Closing, Result, Site
 from lcsc.search.engines.common import TRIES, check_settings
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
-from lcsc.search.packed_bank import share_bank
+from lcsc.search.packed_bank import BANKS, share_bank
 from lcsc.search.patience import Patience, too_long
 from lcsc.search.worker import RESULTS, order, read_result
 
@@ -50,11 +50,18 @@ class LocalCrew(Closing):
         what: the order of the workers.
         envs: environment of each worker; a new one in place of a dead one takes its environment.
         timeout_seconds: of one evaluation; None judges it by the others, see `lcsc.search.patience`.
+        leave: called when the workers are gone.
     """
 
     def __init__(
-        self, site: Site, what: Mapping[str, Any], envs: Sequence[Mapping[str, str]], timeout_seconds: float | None
+        self,
+        site: Site,
+        what: Mapping[str, Any],
+        envs: Sequence[Mapping[str, str]],
+        timeout_seconds: float | None,
+        leave: Callable[[], None] = lambda: None,
     ) -> None:
+        self._leave = leave
         self._note, self._order, self._patience = site.note, what, Patience(timeout_seconds)
         self._work, self._results = site.folder / "work", site.folder / RESULTS
         self._tasks: dict[str, _Task] = {}
@@ -106,6 +113,8 @@ class LocalCrew(Closing):
         end_marked([worker.mark for worker in workers])
         for worker in workers:
             worker.end()
+        leave, self._leave = self._leave, lambda: None
+        leave()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -330,12 +339,13 @@ class Local:
         results = site.folder / RESULTS
         with writing(results):
             results.mkdir(parents=True, exist_ok=True)
-            for left in (*results.glob(".*.tmp"), *results.parent.glob(".*.tmp")):  # by what was killed in a write
+            for left in results.glob(".*.tmp"):  # by what was killed in a write
                 left.unlink(missing_ok=True)
-        if len(envs) > 1:
-            shared = share_bank(what["config"]["bank"], site.problem.bank, results.parent, site.note)
-            what = {**what, "config": {**what["config"], "bank": shared}}
-        return LocalCrew(site, what, envs, self.timeout_seconds)
+        if len(envs) == 1:
+            return LocalCrew(site, what, envs, self.timeout_seconds)
+        shared, leave = share_bank(what["config"]["bank"], site.problem.bank, site.folder.parent / BANKS, site.note)
+        what = {**what, "config": {**what["config"], "bank": shared}}
+        return LocalCrew(site, what, envs, self.timeout_seconds, leave)
 
     def environments(self) -> list[dict[str, str]]:
         """Environment of each worker."""
