@@ -89,6 +89,12 @@ def kill(pid, signum=signal.SIGKILL):
     os.kill(pid, signum)
 
 
+def begun(site, crew, *others):
+    """The beat of a worker that has begun the job HELD and is none of `others`."""
+    until(lambda: at_work(site.folder, job(HELD), *others), crew)
+    return at_work(site.folder, job(HELD), *others)
+
+
 def at_work(folder, found, *others):
     """The beat of a worker that is at a job and none of `others`, None where nobody is."""
     rows = [{"name": name, **facts} for name, facts in read_beats(folder / "work" / "beats").items()]
@@ -202,8 +208,7 @@ def test_a_killed_child_costs_nothing(site):
         assert isinstance(crew, Crew)
         crew.submit(job(HELD))
         crew.submit(job(QUICK, 7))
-        until(lambda: at_work(site.folder, job(HELD)), crew)
-        worker = at_work(site.folder, job(HELD))
+        worker = begun(site, crew)
         kill(worker["child"])
         until(lambda: at_work(site.folder, job(HELD))["child"] != worker["child"], crew)
         go(site)
@@ -220,11 +225,10 @@ def test_a_killed_child_costs_nothing(site):
 def test_a_job_whose_worker_is_killed_is_done_by_another(site):
     with Slurm(**FAST, num_workers=2).start(site) as crew:
         crew.submit(job(HELD))
-        until(lambda: at_work(site.folder, job(HELD)), crew)
-        first = at_work(site.folder, job(HELD))
+        first = begun(site, crew)
         kill(first["pid"])  # its child ends with it
         until(lambda: not Path(f"/proc/{first['child']}").exists(), crew)
-        until(lambda: at_work(site.folder, job(HELD), first["name"]), crew)
+        begun(site, crew, first["name"])
         go(site)
         (result,) = collect(crew, 1).values()
         assert (result.row["value"], result.worker != first["name"]) == (0.5, True)
@@ -236,12 +240,10 @@ def test_a_job_whose_worker_is_killed_is_done_by_another(site):
 def test_a_stopped_workers_late_result_counts_for_nothing(site):
     with Slurm(**FAST, num_workers=2).start(site) as crew:
         crew.submit(job(HELD))
-        until(lambda: at_work(site.folder, job(HELD)), crew)
-        slow = at_work(site.folder, job(HELD))
+        slow = begun(site, crew)
         for pid in (slow["pid"], slow["child"]):
             kill(pid, signal.SIGSTOP)
-        until(lambda: at_work(site.folder, job(HELD), slow["name"]), crew)
-        quick = at_work(site.folder, job(HELD), slow["name"])
+        quick = begun(site, crew, slow["name"])
         go(site)
         (result,) = collect(crew, 1).values()
         assert result.worker == quick["name"]
@@ -259,11 +261,9 @@ def test_a_stopped_workers_late_result_counts_for_nothing(site):
 def test_a_preempted_worker_gives_its_job_back_and_begins_anew(site, minutes, case):
     with Slurm(**FAST, num_workers=1, time_minutes=minutes).start(site) as crew:
         crew.submit(job(HELD))
-        until(lambda: at_work(site.folder, job(HELD)), crew)
-        first = at_work(site.folder, job(HELD))
+        first = begun(site, crew)
         kill(first["pid"], signal.SIGUSR2)  # what SLURM sends; submitit takes it for one or the other by the time left
-        until(lambda: at_work(site.folder, job(HELD), first["name"]), crew)
-        second = at_work(site.folder, job(HELD), first["name"])
+        second = begun(site, crew, first["name"])
         assert second["name"].rpartition("-")[0] == first["name"].rpartition("-")[0]  # the same job of the cluster
         assert crew._desk._lost == {}
         go(site)
@@ -360,8 +360,7 @@ def test_workers_that_keep_dying_end_the_search(site):
         crew.submit(job(HELD))
         seen = []
         for _ in range(2):
-            until(lambda: at_work(site.folder, job(HELD), *seen), crew)
-            worker = at_work(site.folder, job(HELD), *seen)
+            worker = begun(site, crew, *seen)
             seen.append(worker["name"])
             crew._desk._lost.clear()  # it is not the job
             kill(worker["pid"])
@@ -416,7 +415,7 @@ def test_a_slurm_array_of_submitit(site, monkeypatch):
     first = at_work(site.folder, job(HELD))
     assert first["name"].startswith("100_")
     subprocess.run(["scancel", first["name"].rpartition("-")[0], "--signal", "USR2"], check=True)
-    until(lambda: at_work(site.folder, job(HELD), first["name"]), crew)
+    begun(site, crew, first["name"])
     crew._open.close()  # as if the driver were gone: nobody stops the array
     monkeypatch.undo()
     monkeypatch.chdir(folder)
