@@ -14,6 +14,7 @@ from lcsc.core import registry
 from lcsc.report.html import write_report
 from lcsc.report.run import Run
 from lcsc.report.tables import report_text, result_line
+from lcsc.search.packed_bank import keeping
 from lcsc.search.problem import Problem
 from lcsc.search.progress import say
 from lcsc.search.run import run_search
@@ -24,7 +25,8 @@ from lcsc.training.folder import needs_training
 def main(words: Sequence[str]) -> None:
     """Search, or continue; see `lcsc --help`."""
     command = shlex.join(["lcsc", "search", *words])
-    run_job("search", words, lambda config: search(config, command, overridden(words)))
+    with keeping():  # a sweep's searches share one packed bank
+        run_job("search", words, lambda config: search(config, command, overridden(words)))
 
 
 def search(config: dict[str, Any], command: str, given: Sequence[str] = ()) -> Path:

@@ -61,6 +61,13 @@ class MissingExtraError(LcscError, ImportError):
     """An optional dependency is not installed."""
 
 
+def not_installed(part: str, package: str, extra: str) -> MissingExtraError:
+    """The error of a `part`, as a sentence begins with it, that needs a `package`, which an `extra` of lcsc brings."""
+    return MissingExtraError(
+        f"{part} needs `{package}`, which is not installed; install it with `pip install 'lcsc[{extra}]'`."
+    )
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" Did you mean `cma`? Known: cma, de."` for an unknown `name` (the hint only when one is near)."""
     names = sorted(known)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from lcsc.core.errors import ConfigError, MissingExtraError
+from lcsc.core.errors import ConfigError, not_installed
 from lcsc.core.registry import register
 from lcsc.datasets.files import FileDataset
 from lcsc.datasets.images import decode, existing
@@ -62,9 +62,7 @@ class Parquet(FileDataset):
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError as error:
-            raise MissingExtraError(
-                "dataset `parquet` needs `pyarrow`; install it with `pip install lcsc[parquet]`."
-            ) from error
+            raise not_installed("dataset `parquet`", "pyarrow", "parquet") from error
         try:
             with pq.ParquetFile(path) as file:
                 names = [file.schema.column(i).path for i in range(len(file.schema))]

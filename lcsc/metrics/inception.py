@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lcsc.core.digests import file_sha256
-from lcsc.core.errors import ConfigError, MissingExtraError
+from lcsc.core.errors import ConfigError, not_installed
 from lcsc.core.registry import register
 from lcsc.metrics.base import require_images
 
@@ -156,9 +156,7 @@ def inception_class() -> Any:
     """torchmetrics' NoTrainInceptionV3; raises MissingExtraError where torch-fidelity or torchvision is absent."""
     for package in ("torch_fidelity", "torchvision", "torchmetrics"):
         if find_spec(package) is None:
-            raise MissingExtraError(
-                f"detector `inception` needs `{package}`, which is not installed. Run: pip install lcsc[fidelity]"
-            )
+            raise not_installed("detector `inception`", package, "fidelity")
     _import_torchvision()
     from torchmetrics.image.fid import NoTrainInceptionV3
 

@@ -16,11 +16,11 @@ import os
 import queue
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from lcsc.search.engines.common import listen, private_stdin
 from lcsc.search.queue import Queue, deliver
 
 
@@ -51,24 +51,15 @@ def main(folder: Path, name: str) -> None:
 
 def _talk() -> tuple[queue.SimpleQueue[dict[str, Any]], Callable[[dict[str, Any]], None]]:
     """Jobs as they come, and what sends a line to the parent; what evaluations run or print cannot reach either."""
-    lines, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    lines, answers = private_stdin(), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(lines, jobs), daemon=True).start()
+    listen(lines, jobs.put)
 
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
     return jobs, say
-
-
-def _listen(lines: BinaryIO, jobs: queue.SimpleQueue[dict[str, Any]]) -> None:
-    for line in lines:
-        jobs.put(json.loads(line))
-    os.killpg(os.getpid(), signal.SIGKILL)  # the parent is gone, or has no use for us: no evaluation outlives it
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Callable
 
 from lcsc.search.engines.base import Result
+from lcsc.search.engines.common import TRIES
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
 from lcsc.search.lease import Facts, Leases, read_beats
+from lcsc.search.patience import Patience
 from lcsc.search.queue import Entry, Queue
-
-#: A job whose workers were lost so often is taken for what kills them.
-MOST_LOST = 2
 
 
 class Desk:
@@ -22,7 +21,7 @@ class Desk:
     Args:
         queue: the folders; jobs that an earlier session left unclaimed are withdrawn, results and claims stay.
         lease_seconds: a worker that has not beaten for so long is lost.
-        timeout_seconds: that an evaluation may take; None for any.
+        timeout_seconds: that an evaluation may take; None has workers judge it by `patience`.
         clock: monotonic seconds.
     """
 
@@ -33,7 +32,9 @@ class Desk:
         timeout_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._queue, self._timeout, self._clock = queue, timeout_seconds, clock
+        self._queue, self._clock = queue, clock
+        #: what evaluations took, for the driver's beat
+        self.patience = Patience(timeout_seconds)
         self._leases = Leases(lease_seconds, clock)
         for uid in queue.waiting():
             queue.drop(uid)
@@ -95,7 +96,7 @@ class Desk:
                 self._queue.drop(result.uid)  # its first worker was slow, not dead
 
     def _close(self, result: Result) -> None:
-        del self._open[result.uid]
+        self.patience.add(self._open.pop(result.uid), result)
         self._missing.pop(result.uid, None)
         self._found.append(result)
 
@@ -105,11 +106,11 @@ class Desk:
             self._queue.drop(uid, worker)
             return
         self._lost[uid] += 1
-        if self._lost[uid] < MOST_LOST:
+        if self._lost[uid] < TRIES:
             self._queue.give_back(uid, worker)
             return
         self._queue.drop(uid, worker)
-        reason = f"{MOST_LOST} workers were lost while they evaluated it"
+        reason = f"{TRIES} workers were lost while they evaluated it"
         self._close(Result(uid, failed_row({}, reason, 0, cause="killed"), 0.0, worker))
 
     def _offer_missing(self, there: set[str]) -> None:
@@ -122,4 +123,4 @@ class Desk:
                 self._offer(self._open[uid])
 
     def _offer(self, job: Job) -> None:
-        self._queue.put(Entry(job.uid, job.to_plain(), self._timeout))
+        self._queue.put(Entry(job.uid, job.to_plain(), self.patience.given))

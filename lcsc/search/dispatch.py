@@ -10,6 +10,7 @@ from lcsc.search.budget import Budget
 from lcsc.search.engines.base import Crew, Result
 from lcsc.search.evaluate import Row
 from lcsc.search.job import Job
+from lcsc.search.rows import checked
 
 
 class Dispatcher:
@@ -24,7 +25,7 @@ class Dispatcher:
 
     def __init__(self, crew: Crew, run: str, budget: Budget, inherited: Mapping[str, Row] | None = None) -> None:
         self._crew, self._run, self._budget, self._inherited = crew, run, budget, inherited or {}
-        self._open: dict[str, str] = {}
+        self._open: dict[str, tuple[str, Job]] = {}  # by identity: key and job
         self._done: dict[str, Result] = {}
         self._began: float | None = None
         #: seconds that workers spent on evaluations, and slots x seconds since the first job was handed in
@@ -48,7 +49,7 @@ class Dispatcher:
             self._done[named.uid] = Result(named.uid, {**self._inherited[key], "job": key}, 0.0)
             return named.uid
         self._tick()
-        self._open[named.uid] = key
+        self._open[named.uid] = key, named
         self._crew.submit(named)
         return named.uid
 
@@ -68,7 +69,8 @@ class Dispatcher:
         for result in self._crew.collect():
             self._tick()
             if result.uid in self._open:  # a second result of one job, or of an earlier session, counts for nothing
-                row = {**result.row, "job": self._open.pop(result.uid)}
+                key, job = self._open.pop(result.uid)
+                row = {**checked(result.row, job), "job": key}
                 self._done[result.uid] = dataclasses.replace(result, row=row)
                 self.busy += result.seconds
 

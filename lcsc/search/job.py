@@ -18,6 +18,7 @@ from lcsc.search.budget import Budget
 from lcsc.search.evaluate import Evaluator, Row, failed_row
 from lcsc.search.problem import Problem
 from lcsc.search.racing import Incumbent, Racer
+from lcsc.search.rows import checked
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Performer:
             LcscError: something is wrong with the problem, not with the candidate: a damaged bank, a missing file.
         """
         try:
-            return self._checked(job)
+            return checked(self._rescored(job), job)
         except Exception as error:
             if isinstance(error, LcscError) and not isinstance(error, EvaluationError):
                 raise
@@ -108,7 +109,7 @@ class Performer:
             half = dataclasses.replace(own.objective, batch_size=(size + 1) // 2)  # type: ignore[type-var]
             self._use(dataclasses.replace(own, objective=half))
             try:
-                return self._checked(job)
+                return checked(self._rescored(job), job)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -124,7 +125,7 @@ class Performer:
         self._evaluator = evaluator
         self._racer = Racer(evaluator, sizes, budget.drop_level) if budget.prefixes else None
 
-    def _checked(self, job: Job) -> Row:
+    def _rescored(self, job: Job) -> Row:
         row = self._scored(job)
         if job.floor is None or row["value"] is None or row["value"] >= job.floor or "dropped_at" in row:
             return row

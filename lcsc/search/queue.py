@@ -46,7 +46,7 @@ class Entry:
     Args:
         uid: of the job.
         job: what `Job.to_plain` gave.
-        timeout_seconds: that its evaluation may take; None for any.
+        timeout_seconds: that its evaluation may take; None judges it by what others took.
     """
 
     uid: str

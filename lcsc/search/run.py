@@ -17,7 +17,7 @@ from lcsc.metrics.frechet import FrechetDistance
 from lcsc.objectives.base import tuned
 from lcsc.operators.base import notes_of
 from lcsc.search.disk import run_bytes
-from lcsc.search.engines.base import Engine, Site
+from lcsc.search.engines.base import Crew, Engine, Site
 from lcsc.search.engines.inline import Inline
 from lcsc.search.frames import read_records
 from lcsc.search.geometry import geometry
@@ -77,7 +77,7 @@ def run_search(
             say(line)
     with Progress(name, 0, quiet) as progress, Journal(run.path, progress.note) as journal:
         site = Site(problem, info["config"], info["fingerprints"], run.path, progress.note)
-        with (engine or Inline()).start(site) as crew:
+        with _crew(engine or Inline(), site, run if state == "new" else None) as crew:
             search = Search(problem, journal, progress, crew, inherited_rows(run, progress.note))
             progress.expect(search.num_steps())
             search.say_fitting(first)  # before anything is spent
@@ -92,6 +92,16 @@ def run_search(
         summary = {**_summary(problem, search, outcome, run), "geometry": where, "idle_share": share}
         write_json(run.path / "summary.json", summary)
     return run.path
+
+
+def _crew(engine: Engine, site: Site, made: RunDir | None) -> Crew:
+    """The engine's workers; where it cannot start, a run directory `made` for them alone is no trace of a search."""
+    try:
+        return engine.start(site)
+    except BaseException:
+        if made is not None:
+            made.discard()
+        raise
 
 
 def _waited(search: Search, slots: int) -> float | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,6 +40,13 @@ class RunDir:
     def parent(self) -> str | None:
         """Id of the run that this one was forked from."""
         return (self.info.get("parent") or {}).get("run_id")
+
+    def discard(self) -> None:
+        """Take the directory away, at once for all who look for it; call it as the one who writes the run."""
+        aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
+        with contextlib.suppress(OSError):
+            os.rename(self.path, aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
     @classmethod
     def load(cls, path: Path) -> RunDir:

@@ -15,17 +15,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from lcsc.core.errors import LcscError
-from lcsc.search.deaths import cause_of_death, count_oom_kills
+from lcsc.search.deaths import Death, OomCounter, explain
+from lcsc.search.engines.common import TRIES
 from lcsc.search.lease import DRIVER, Beat, Leases, beat_seconds, read_beat
+from lcsc.search.patience import Paces, judged, kind_of, too_long
 from lcsc.search.queue import Entry, Queue, deliver
-
-#: A job whose child died so often is taken for what kills it; so is a problem that cannot even be loaded.
-MOST_DEATHS = 2
 
 #: Share of the longest evaluation so far that must be left of a worker's time for another one.
 RESERVE = 1.5
@@ -58,7 +58,7 @@ class Child:
     """The evaluating process of a worker."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._oom_kills = count_oom_kills()
+        self._oom = OomCounter()
         cwd = json.loads((folder / "order.json").read_bytes())["cwd"]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lcsc.search.child", str(folder), name],
@@ -68,6 +68,8 @@ class Child:
             start_new_session=True,  # ended as a group, with what evaluations started
         )
         self.pid = self._process.pid
+        #: whether it has done no job yet
+        self.fresh = True
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
 
@@ -91,19 +93,23 @@ class Child:
         """
         return self._answers.get(timeout=seconds)
 
-    def end(self) -> tuple[str, str]:
-        """Kill it with all that it started; the cause and the words for how it ended by itself, if it did."""
+    def end(self) -> Death:
+        """Kill it with all that it started; how it ended by itself, if it did."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self._process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(0.2)  # its pipe closes a moment before it is dead
             os.killpg(self.pid, signal.SIGKILL)
-        return cause_of_death(self._process.wait(), self._oom_kills)
+        with contextlib.suppress(OSError):  # what it did not read
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        return explain(self._process.wait(), "", self._oom, who="the evaluating process")
 
     def _listen(self, lines: IO[bytes]) -> None:
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                self._answers.put(json.loads(line))
+        with lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    self._answers.put(json.loads(line))
         self._answers.put(None)
 
 
@@ -121,6 +127,7 @@ class Shift:
         self._began, self._longest, self._done = time.monotonic(), 0.0, 0
         self._driver = Leases(terms.driver_lease_seconds)
         self._alone = False
+        self._paces: Paces = {}  # what evaluations take, as the driver's beat says
         self._child: Child | None = None
         self._entry: Entry | None = None
         beats = folder / "beats"
@@ -177,48 +184,62 @@ class Shift:
 
     def _have_done(self, entry: Entry) -> None:
         """A result for a job: its child's, or what became of the child."""
-        for _ in range(MOST_DEATHS):
+        for _ in range(TRIES):
             child = self._ready()
             child.send(entry.job)
             began = time.monotonic()
-            answer, limit = None, entry.timeout_seconds
             try:
-                answer = self._answer(child, limit)
-            except queue.Empty:
+                answer = self._answer(child, lambda: self._limit(entry, child.fresh))  # noqa: B023 - asked at once
+            except Late as error:
                 self._end_child()
-                self._fail(entry, f"not done after {limit:g} seconds", "timeout", time.monotonic() - began)
+                reason = too_long(error.limit, entry.timeout_seconds is not None)
+                self._fail(entry, reason, "timeout", time.monotonic() - began)
                 return
+            child.fresh = False
             if answer is not None:
                 self._longest = max(self._longest, time.monotonic() - began)
                 return
-            cause, words = self._end_child()
-        self._fail(entry, f"the evaluating process died {MOST_DEATHS} times, the last time {words}", cause)
+            death = self._end_child()
+        self._fail(entry, f"{death.reason}, {TRIES} times", death.cause)
 
     def _ready(self) -> Child:
         """The child, with the problem loaded."""
-        for _ in range(MOST_DEATHS):
+        for _ in range(TRIES):
             if self._child is not None and self._child.alive:
                 return self._child
             self._child = Child(self._queue.folder, self._name)
             self._beat.say(child=self._child.pid)
-            if self._answer(self._child, None) is not None:
+            if self._answer(self._child, lambda: None) is not None:
                 return self._child
-            _, words = self._end_child()
+            death = self._end_child()
         raise LcscError(
-            f"worker {self._name} cannot load the bank: its process died {MOST_DEATHS} times, the last time {words}. "
+            f"worker {self._name} cannot load the bank: {death.reason}, {TRIES} times. "
             "Give it more memory, or look into its log."
         )
 
-    def _answer(self, child: Child, limit: float | None) -> dict[str, Any] | None:
+    def _limit(self, entry: Entry, first: bool) -> float | None:
+        """Seconds that an evaluation may take, as far as is known by now."""
+        if entry.timeout_seconds is not None:
+            return entry.timeout_seconds
+        with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):  # a beat that was meddled with
+            return judged(self._paces, *kind_of(entry.job), first)
+        return None
+
+    def _answer(self, child: Child, limit_now: Callable[[], float | None]) -> dict[str, Any] | None:
         """What the child says next; None where it died.
 
+        Args:
+            child: just asked.
+            limit_now: seconds that it may take, None for any.
+
         Raises:
-            queue.Empty: it says nothing for `limit` seconds.
+            Late: it has said nothing for so long.
             LcscError: it says that the problem is wrong.
             Stopped: the queue was closed.
         """
         began = time.monotonic()
         while True:
+            limit = limit_now()
             left = self._terms.poll_seconds if limit is None else began + limit - time.monotonic()
             try:
                 answer = child.answer(max(0.0, min(left, self._terms.poll_seconds)))
@@ -226,13 +247,13 @@ class Shift:
                 if self._stopped():
                     raise Stopped("the queue was closed") from None
                 if limit is not None and time.monotonic() - began >= limit:
-                    raise
+                    raise Late(limit) from None
                 continue
             if answer is not None and "error" in answer:
                 raise LcscError(answer["error"])
             return answer
 
-    def _end_child(self) -> tuple[str, str]:
+    def _end_child(self) -> Death:
         assert self._child is not None
         child, self._child = self._child, None
         return child.end()
@@ -258,7 +279,18 @@ class Shift:
         return (self._queue.folder / "stop").exists()
 
     def _look_for_driver(self) -> None:
-        self._alone = not self._driver.alive(DRIVER, read_beat(self._queue.folder / "beats" / f"{DRIVER}.json"))
+        facts = read_beat(self._queue.folder / "beats" / f"{DRIVER}.json")
+        self._alone = not self._driver.alive(DRIVER, facts)
+        if facts is not None:
+            self._paces = facts.get("patience", {})
+
+
+class Late(Exception):
+    """The child has taken longer than it may."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(limit)
+        self.limit = limit
 
 
 class Stopped(Exception):

@@ -17,6 +17,7 @@ from lcsc.core.errors import ConfigError, LcscError
 from lcsc.core.files import write_bytes
 from lcsc.search.engines.base import Result, Site
 from lcsc.search.job import Job, Performer
+from lcsc.search.rows import checked, is_number
 from lcsc.search.setup import build_problem, fingerprints
 
 #: Where workers leave their results, inside the run directory.
@@ -49,18 +50,14 @@ class Worker:
     Args:
         order: see `order`.
         name: of the worker, for results.
-        bank: path of the bank where it is another one here; it must hold the same.
 
     Raises:
         LcscError: the problem cannot be built here, or is another one than the driver's.
     """
 
-    def __init__(self, order: Mapping[str, Any], name: str, bank: Path | None = None) -> None:
+    def __init__(self, order: Mapping[str, Any], name: str) -> None:
         os.chdir(order["cwd"])
-        config = order["config"]
-        if bank is not None:
-            config = {**config, "bank": {**config["bank"], "path": str(bank)}}
-        problem = build_problem(config, trust=True)  # the user's own command line, not a stranger's run.json
+        problem = build_problem(order["config"], trust=True)  # the user's own command line, not a stranger's run.json
         rows = differences(order["fingerprints"], json.loads(canonical_json(fingerprints(problem))))
         if rows:
             raise ConfigError(f"worker {name} would score otherwise than the driver: {'; '.join(rows)}.")
@@ -81,16 +78,23 @@ def write_result(folder: Path, result: Result) -> None:
 
 
 def read_result(folder: Path, uid: str) -> Result | None:
-    """The result that a worker left, None where there is none or it is damaged: then the job is done again."""
+    """The result that a worker left, None where there is none or it is damaged: then the job is done again.
+
+    One that is whole and says what no result says is that of a failed evaluation.
+    """
     try:
         data = (folder / f"{uid}.json").read_bytes()
         crc, _, body = data.partition(b" ")
         if not data.endswith(b"\n") or crc != f"{zlib.crc32(body[:-1]):08x}".encode():
             return None
         found = json.loads(body)
-        return Result(found["uid"], found["row"], found["seconds"], found["worker"]) if found["uid"] == uid else None
-    except (OSError, ValueError, KeyError, TypeError):
+        if found["uid"] != uid:
+            return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    seconds = found.get("seconds")
+    row = checked(found.get("row"))
+    return Result(uid, row, max(0.0, seconds) if is_number(seconds) else 0.0, str(found.get("worker", "")))
 
 
 def guarded(work: Callable[[], Any]) -> tuple[Any, str | None]:

@@ -16,19 +16,21 @@ import psutil
 import pytest
 import torch
 from helpers_cli import TOY, start
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from lcsc.cli.train import train
+from lcsc.config.hydra_app import compose_config
 from lcsc.core.errors import ConfigError, LcscError
 from lcsc.core.seeds import Purpose
 from lcsc.search.budget import Budget
-from lcsc.search.engines._deaths import OomCounter, explain
+from lcsc.search.deaths import OomCounter
 from lcsc.search.engines.base import Site
 from lcsc.search.engines.local import THREADS, Local
 from lcsc.search.frames import read_records
 from lcsc.search.job import Job
+from lcsc.search.packed_bank import share_bank
 from lcsc.search.run import run_search
 from lcsc.search.setup import build_problem, fingerprints, open_bank
-from lcsc.search.shared_bank import NAME, share_bank
 
 #: Adapters need no network, so these workers start in a third of the time.
 SCORER = """
@@ -201,20 +203,20 @@ def test_a_slow_and_a_crashing_evaluation_cost_themselves_alone(here):
     assert not Path("run/work").exists()
 
 
-def test_what_a_worker_died_of(tmp_path):
-    events = tmp_path / "memory.events"
-    events.write_text("low 0\noom 3\noom_kill 3\n")
-    counter = OomCounter([tmp_path / "absent", events])
-    died = explain(-signal.SIGKILL, "", counter)
-    assert (died.cause, died.reason, died.memory) == ("killed", "the worker was killed with SIGKILL", False)
-    events.write_text("low 0\noom 4\noom_kill 4\n")
-    died = explain(-signal.SIGKILL, "", counter)
-    assert (died.cause, died.reason, died.memory) == ("killed", "killed by the system (out of memory)", True)
-    assert not explain(-signal.SIGKILL, "", counter).memory  # one kill is one worker's
-    assert explain(-signal.SIGTERM, "", counter).cause == "killed"
-    assert explain(3, "no such file", counter).reason == "the worker ended with exit code 3: no such file"
-    assert explain(-signal.SIGSEGV, "", counter).cause == "crashed"
-    assert not OomCounter([tmp_path / "absent"]).rose()
+def test_an_evaluation_that_hangs_is_killed_though_nobody_set_a_limit(here, monkeypatch):
+    monkeypatch.setattr("lcsc.search.patience.LEAST", 1.0)
+    with Local(num_workers=1, threads=1).start(site(configured("faulty"), [])) as crew:
+        for number, fault in enumerate([0, 0, 0, 0, 0, 1]):
+            crew.submit(job(number, fault))
+        results = gathered(crew, 6)
+    assert [results[number].row["status"] for number in range(5)] == ["ok"] * 5
+    assert (results[5].row["value"], results[5].row["cause"]) == (None, "timeout")
+    assert results[5].row["reason"] == (
+        "took longer than 1 s, 10 times what others of this run take or more, and was killed; "
+        "`engine.timeout_seconds` sets another limit"
+    )
+    assert results[5].seconds > 1
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "1001"]]
 
 
 def test_settings_make_environments(monkeypatch):
@@ -240,24 +242,27 @@ def test_a_shared_bank_is_the_bank(tmp_path, stored, dtype):
         torch.manual_seed(step)
         save_file({"a": torch.randn(5, 3, dtype=getattr(torch, stored))}, run / f"model-{step}.safetensors")
     selection = {"start": None, "stop": None, "every": 2, "last": None}
-    section = {"path": str(run), "component": None, "weights": None, **selection, "dtype": dtype, "storage": "auto"}
+    how = {"dtype": dtype, "storage": "auto", "device": "cpu"}
+    section = {"path": str(run), "component": None, "weights": None, **selection, **how}
 
     def opened(section):
-        return open_bank({"bank": {**section, "device": "cpu"}})
+        return open_bank({"bank": section})
 
-    bank, notes = opened(section), []
-    for _ in range(2):  # the copy of an interrupted session is used again
-        own = share_bank(section, bank, tmp_path, notes.append)
-        stamp = (tmp_path / NAME).stat().st_mtime_ns
-    assert (tmp_path / NAME).stat().st_mtime_ns == stamp
+    bank, notes, banks = opened(section), [], tmp_path / "banks"
+    own, leave = share_bank(section, bank, banks, notes.append)
     found = opened(own)
     assert found.steps == bank.steps == (20, 40)
     assert found.digest == bank.digest
     assert torch.equal(found.matrix(), bank.matrix())
-    assert share_bank(own, found, tmp_path / "absent", notes.append) == own  # it can be mapped already
-    assert notes == []
+    assert share_bank(own, found, tmp_path / "absent", notes.append)[0] == own  # it can be mapped already
     other = opened({**section, "every": 1})
-    assert opened(share_bank(section, other, tmp_path, notes.append)).digest == other.digest != bank.digest
+    owns, leave_other = share_bank(section, other, banks, notes.append)
+    assert opened(owns).digest == other.digest != bank.digest
+    assert notes == []
+    assert len(list(banks.glob("*.safetensors"))) == 2
+    leave()
+    leave_other()
+    assert not banks.exists()
 
 
 # ------------------------------------------------------------------------------------------------- make test-faults
@@ -272,6 +277,31 @@ def test_the_toy_gives_the_journal_of_inline(here):
         out, _ = process.communicate(timeout=600)
         assert process.returncode == 0, out
     assert Path("one/journal.jsonl").read_bytes() == Path("two/journal.jsonl").read_bytes()
+
+
+@pytest.mark.faults
+def test_searches_and_sweeps_at_once_share_one_packed_bank(here):
+    train(compose_config(TOY))
+    for file in here.glob("banks/**/*.safetensors"):
+        save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file)
+    common = [*TOY, "search.num_trials=8", "quiet=true", "engine=local", "engine.num_workers=2", "engine.threads=1"]
+    lines = [["-m", *common, "seed=0,1"], [*common, "seed=2"]]
+    processes = [start("search", *words, cwd=here, env={"OMP_NUM_THREADS": "1"}) for words in lines]
+    seen, most = {}, 0
+    while any(process.poll() is None for process in processes):
+        found = list(here.glob("runs/.banks/lcsc-bank-*.safetensors"))
+        for path in found:
+            with contextlib.suppress(FileNotFoundError):
+                seen[path.stat().st_ino] = path
+        most = max(most, len(found))
+        time.sleep(0.01)
+    for process in processes:
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+    assert most == 1
+    assert len(set(seen.values())) == 1
+    assert not (here / "runs" / ".banks").exists()
+    assert len(list(here.glob("runs/*/summary.json"))) == 3
 
 
 @pytest.mark.faults
@@ -328,9 +358,7 @@ def test_a_stopped_worker_and_other_ends(here):
     assert rows[3]["reason"] == "the worker ended with exit code 3: out of ideas"
     assert rows[4]["reason"] == "the worker crashed with SIGSEGV"
     assert rows[5]["reason"] == "the worker was killed with SIGKILL"
-    assert notes[0].endswith(
-        "no worker began it within `engine.timeout_seconds`, 1.5 s; its evaluation is tried once more"
-    )
+    assert notes[0].endswith("no worker began it within 1.5 s; its evaluation is tried once more")
 
 
 @pytest.mark.faults
@@ -358,7 +386,7 @@ def test_two_deaths_for_lack_of_memory_take_one_worker_away(here, monkeypatch):
         rows = {number: result.row for number, result in gathered(crew, 4).items()}
         assert crew.slots == 1  # and never none
     assert [rows[number]["status"] for number in range(4)] == ["failed", "ok", "ok", "failed"]
-    assert (rows[0]["cause"], rows[0]["reason"]) == ("killed", "killed by the system (out of memory)")
+    assert (rows[0]["cause"], rows[0]["reason"]) == ("oom", "the worker was killed by the system (out of memory)")
     said = "note: the system killed 2 workers for lack of memory; going on with 1"
     assert [note for note in notes if "lack of memory" in note] == [said]
 

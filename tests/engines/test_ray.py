@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers_ray import calls, enter, everything, ray_processes, site_of
+from safetensors.torch import load_file, save_file
 
 from lcsc.core import registry
 from lcsc.core.errors import ConfigError, LcscError, MissingExtraError
@@ -61,10 +62,12 @@ def test_the_journal_is_that_of_one_process_although_a_worker_is_killed(local, h
     assert capfd.readouterr().out == ""  # Ray would say there that a worker died
 
 
-def test_a_worker_without_the_banks_path_gets_the_bank(local, here, monkeypatch):
+def test_a_worker_without_the_banks_path_gets_the_bank_also_of_float64(local, here, monkeypatch):
     def elsewhere(site):
         return {**engine_file_order(site), "cwd": str(here / "not" / "here")}
 
+    for file in Path("banks").rglob("*.safetensors"):
+        save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file)
     engine_file_order = engine_file.order
     site = site_of(here, "bank.every=2")
     size = site.problem.space().size

@@ -60,6 +60,20 @@ def test_what_kills_crashes_or_hangs_every_worker_costs_one_evaluation(here):
 
 
 @pytest.mark.faults
+def test_an_evaluation_that_hangs_is_killed_though_nobody_set_a_limit(here, monkeypatch):
+    monkeypatch.setattr("lcsc.search.patience.LEAST", 1.0)
+    Path("fault-5").write_text("hang")
+    site = site_of(here)
+    size = site.problem.space().size
+    with Ray(num_workers=1).start(site) as crew:
+        found = everything(crew, {n: job(n, size) for n in range(7)})
+    assert [n for n in range(7) if found[n].row["value"] is None] == [5]
+    assert found[5].row["cause"] == "timeout"
+    assert "`engine.timeout_seconds` sets another limit" in found[5].row["reason"]
+    assert [n for n, _ in calls()] == list(range(7))
+
+
+@pytest.mark.faults
 def test_a_lost_node_costs_no_evaluation_and_is_used_again_when_it_is_back(away, here):
     second = away.add_node(num_cpus=1)
     for n in range(12):

@@ -20,19 +20,23 @@ from helpers_slurm import install
 from lcsc.bank import CheckpointBank
 from lcsc.cli.main import main
 from lcsc.core.errors import ConfigError, LcscError
+from lcsc.core.files import write_json
 from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose
 from lcsc.models.gaussian import GaussianDenoiser
 from lcsc.models.network import save_network
 from lcsc.search.budget import Budget
+from lcsc.search.desk import Desk
 from lcsc.search.engines.base import Crew, Engine, Site
 from lcsc.search.engines.slurm import Slurm
 from lcsc.search.frames import read_records
 from lcsc.search.job import Job
-from lcsc.search.lease import read_beat, read_beats
+from lcsc.search.lease import DRIVER, Beat, read_beat, read_beats
 from lcsc.search.problem import Problem
+from lcsc.search.queue import Queue
 from lcsc.search.setup import describe_problem, fingerprints
-from lcsc.search.worker import read_result
+from lcsc.search.shift import Shift, Terms
+from lcsc.search.worker import order, read_result
 
 #: The number of images says what the function does.
 QUICK, HELD, CRASH, HANG = 1, 2, 3, 4
@@ -83,6 +87,12 @@ def job(kind, start=0):
 
 def kill(pid, signum=signal.SIGKILL):
     os.kill(pid, signum)
+
+
+def begun(site, crew, *others):
+    """The beat of a worker that has begun the job HELD and is none of `others`."""
+    until(lambda: at_work(site.folder, job(HELD), *others), crew)
+    return at_work(site.folder, job(HELD), *others)
 
 
 def at_work(folder, found, *others):
@@ -198,8 +208,7 @@ def test_a_killed_child_costs_nothing(site):
         assert isinstance(crew, Crew)
         crew.submit(job(HELD))
         crew.submit(job(QUICK, 7))
-        until(lambda: at_work(site.folder, job(HELD)), crew)
-        worker = at_work(site.folder, job(HELD))
+        worker = begun(site, crew)
         kill(worker["child"])
         until(lambda: at_work(site.folder, job(HELD))["child"] != worker["child"], crew)
         go(site)
@@ -216,11 +225,10 @@ def test_a_killed_child_costs_nothing(site):
 def test_a_job_whose_worker_is_killed_is_done_by_another(site):
     with Slurm(**FAST, num_workers=2).start(site) as crew:
         crew.submit(job(HELD))
-        until(lambda: at_work(site.folder, job(HELD)), crew)
-        first = at_work(site.folder, job(HELD))
+        first = begun(site, crew)
         kill(first["pid"])  # its child ends with it
         until(lambda: not Path(f"/proc/{first['child']}").exists(), crew)
-        until(lambda: at_work(site.folder, job(HELD), first["name"]), crew)
+        begun(site, crew, first["name"])
         go(site)
         (result,) = collect(crew, 1).values()
         assert (result.row["value"], result.worker != first["name"]) == (0.5, True)
@@ -232,12 +240,10 @@ def test_a_job_whose_worker_is_killed_is_done_by_another(site):
 def test_a_stopped_workers_late_result_counts_for_nothing(site):
     with Slurm(**FAST, num_workers=2).start(site) as crew:
         crew.submit(job(HELD))
-        until(lambda: at_work(site.folder, job(HELD)), crew)
-        slow = at_work(site.folder, job(HELD))
+        slow = begun(site, crew)
         for pid in (slow["pid"], slow["child"]):
             kill(pid, signal.SIGSTOP)
-        until(lambda: at_work(site.folder, job(HELD), slow["name"]), crew)
-        quick = at_work(site.folder, job(HELD), slow["name"])
+        quick = begun(site, crew, slow["name"])
         go(site)
         (result,) = collect(crew, 1).values()
         assert result.worker == quick["name"]
@@ -255,11 +261,9 @@ def test_a_stopped_workers_late_result_counts_for_nothing(site):
 def test_a_preempted_worker_gives_its_job_back_and_begins_anew(site, minutes, case):
     with Slurm(**FAST, num_workers=1, time_minutes=minutes).start(site) as crew:
         crew.submit(job(HELD))
-        until(lambda: at_work(site.folder, job(HELD)), crew)
-        first = at_work(site.folder, job(HELD))
+        first = begun(site, crew)
         kill(first["pid"], signal.SIGUSR2)  # what SLURM sends; submitit takes it for one or the other by the time left
-        until(lambda: at_work(site.folder, job(HELD), first["name"]), crew)
-        second = at_work(site.folder, job(HELD), first["name"])
+        second = begun(site, crew, first["name"])
         assert second["name"].rpartition("-")[0] == first["name"].rpartition("-")[0]  # the same job of the cluster
         assert crew._desk._lost == {}
         go(site)
@@ -277,10 +281,35 @@ def test_a_hung_job_is_a_row(site):
         child = at_work(site.folder, job(HANG))["child"]
         (result,) = collect(crew, 1).values()
         assert (result.row["status"], result.row["cause"]) == ("failed", "timeout")
-        assert result.row["reason"] == "not done after 10 seconds"
+        assert result.row["reason"] == "took longer than `engine.timeout_seconds`, 10 s, and was killed"
         assert not Path(f"/proc/{child}").exists()
         beat = site.folder / "work" / "beats" / f"{result.worker}.json"
         until(lambda: read_beat(beat)["child"] != child, crew)  # the worker goes on
+
+
+@pytest.mark.faults
+def test_a_worker_kills_what_hangs_by_the_pace_in_the_drivers_beat(site, monkeypatch):
+    monkeypatch.setattr("lcsc.search.patience.LEAST", 1.0)  # the worker is a thread of this process, its child is not
+    work, done = site.folder.resolve() / "work", []
+    tray, beats = Queue(work), work / "beats"
+    write_json(work / "order.json", order(site))
+    desk = Desk(tray, 60.0)
+    worker = threading.Thread(target=lambda: done.append(Shift(work, "w", Terms(0.5, 60.0, 0.1, None)).run()))
+    with Beat(beats, DRIVER, 0.1) as beat:
+        for number in range(5):
+            desk.submit(job(QUICK, number))
+        worker.start()
+        until(lambda: desk.results() == [] and desk.num_open == 0)
+        assert desk.patience.paces["score"][:2] == (5, 1)
+        beat.say(patience=desk.patience.paces)
+        desk.submit(job(HANG))
+        until(lambda: desk.results() == [] and read_result(work / "results", job(HANG).uid))
+        (work / "stop").touch()
+        worker.join()
+    row = read_result(work / "results", job(HANG).uid).row
+    assert (row["value"], row["cause"]) == (None, "timeout")
+    assert "`engine.timeout_seconds` sets another limit" in row["reason"]
+    assert done == [6]
 
 
 @pytest.mark.faults
@@ -294,7 +323,7 @@ def test_crashing_and_meddled_jobs_are_rows(site):
         found = collect(crew, 2)
         crash, quick = (found[each.uid].row for each in jobs)
         assert (crash["status"], crash["cause"]) == ("failed", "crashed")
-        assert crash["reason"] == "the evaluating process died 2 times, the last time with exit status 3"
+        assert crash["reason"] == "the evaluating process ended with exit code 3, 2 times"
         assert quick["value"] == 7.5
         crew.submit(job(QUICK, 9))
         assert list(collect(crew, 1)) == [job(QUICK, 9).uid]
@@ -331,8 +360,7 @@ def test_workers_that_keep_dying_end_the_search(site):
         crew.submit(job(HELD))
         seen = []
         for _ in range(2):
-            until(lambda: at_work(site.folder, job(HELD), *seen), crew)
-            worker = at_work(site.folder, job(HELD), *seen)
+            worker = begun(site, crew, *seen)
             seen.append(worker["name"])
             crew._desk._lost.clear()  # it is not the job
             kill(worker["pid"])
@@ -387,7 +415,7 @@ def test_a_slurm_array_of_submitit(site, monkeypatch):
     first = at_work(site.folder, job(HELD))
     assert first["name"].startswith("100_")
     subprocess.run(["scancel", first["name"].rpartition("-")[0], "--signal", "USR2"], check=True)
-    until(lambda: at_work(site.folder, job(HELD), first["name"]), crew)
+    begun(site, crew, first["name"])
     crew._open.close()  # as if the driver were gone: nobody stops the array
     monkeypatch.undo()
     monkeypatch.chdir(folder)

@@ -1,4 +1,6 @@
-"""kill -9 a search at random times and run the same line again: python kill_loop.py FOLDER NUM_KILLS SEED.
+"""kill -9 a search at random times and run the same line again.
+
+    PYTHONPATH=tests python tests/fault/kill_loop.py FOLDER NUM_KILLS SEED
 
 Each search is a process of its own, forked from this one so that it begins at once. It tells over a pipe which records
 it counts as done, after the journal's fsync. Prints JSON: kills, runs, acknowledged records, records that were

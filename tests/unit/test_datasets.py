@@ -216,7 +216,9 @@ def test_missing_paths_are_one_sentence(name: str, kind: str) -> None:
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"")
-    with pytest.raises(MissingExtraError, match=r"dataset `parquet` needs `pyarrow`; install it with"):
+    with pytest.raises(
+        MissingExtraError, match=r"dataset `parquet` needs `pyarrow`, which is not installed; install it with"
+    ):
         Parquet(path=str(tmp_path / "a.parquet")).images()
 
 

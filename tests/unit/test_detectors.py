@@ -188,7 +188,10 @@ def test_inception_digest_must_mean_something(weights: tuple[str, str], digest: 
 def test_inception_without_the_extra(weights: tuple[str, str], absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inception, "find_spec", lambda name: None if name == absent else object())
     detector = build("metric", "fid", weights_path=weights[0], weights_digest=weights[1][:8]).load_detector()
-    with pytest.raises(MissingExtraError, match=rf"needs `{absent}`.*Run: pip install lcsc\[fidelity\]$"):
+    with pytest.raises(
+        MissingExtraError,
+        match=rf"`{absent}`, which is not installed; .*`pip install 'lcsc\[fidelity\]'`\.$",
+    ):
         detector.features(torch.zeros(1, 3, 8, 8))
     assert detector.digest == weights[1]
 

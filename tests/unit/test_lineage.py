@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 from helpers_fake_run import framed
-from test_loop import Line, Scripted
+from helpers_line import Line
+from test_loop import Scripted
 from test_run_files import BUDGET, problem_of, trained
 
 from lcsc.core.errors import RunError

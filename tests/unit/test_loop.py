@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from helpers_line import Line, Plain
 
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import build
@@ -26,33 +27,7 @@ from lcsc.searchers.base import Proposal, Task
 
 
 @dataclass
-class Weights:
-    """A candidate reduced to its point."""
-
-    x: np.ndarray
-
-    @property
-    def recipe(self):
-        return {"operator": "line"}
-
-
-class Line:
-    """Two numbers; two baseline families."""
-
-    def space(self, bank):
-        return SearchSpace((Box("x", 2),))
-
-    def apply(self, bank, point):
-        return Weights(np.asarray(point["x"]))
-
-    def baselines(self, bank):
-        points = {"near": [1.0, 1.0], "far": [3.0, 3.0]}
-        rows = [Baseline("a", "near", {"x": points["near"]}), Baseline("a", "far", {"x": points["far"]})]
-        return [*rows, Baseline("b", "other", {"x": [2.0, 2.0]})]
-
-
-@dataclass
-class Scripted:
+class Scripted(Plain):
     """Distance from the origin, spoilt on purpose."""
 
     spoil: dict = field(default_factory=dict)
@@ -63,9 +38,6 @@ class Scripted:
 
     def floor(self):
         return self.floor_value
-
-    def circumstances(self):
-        return {"nfe": 1}
 
     def __call__(self, candidate, *, seed, purpose, images, full=False):
         index = sum(p is purpose for p, _ in self.calls)

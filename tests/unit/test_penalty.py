@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from helpers_line import Line, Plain
 
 from lcsc.bank import CheckpointBank
 from lcsc.core.errors import ConfigError
@@ -14,7 +15,7 @@ from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose
 from lcsc.core.space import Box, SearchSpace
 from lcsc.objectives.base import Score, Slope
-from lcsc.operators.base import Baseline, Distances
+from lcsc.operators.base import Distances
 from lcsc.search.budget import Budget
 from lcsc.search.frames import read_records
 from lcsc.search.journal import Journal
@@ -83,29 +84,13 @@ def test_an_objectives_own_boxes_cost_nothing(bank):
 
 
 # ------------------------------------------------------------------------------------------------------- in a search
-@dataclass
-class Weights:
-    x: np.ndarray
+class Pair(Line):
+    """Two baselines, and no distance."""
 
-    @property
-    def recipe(self):
-        return {"operator": "plane"}
+    rows = (("a", "near", [1.0, 1.0]), ("b", "other", [2.0, 3.0]))
 
 
-class Line:
-    """Two numbers and no distance."""
-
-    def space(self, bank):
-        return SearchSpace((Box("x", 2),))
-
-    def apply(self, bank, point):
-        return Weights(np.asarray(point["x"]))
-
-    def baselines(self, bank):
-        return [Baseline("a", "near", {"x": [1.0, 1.0]}), Baseline("b", "other", {"x": [2.0, 3.0]})]
-
-
-class Plane(Line):
+class Plane(Pair):
     """Combinations of the checkpoints (1, 0), (0, 1) and (0, 0), by the coefficients of the first two."""
 
     W_KP = np.array([[1.0, 0], [0, 1], [0, 0]])
@@ -122,18 +107,10 @@ class Plane(Line):
 
 
 @dataclass
-class Distance:
+class Distance(Plain):
     """Distance from the origin plus one, with its derivative."""
 
-    name: str = "distance"
-    min_images: int = 2
     no_gradient: str | None = None
-
-    def floor(self):
-        return None
-
-    def circumstances(self):
-        return {"nfe": 1}
 
     def __call__(self, candidate, *, seed, purpose, images, full=False):
         return Score(float(np.hypot(*candidate.x)) + 1, len(images), 1, 0.1 if full else None)
@@ -250,7 +227,7 @@ def test_a_failure_is_told_as_the_worst_that_was_heard(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "operator", "sentence"),
     [
-        ({"penalty": 1.0}, Line(), r"`search\.penalty` is 1\.0, but the operator `Line` knows no distance of weights"),
+        ({"penalty": 1.0}, Pair(), r"`search\.penalty` is 1\.0, but the operator `Pair` knows no distance of weights"),
         ({"penalty": 1.0, "prefixes": [5]}, Plane(), "but a race compares scores without a penalty"),
         ({"penalty": -1.0}, Plane(), r"`search\.penalty` is -1\.0; it must be a number of at least 0"),
         ({"penalty": float("nan")}, Plane(), r"`search\.penalty` is nan; it must be a number of at least 0"),

@@ -14,7 +14,6 @@ import pytest
 
 from lcsc.core.seeds import Purpose
 from lcsc.search import queue as queue_module
-from lcsc.search.deaths import cause_of_death, count_oom_kills
 from lcsc.search.desk import Desk
 from lcsc.search.engines.base import Result
 from lcsc.search.job import Job
@@ -376,7 +375,7 @@ def test_a_new_driver_takes_results_and_leaves_claims_of_the_living(tray, folder
     assert (tray.claims(), tray.waiting()) == ([], {job(number).uid for number in (1, 2, 3)})
 
 
-# ------------------------------------------------------------------------------------------------- shifts and deaths
+# ------------------------------------------------------------------------------------------------- shifts
 
 
 def test_workers_without_a_driver_end(folder, tray, monkeypatch):
@@ -402,35 +401,3 @@ def test_no_work_is_taken_that_would_not_be_done_in_time(folder, tray, monkeypat
     shift._longest = 100.0  # 150 and the margin of 100 have to be left
     monkeypatch.setattr("time.monotonic", lambda: now + elapsed)
     assert shift._over() is over
-
-
-@pytest.mark.parametrize(
-    ("status", "cause", "words"),
-    [
-        (0, "crashed", "with exit status 0"),
-        (3, "crashed", "with exit status 3"),
-        (-9, "killed", "by SIGKILL"),
-        (-15, "killed", "by SIGTERM"),
-        (-11, "crashed", "by SIGSEGV"),
-        (-7, "crashed", "by SIGBUS"),
-    ],
-)
-def test_deaths_are_told_apart(status, cause, words):
-    assert cause_of_death(status, count_oom_kills()) == (cause, words)
-
-
-def test_the_kernel_counts_processes_killed_for_lack_of_memory(tmp_path, monkeypatch):
-    proc, root = tmp_path / "cgroup", tmp_path / "fs"
-    assert count_oom_kills(proc, root) is None
-    (root / "job").mkdir(parents=True)
-    (root / "memory" / "job").mkdir(parents=True)
-    proc.write_text("0::/job\n")
-    assert count_oom_kills(proc, root) is None
-    (root / "job" / "memory.events").write_text("low 0\noom 1\noom_kill 4\n")
-    assert count_oom_kills(proc, root) == 4
-    proc.write_text("5:cpu:/job\n4:memory:/job\n")
-    (root / "memory" / "job" / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 7\n")
-    assert count_oom_kills(proc, root) == 7
-    monkeypatch.setattr("lcsc.search.deaths.count_oom_kills", lambda: 7)
-    assert cause_of_death(-9, 6) == ("oom", "by the system, for lack of memory")
-    assert cause_of_death(-9, 7) == ("killed", "by SIGKILL")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import pytest
 import torch
+from helpers_line import Line, Plain, Weights
 from scipy import stats
 
 from lcsc.bank import CheckpointBank
@@ -16,7 +17,6 @@ from lcsc.config.hydra_app import compose_config
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import build, discover, part
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.core.space import Box, SearchSpace
 from lcsc.metrics.bootstrap import resampled_scores
 from lcsc.metrics.paired import NUM_RESAMPLES, chance_better, frechet_to_first_order, paired_scores
 from lcsc.models.network import build_network, save_network
@@ -121,26 +121,10 @@ def test_an_equal_candidate_is_dropped_about_as_often_as_asked():
     assert 0.13 <= rates[0.2] / 200 <= 0.27
 
 
-@dataclass
-class Weights:
-    x: np.ndarray
-
-    @property
-    def recipe(self):
-        return {"operator": "cloud"}
-
-
-class Plane:
+class Plane(Line):
     """Two numbers: the shift of a cloud."""
 
-    def space(self, bank):
-        return SearchSpace((Box("x", 2),))
-
-    def apply(self, bank, point):
-        return Weights(np.asarray(point["x"]))
-
-    def baselines(self, bank):
-        return [Baseline(name, name, {"x": [at, 0.5]}) for name, at in (("far", 2.0), ("near", 1.5))]
+    rows = (("far", "far", [2.0, 0.5]), ("near", "near", [1.5, 0.5]))
 
 
 @functools.cache
@@ -149,20 +133,13 @@ def noise(seed, purpose, images):
 
 
 @dataclass
-class Cloud:
+class Cloud(Plain):
     """Fréchet distance of shifted normal noise to normal noise: the optimum is the origin."""
 
     metric: object = METRIC
     calls: list = field(default_factory=list)
     broken_at: int | None = None
     name: str = "fid_pixels"
-    min_images: int = 2
-
-    def floor(self):
-        return None
-
-    def circumstances(self):
-        return {"nfe": 1}
 
     def block_states(self, candidate, *, seed, purpose, images, num_blocks):
         self.calls.append((tuple(candidate.x), purpose, images))

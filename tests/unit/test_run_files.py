@@ -6,11 +6,13 @@ import dataclasses
 import html
 import json
 import re
+import sys
 
 import pytest
 
 from lcsc.bank import CheckpointBank
 from lcsc.cli.export import export_run
+from lcsc.core.errors import ConfigError, MissingExtraError
 from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose
 from lcsc.models.network import load_network
@@ -19,6 +21,7 @@ from lcsc.report.html import write_report
 from lcsc.report.run import Run
 from lcsc.report.tables import number, report_text
 from lcsc.search.budget import Budget
+from lcsc.search.engines.inline import Inline
 from lcsc.search.problem import Problem
 from lcsc.search.run import few_images, run_search
 
@@ -104,6 +107,44 @@ def test_the_report_shows_searched_levels_in_full(timed, bank, tmp_path):
     plain = run_search(problem_of(bank), name="toy", runs_dir=tmp_path, quiet=True)
     assert summary_of(plain)["levels"] == {}
     assert "levels" not in (plain / "best" / "README.md").read_text()
+
+
+# ---- engines that cannot start
+
+BROKEN = [
+    ("slurm", {"cluster": "moon"}, ConfigError, None),
+    ("slurm", {}, MissingExtraError, "submitit"),
+    ("ray", {}, MissingExtraError, "ray"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "error", "package"), BROKEN)
+def test_an_engine_that_cannot_start_leaves_nothing(bank, tmp_path, monkeypatch, name, settings, error, package):
+    if package:
+        monkeypatch.setitem(sys.modules, package, None)
+    where = {"runs_dir": tmp_path, "run_dir": tmp_path / "mine" if name == "ray" else None}
+    with pytest.raises(error, match=f"engine.*{name}"):
+        run_search(problem_of(bank), name="toy", quiet=True, engine=build("engine", name, **settings), **where)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_cannot_start_leaves_what_another_began(bank, tmp_path):
+    class Interrupting(Inline):
+        def start(self, site):
+            crew = super().start(site)
+            crew.collect = lambda timeout=None: (_ for _ in ()).throw(KeyboardInterrupt)
+            return crew
+
+    def search(engine):
+        run_search(problem_of(bank), name="toy", runs_dir=tmp_path, quiet=True, engine=engine)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(Interrupting())
+    (run,) = tmp_path.iterdir()
+    with pytest.raises(ConfigError):
+        search(build("engine", "slurm", cluster="moon"))
+    assert (run / "run.json").is_file()
+    assert list(tmp_path.iterdir()) == [run]
 
 
 # ---- vetoes

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from helpers_fake_run import framed
-from test_loop import Line, Scripted
+from helpers_line import Line
+from test_loop import Scripted
 
 from lcsc.core.errors import BankError, ConfigError, EvaluationError, RunError
 from lcsc.core.registry import build

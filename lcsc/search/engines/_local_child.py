@@ -12,16 +12,15 @@ import functools
 import json
 import os
 import queue
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lcsc.core.errors import LcscError
 from lcsc.core.files import writing
-from lcsc.search.engines._deaths import MARK, end_marked
+from lcsc.search.deaths import MARK, end_marked
+from lcsc.search.engines.common import listen, private_stdin
 from lcsc.search.job import Job
 from lcsc.search.worker import RESULTS, Worker, guarded, write_result
 
@@ -41,12 +40,12 @@ class Port:
 
     def say(self, word: str, value: str = "") -> None:
         """One line to the driver."""
-        with contextlib.suppress(BrokenPipeError):  # it is gone; `_listen` sees to that
+        with contextlib.suppress(BrokenPipeError):  # it is gone; `listen` sees to that
             os.write(self._fd, json.dumps([word, value]).encode() + b"\n")
 
     def listen(self) -> None:
         """Take lines from now on, also while a job is at work."""
-        threading.Thread(target=self._listen, daemon=True).start()
+        listen(self._lines, self._heard, lambda: end_marked([os.environ[MARK]]))
 
     def next_job(self) -> Job:
         """The next job that was not dropped."""
@@ -55,19 +54,13 @@ class Port:
             if job.uid not in self._dropped:
                 return job
 
-    def _listen(self) -> None:
-        try:
-            for line in self._lines:
-                word, value = json.loads(line)
-                if word == "job":
-                    self._dropped.discard(value["uid"])
-                    self._jobs.put(Job.from_plain(value))
-                else:
-                    self._dropped.add(value)
-        finally:  # the driver is gone, and this process with all that it started goes too, whatever it is doing
-            with contextlib.suppress(Exception):
-                end_marked([os.environ[MARK]])
-            os.killpg(0, signal.SIGKILL)
+    def _heard(self, said: tuple[str, Any]) -> None:
+        word, value = said
+        if word == "job":
+            self._dropped.discard(value["uid"])
+            self._jobs.put(Job.from_plain(value))
+        else:
+            self._dropped.add(value)
 
 
 def main(fd: int) -> None:
@@ -76,9 +69,7 @@ def main(fd: int) -> None:
     Args:
         fd: where to answer.
     """
-    lines = os.fdopen(os.dup(0), "rb")
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)  # nothing that a job starts reads the jobs, or keeps the pipes open
+    lines = private_stdin()
     os.set_inheritable(fd, False)
     port = Port(lines, fd)
     if first := lines.readline():

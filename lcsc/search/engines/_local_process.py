@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcsc.search.engines._deaths import MARK
+from lcsc.search.deaths import MARK
 from lcsc.search.job import Job
 
 #: `python -m` would not find what a caller put on its path; what a worker needs takes seconds to import
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); fd = int(sys.argv[2]); del sys.argv[1:]; "
-    "from lcsc.search.engines._deaths import wake_when_orphaned; wake_when_orphaned(); "
+    "from lcsc.search.deaths import wake_when_orphaned; wake_when_orphaned(); "
     "from lcsc.search.engines._local_child import main; main(fd)"
 )
 #: Seconds in which a process that closed its pipe, or was killed, should be gone.
@@ -89,6 +89,8 @@ class Process:
     def __init__(self, mark: str, order: Mapping[str, Any], log: Path, env: Mapping[str, str]) -> None:
         self.name, self.mark, self.log = mark.rpartition(":")[2], mark, log
         self.ready = False
+        #: whether it has done no job yet
+        self.fresh = True
         #: jobs it was given, in order; at most two
         self.held: deque[str] = deque()
         #: the one it began, and since when it has been on that (or should have begun its first)
@@ -139,7 +141,7 @@ class Process:
     def done(self, uid: str) -> None:
         """It said that it did a job."""
         self.held.remove(uid)
-        self.running, self.since = None, time.monotonic()
+        self.running, self.since, self.fresh = None, time.monotonic(), False
 
     def ended(self) -> int | None:
         """Exit code, or minus the signal; None while it lives. The process is left to `end`, so its group stays its."""

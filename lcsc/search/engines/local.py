@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -16,18 +16,18 @@ from typing import Any
 from lcsc.core.errors import ConfigError, LcscError
 from lcsc.core.files import writing
 from lcsc.core.registry import register
-from lcsc.search.engines._deaths import Death, OomCounter, end_marked, explain
+from lcsc.search.deaths import Death, OomCounter, end_marked, explain
 from lcsc.search.engines._local_process import Process
 from lcsc.search.engines.base import Closing, Result, Site
+from lcsc.search.engines.common import TRIES, check_settings
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
-from lcsc.search.shared_bank import share_bank
+from lcsc.search.packed_bank import BANKS, share_bank
+from lcsc.search.patience import Patience, too_long
 from lcsc.search.worker import RESULTS, order, read_result
 
 #: Seconds between looks at processes that say nothing.
 TICK = 0.5
-#: Processes that may die of one job before it is given up.
-TRIES = 2
 #: So many deaths for lack of memory within so many evaluations take one worker away.
 DEATHS, EVALUATIONS = 2, 10
 #: Where libraries read how many threads to use, when they are loaded.
@@ -49,13 +49,20 @@ class LocalCrew(Closing):
         site: see `Site`.
         what: the order of the workers.
         envs: environment of each worker; a new one in place of a dead one takes its environment.
-        timeout_seconds: of one evaluation; None for no limit.
+        timeout_seconds: of one evaluation; None judges it by the others, see `lcsc.search.patience`.
+        leave: called when the workers are gone.
     """
 
     def __init__(
-        self, site: Site, what: Mapping[str, Any], envs: Sequence[Mapping[str, str]], timeout_seconds: float | None
+        self,
+        site: Site,
+        what: Mapping[str, Any],
+        envs: Sequence[Mapping[str, str]],
+        timeout_seconds: float | None,
+        leave: Callable[[], None] = lambda: None,
     ) -> None:
-        self._note, self._order, self._timeout = site.note, what, timeout_seconds
+        self._leave = leave
+        self._note, self._order, self._patience = site.note, what, Patience(timeout_seconds)
         self._work, self._results = site.folder / "work", site.folder / RESULTS
         self._tasks: dict[str, _Task] = {}
         self._pending: deque[str] = deque()
@@ -106,6 +113,8 @@ class LocalCrew(Closing):
         end_marked([worker.mark for worker in workers])
         for worker in workers:
             worker.end()
+        leave, self._leave = self._leave, lambda: None
+        leave()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -130,8 +139,8 @@ class LocalCrew(Closing):
             self._heard(worker, worker.wire.hear())
             if (code := worker.ended()) is not None:
                 self._bury(worker, code)
-            elif self._timeout and worker.held and time.monotonic() - worker.since > self._timeout:
-                self._out_of_time(worker)
+            elif (limit := self._limit(worker)) is not None and time.monotonic() - worker.since > limit:
+                self._out_of_time(worker, limit)
         self._fill()
         self._hand_out()
 
@@ -155,8 +164,9 @@ class LocalCrew(Closing):
         if found is None:
             self._lose(uid, Death("crashed", f"its result in `{self._results}` cannot be read"), "")
             return False
-        if self._tasks.pop(uid, None):
+        if task := self._tasks.pop(uid, None):
             self._finished += 1
+            self._patience.add(task.job, found)
             self._out.append(found)
         return True
 
@@ -201,7 +211,7 @@ class LocalCrew(Closing):
         seconds = time.monotonic() - worker.since
         uid = self._remove(worker)
         death = explain(code, worker.last_line(), self._oom)
-        if death.memory:
+        if death.cause == "oom":
             self._spare_memory()
         if not worker.ready:
             self._not_started(worker, death)
@@ -232,20 +242,26 @@ class LocalCrew(Closing):
             self._envs.popleft()
             self._note(f"note: {why.rstrip('.')}; going on with {left}")
 
-    def _out_of_time(self, worker: Process) -> None:
+    def _limit(self, worker: Process) -> float | None:
+        """Seconds that it may be at the job it has, None for any."""
+        if not worker.held:
+            return None
+        task = self._tasks.get(worker.held[0])
+        return self._patience.given if task is None else self._patience.limit(task.job, worker.fresh)
+
+    def _out_of_time(self, worker: Process, limit: float) -> None:
         first, was = worker.held[0], worker.running
         seconds = time.monotonic() - worker.since
         uid = self._remove(worker)
-        limit = f"`engine.timeout_seconds`, {self._timeout:g} s"
         if uid is not None and uid == was:
-            self._fail(uid, "timeout", f"took longer than {limit}, and was killed", seconds, worker.name)
+            self._fail(uid, "timeout", too_long(limit, self._patience.given is not None), seconds, worker.name)
             return
         if uid is not None:  # begun in this very moment
             self._pending.appendleft(uid)
         if was is None and first in self._tasks:  # stopped before it could begin: not the candidate's fault
             if first in self._pending:
                 self._pending.remove(first)
-            self._lose(first, Death("timeout", f"no worker began it within {limit}"), worker.name, seconds)
+            self._lose(first, Death("timeout", f"no worker began it within {limit:g} s"), worker.name, seconds)
 
     # ------------------------------------------------------------------------------------------------------- work
 
@@ -300,8 +316,8 @@ class Local:
     Args:
         num_workers: how many; None takes one for each GPU that is visible, else one for every `threads` cores that this
             process may use.
-        timeout_seconds: an evaluation that takes longer is killed and has failed; None for no limit. The first one of a
-            worker also loads what the objective needs.
+        timeout_seconds: an evaluation that takes longer is killed and has failed; None for ten times what others take,
+            see `lcsc.search.patience`. The first one of a worker also loads what the objective needs.
         threads: of each worker; None shares the cores among them.
         devices: `CUDA_VISIBLE_DEVICES` of the workers, in turn; None gives each one of the GPUs that are visible.
     """
@@ -312,12 +328,7 @@ class Local:
     devices: list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "threads"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"`engine.{name}` is `{value}`; it must be at least 1, or null.")
-        if self.timeout_seconds is not None and not self.timeout_seconds > 0:
-            raise ConfigError(f"`engine.timeout_seconds` is `{self.timeout_seconds}`; it must be above 0, or null.")
+        check_settings(self, {"num_workers": 1, "threads": 1}, above_zero=["timeout_seconds"])
         if self.devices is not None and not self.devices:
             raise ConfigError("`engine.devices` is empty; name at least one, such as [0, 1], or write null.")
 
@@ -328,12 +339,13 @@ class Local:
         results = site.folder / RESULTS
         with writing(results):
             results.mkdir(parents=True, exist_ok=True)
-            for left in (*results.glob(".*.tmp"), *results.parent.glob(".*.tmp")):  # by what was killed in a write
+            for left in results.glob(".*.tmp"):  # by what was killed in a write
                 left.unlink(missing_ok=True)
-        if len(envs) > 1:
-            shared = share_bank(what["config"]["bank"], site.problem.bank, results.parent, site.note)
-            what = {**what, "config": {**what["config"], "bank": shared}}
-        return LocalCrew(site, what, envs, self.timeout_seconds)
+        if len(envs) == 1:
+            return LocalCrew(site, what, envs, self.timeout_seconds)
+        shared, leave = share_bank(what["config"]["bank"], site.problem.bank, site.folder.parent / BANKS, site.note)
+        what = {**what, "config": {**what["config"], "bank": shared}}
+        return LocalCrew(site, what, envs, self.timeout_seconds, leave)
 
     def environments(self) -> list[dict[str, str]]:
         """Environment of each worker."""

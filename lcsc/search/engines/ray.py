@@ -15,20 +15,20 @@ from typing import IO, Any
 
 import numpy as np
 
-from lcsc.core.errors import ConfigError, LcscError, MissingExtraError
+from lcsc.core.errors import ConfigError, LcscError, not_installed
 from lcsc.core.registry import register
 from lcsc.search.engines.base import Closing, Result, Site
+from lcsc.search.engines.common import TRIES, check_settings
 from lcsc.search.engines.ray_cluster import Cluster, last_words
 from lcsc.search.evaluate import failed_row
 from lcsc.search.job import Job
 from lcsc.search.packed_bank import forget, pack_section, packed, unpack_once
+from lcsc.search.patience import Patience, too_long
 from lcsc.search.worker import Worker, guarded, order
 
 BANKS = ("auto", "path", "store")
 #: Evaluations that an actor has at most: the one it does, and the next, so that it need not wait for the driver.
 DEPTH = 2
-#: Evaluations of one candidate whose worker died, before the candidate is taken for the cause.
-TRIES = 2
 #: Seconds after which the user hears that no worker has begun yet.
 PATIENCE = 60.0
 #: Seconds at the end for removing the bank's files.
@@ -50,7 +50,7 @@ class Ray:
         max_restarts: times that Ray starts an actor's process again (-1: always). An actor that used them up is
             replaced, unless it never finished an evaluation.
         timeout_seconds: an evaluation that takes longer (a minute more for a process's first) is a failure, and its
-            process is killed; None: no limit.
+            process is killed; None: ten times what others take, see `lcsc.search.patience`.
         bank: `path`: workers read the checkpoints under the driver's path; `store`: they get them through Ray's object
             store; `auto`: through the store where a node does not have the path.
     """
@@ -64,13 +64,8 @@ class Ray:
     bank: str = "auto"
 
     def __post_init__(self) -> None:
-        least = {"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0, "max_restarts": -1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"`engine.{name}` is {value}; it must be at least {low}.")
-        if self.timeout_seconds is not None and self.timeout_seconds <= 0:
-            raise ConfigError(f"`engine.timeout_seconds` is {self.timeout_seconds}; it must be above 0, or null.")
+        least = {"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0.0, "max_restarts": -1}
+        check_settings(self, least, above_zero=["timeout_seconds"])
         if self.bank not in BANKS:
             raise ConfigError(f"`engine.bank` is `{self.bank}`; it must be one of {', '.join(BANKS)}.")
 
@@ -84,8 +79,9 @@ class Ray:
         try:
             import ray
         except ImportError as error:
-            raise MissingExtraError("engine `ray` needs `ray`; install it with `pip install 'lcsc[ray]'`.") from error
+            raise not_installed("engine `ray`", "ray", "ray") from error
         plan = order(site)
+        plan["packed"] = pack_section(plan["config"]["bank"], site.problem.bank)
         crew = RayCrew(self, site, plan, Cluster(ray, self.address, (self.num_workers or 0) * self.cpus_per_worker))
         try:
             crew.begin()
@@ -108,7 +104,7 @@ class Host:
     """The far side: an actor with a worker in it.
 
     Args:
-        order: see `lcsc.search.worker.order`.
+        order: see `lcsc.search.worker.order`; `packed` opens a packed copy of the bank.
         name: of the worker.
         bank: see `Ray`.
     """
@@ -143,15 +139,15 @@ class Host:
             there = Path(self._order["cwd"], self._order["config"]["bank"]["path"])
             if not there.exists():
                 return {**told, "absent": True}
-        self._file = folder / f"lcsc-bank-{self._order['fingerprints']['bank']}.safetensors"
+        self._file = folder / self._order["packed"]["path"]
         self._worker, error = guarded(lambda: self._build(data))
         return {**told, "error": error, "file": None if data is None else self._file}
 
     def _build(self, data: np.ndarray | None) -> Worker:
         if data is not None:
             self._lock = unpack_once(data, self._file)
-            config = self._order["config"]
-            self._order["config"] = {**config, "bank": pack_section(config["bank"], self._file)}
+            bank = {**self._order["packed"], "path": str(self._file)}
+            self._order["config"] = {**self._order["config"], "bank": bank}
         return Worker(self._order, self._name)
 
     def leave(self) -> None:
@@ -199,6 +195,7 @@ class RayCrew(Closing):
         self._waiting: deque[Job] = deque()
         self._deaths: Counter[str] = Counter()
         self._results: list[Result] = []
+        self._limits = Patience(engine.timeout_seconds)
         self._data: Any = None  # the bank in the object store
         self._patience = time.monotonic() + PATIENCE
 
@@ -339,11 +336,14 @@ class RayCrew(Closing):
                 self._started(member)
             else:
                 self._done(member)
-        given = math.inf if self._engine.timeout_seconds is None else self._engine.timeout_seconds
-        for member in self._members:
-            limit = given + (0 if member.warm else WARM_UP)
-            late = member.jobs and time.monotonic() - member.began > limit
-            if late and not self._ray.wait([member.jobs[0][0]], timeout=0)[0]:
+        for member in [member for member in self._members if member.jobs]:
+            call, job = member.jobs[0]
+            limit = self._limits.limit(job, first=not member.warm)
+            if limit is None:
+                continue
+            more = 0 if member.warm or self._limits.given is None else WARM_UP
+            late = time.monotonic() - member.began > limit + more
+            if late and not self._ray.wait([call], timeout=0)[0]:
                 self._hung(member, limit)
         if time.monotonic() > self._patience and all(member.fresh for member in self._members):
             self._patience = math.inf
@@ -366,6 +366,7 @@ class RayCrew(Closing):
         member.jobs.popleft()
         member.proven, member.warm, member.began = True, True, time.monotonic()
         self._deaths.pop(job.uid, None)
+        self._limits.add(job, result)
         self._results.append(result)
 
     def _died(self, member: Member) -> None:
@@ -385,7 +386,7 @@ class RayCrew(Closing):
         self._ray.kill(member.actor)
         _, job = member.jobs.popleft()
         self._take_back(member)
-        self._fail(member, job, f"it took more than {limit:g} seconds", "timeout")
+        self._fail(member, job, too_long(limit, self._limits.given is not None), "timeout")
         self._hire(member)
 
     def _take_back(self, member: Member) -> None:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from lcsc.core.errors import ConfigError, LcscError, MissingExtraError
+from lcsc.core.errors import ConfigError, LcscError, not_installed
 from lcsc.core.files import write_json
 from lcsc.core.registry import register
 from lcsc.search.engines.base import Closing, Result, Site
+from lcsc.search.engines.common import check_settings
 from lcsc.search.lease import DRIVER, Beat, beat_seconds
 from lcsc.search.queue import Queue
 from lcsc.search.shift import SHORT_PAUSE, Shift, Terms
@@ -72,7 +73,7 @@ class Array:
         try:
             import submitit
         except ImportError as error:
-            raise MissingExtraError("`engine=slurm` needs submitit: pip install 'lcsc[slurm]'.") from error
+            raise not_installed("engine `slurm`", "submitit", "slurm") from error
         self._submitit, self._settings, self._folder = submitit, settings, folder
         self._logs, self._cluster = folder / "submitit", settings.cluster or "slurm"
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -175,7 +176,7 @@ class SlurmCrew(Closing):
         self._told: set[str] = set()
         self._began = time.monotonic()
         self._open = contextlib.ExitStack()
-        self._open.enter_context(Beat(self._beats, DRIVER, beat_seconds(settings.driver_lease_seconds)))
+        self._beat = self._open.enter_context(Beat(self._beats, DRIVER, beat_seconds(settings.driver_lease_seconds)))
         self._stop.unlink(missing_ok=True)
         try:
             self._array.look(set())
@@ -224,6 +225,7 @@ class SlurmCrew(Closing):
     def _audit(self) -> None:
         before = set(self._desk.alive)
         self._desk.audit(lambda worker: _job_id(worker) in self._array.ended)
+        self._beat.say(patience=self._desk.patience.paces)
         self._array.look({_job_id(worker) for worker in before - set(self._desk.alive)})
         self._started = self._started or bool(self._desk.alive or self._desk.broken)
         for worker, facts in self._desk.broken.items():
@@ -274,7 +276,8 @@ class Slurm:
             does not know goes into `additional_parameters`.
         lease_seconds: a worker that has not beaten for so long is lost, and its job is done by another.
         driver_lease_seconds: workers whose driver has not beaten for so long end.
-        timeout_seconds: that an evaluation may take before it is a failure; None for any.
+        timeout_seconds: that an evaluation may take before it is a failure; None for ten times what others take, see
+            `lcsc.search.patience`.
         poll_seconds: longest pause between two looks into the folder.
         max_restarts: rounds of new workers in place of those that ended, without a result in between, before the search
             stops.
@@ -296,17 +299,10 @@ class Slurm:
     max_restarts: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "time_minutes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`engine.{name}` is {getattr(self, name)}; it must be at least 1.")
-        for name in ("lease_seconds", "driver_lease_seconds", "timeout_seconds", "poll_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"`engine.{name}` is {value}; it must be above 0.")
+        seconds = ("lease_seconds", "driver_lease_seconds", "timeout_seconds", "poll_seconds")
+        check_settings(self, {"num_workers": 1, "time_minutes": 1, "max_restarts": 0}, above_zero=seconds)
         if not isinstance(self.extra, Mapping | None):
             raise ConfigError(f"`engine.extra` is `{self.extra}`; write parameters by name: {{qos: high}}.")
-        if self.max_restarts < 0:
-            raise ConfigError(f"`engine.max_restarts` is {self.max_restarts}; it must be at least 0.")
 
     def start(self, site: Site) -> SlurmCrew:
         """See `Engine.start`."""
