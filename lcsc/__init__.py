@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 #: public name -> where it lives
 _HOMES = {
+    "BankPart": "lcsc.bank.part:BankPart",
     "Budget": "lcsc.search.budget:Budget",
     "CheckpointBank": "lcsc.bank:CheckpointBank",
     "LcscError": "lcsc.core.errors:LcscError",
@@ -33,6 +34,7 @@ _HOMES = {
 }
 __all__ = [
     "__version__",
+    "BankPart",
     "Budget",
     "CheckpointBank",
     "LcscError",
@@ -52,6 +54,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lcsc.bank import CheckpointBank, Selection
+    from lcsc.bank.part import BankPart
     from lcsc.config.hydra_app import compose_config
     from lcsc.core.errors import LcscError
     from lcsc.core.registry import build, register
