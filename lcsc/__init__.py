@@ -19,6 +19,7 @@ _HOMES = {
     "Budget": "lcsc.search.budget:Budget",
     "CheckpointBank": "lcsc.bank:CheckpointBank",
     "LcscError": "lcsc.core.errors:LcscError",
+    "LocalShards": "lcsc.models.shards:LocalShards",
     "Problem": "lcsc.search.problem:Problem",
     "SampleQuality": "lcsc.objectives.sample_quality:SampleQuality",
     "Selection": "lcsc.bank:Selection",
@@ -38,6 +39,7 @@ __all__ = [
     "Budget",
     "CheckpointBank",
     "LcscError",
+    "LocalShards",
     "Problem",
     "SampleQuality",
     "Selection",
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from lcsc.core.errors import LcscError
     from lcsc.core.registry import build, register
     from lcsc.kernels import combine, project
+    from lcsc.models.shards import LocalShards
     from lcsc.objectives.sample_quality import SampleQuality
     from lcsc.report.html import write_report
     from lcsc.report.run import open_run
