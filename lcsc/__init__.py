@@ -31,6 +31,7 @@ _HOMES = {
     "project": "lcsc.kernels:project",
     "register": "lcsc.core.registry:register",
     "run_search": "lcsc.search.run:run_search",
+    "save_dcp": "lcsc.export.dcp:save_dcp",
     "write_report": "lcsc.report.html:write_report",
 }
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "project",
     "register",
     "run_search",
+    "save_dcp",
     "write_report",
 ]
 
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from lcsc.config.hydra_app import compose_config
     from lcsc.core.errors import LcscError
     from lcsc.core.registry import build, register
+    from lcsc.export.dcp import save_dcp
     from lcsc.kernels import combine, project
     from lcsc.models.shards import LocalShards
     from lcsc.objectives.sample_quality import SampleQuality
