@@ -20,7 +20,7 @@ from lcsc.bank import CheckpointBank
 from lcsc.bank.lora import refuse_lora
 from lcsc.core.errors import ConfigError, LcscError
 from lcsc.core.files import new_directory, write_json, writing
-from lcsc.export.dcp_plan import Planner, boxes_of
+from lcsc.export.dcp_plan import Planner, Writer, boxes_of
 from lcsc.export.folder import CSV, Model, coefficients_csv, make_recipe, used_rows
 from lcsc.export.oneshot import DTYPES, Output, Written, check_target, folders_of, made_of
 
@@ -101,8 +101,7 @@ def combine_dcp(
         done = []
         for output, folder, path in zip(outputs, folders_of(temp, outputs), folders_of(to, outputs), strict=True):
             planner = Planner(bank, output.coef_K, boxes_of(bank, model, rank, world), progress)
-            # no copies ahead in the one thread: boxes are asked for in order, one at a time
-            writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+            writer = Writer(folder, rank)
             with _plainly(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
                 dcp.save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=world == 1)

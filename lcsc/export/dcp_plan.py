@@ -7,15 +7,20 @@ other, so that it reads its part of the checkpoints and holds no more than a bat
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from lcsc.bank import CheckpointBank
 from lcsc.bank.layout import Entry
@@ -170,3 +175,32 @@ def _batches(boxes: Sequence[Box]) -> list[list[Box]]:
         spans[box.source] = box.span
         batches[-1].append(box)
     return batches
+
+
+class Writer(FileSystemWriter):
+    """Writes the boxes of one process as they are made, one behind the other, and keeps none.
+
+    torch's own holds every tensor until the last one is written.
+
+    Args:
+        folder: where to.
+        rank: which of the processes.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        super().__init__(folder)
+        self._file = folder / f"__{rank}_0.distcp"
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """One torch archive a box, as torch's own writes them."""
+        results, done = [], Future()
+        with open(self._file, "xb") as file:
+            for item in plan.items:
+                offset = file.tell()
+                torch.save(planner.resolve_data(item), file)
+                length = file.tell() - offset
+                results.append(WriteResult(item.index, length, _StorageInfo(self._file.name, offset, length)))
+            file.flush()
+            os.fsync(file.fileno())
+        done.set_result(results)
+        return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,28 @@ def test_small_batches_give_the_same_files(folder, wanted, tmp_path, monkeypatch
     assert len(table["e.big"].pieces) == {1: 301, 1500: 301, 20_000: 16}[batch]
 
 
+def little_memory(rank, small, large, to):
+    """Grow by a batch, not by the candidate."""
+    dcp_plan.BATCH = 2**19
+    save_dcp(CheckpointBank.open(small), COEF, to / "small")  # loads what is loaded once
+    bank = CheckpointBank.open(large, storage="streamed")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    status = Path("/proc/self/status")
+    peak, now = (int(re.search(rf"{key}:\s+(\d+) kB", status.read_text())[1]) for key in ("VmHWM", "VmRSS"))
+    assert peak - now < 1000
+    save_dcp(bank, [1.0], to / "large")
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    assert 4 * bank.layout.num_parameters > 80_000_000
+    assert (peak - now) * 1024 < 40_000_000
+
+
+def test_memory_is_a_batch(folder, wanted, tmp_path):
+    (tmp_path / "bank").mkdir()
+    tensors = {f"t{i}": torch.ones(20, 25_100, dtype=torch.bfloat16) for i in range(40)}
+    save_file(tensors, tmp_path / "bank" / "m1.safetensors")
+    run_ranks(1, tmp_path, little_memory, folder, tmp_path / "bank", tmp_path)
+
+
 def broken(rank, folder, to):
     bank = CheckpointBank.open(folder, storage="streamed")
     with pytest.raises(NonFiniteError, match=r"m1.safetensors` holds 1 NaN or Inf in `z`"):
@@ -168,6 +191,9 @@ def test_several_outputs(folder, wanted, tmp_path):
     assert done[0].nbytes == (tmp_path / "out" / "one" / "__0_0.distcp").stat().st_size
     total = sum(tensor.numel() for name, tensor in wanted.items() if name[0] != "f")
     assert told[-1] == (total, total)
+    assert (
+        4 * total < done[0].nbytes < 4 * total + 2000 * len(wanted)
+    )  # a torch archive has some 1,200 bytes of its own
 
 
 def test_what_cannot_be_written_is_refused(folder, tmp_path):
