@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers_ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,8 +18,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lcsc.bank import CheckpointBank
+from lcsc.bank.dcp_file import read_dcp
+from lcsc.bank.extents import read_source
 from lcsc.core.errors import BankError, ConfigError, EvaluationError
 from lcsc.kernels import Groups
+from lcsc.models.network import build_network, save_network
 from lcsc.models.shards import LocalShards
 
 pytestmark = [
@@ -88,7 +93,7 @@ def spread(mesh, **how):
     return net
 
 
-def fsdp(rank, folder, wanted):
+def fsdp(rank, folder, wanted, to):
     mesh, words = init_device_mesh("cpu", (2,)), torch.arange(11)
     plain = Net().eval()
     plain.load_state_dict(wanted)
@@ -108,7 +113,7 @@ def fsdp(rank, folder, wanted):
     check(net, wanted)
 
 
-def half(rank, folder, wanted):
+def half(rank, folder, wanted, to):
     """A process that holds half of the parameters reads half of the bank."""
     net = spread(init_device_mesh("cpu", (2,)))
     bank = CheckpointBank.open(folder, storage="resident")
@@ -126,7 +131,7 @@ def half(rank, folder, wanted):
     assert bytes_read() - before < 4096
 
 
-def placed(rank, folder, wanted):
+def placed(rank, folder, wanted, to):
     """Other axes, copies, halves, parts that are empty, and a buffer in parts."""
     mesh = init_device_mesh("cpu", (2,))
     net = Net().to(torch.bfloat16)
@@ -143,7 +148,7 @@ def placed(rank, folder, wanted):
     check(net, wanted)
 
 
-def grid(rank, folder, wanted):
+def grid(rank, folder, wanted, to):
     """FSDP2 over tensor parallelism: parameters are cut along both axes of a 2 x 2 mesh, one of them twice."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     net = Net()
@@ -153,11 +158,38 @@ def grid(rank, folder, wanted):
     shards = LocalShards(CheckpointBank.open(folder, storage="resident"), net)
     shards.write(COEF)
     check(net, wanted)
+    dcp.save(net.state_dict(), checkpoint_id=to)
 
 
 @pytest.mark.parametrize(("world", "work"), [(2, fsdp), (2, half), (2, placed), (4, grid)])
 def test_spread_over_processes(folder, wanted, tmp_path, world, work):
-    run_ranks(world, tmp_path, work, folder, wanted)
+    run_ranks(world, tmp_path, work, folder, wanted, tmp_path / "dcp")
+    if work is grid:  # what torch saved of it is the candidate, here and there
+        table, files, _ = read_dcp(tmp_path / "dcp")
+        assert table.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert read_source(files, table[name]).tobytes() == tensor.numpy().tobytes(), name
+
+
+def example(rank, world, text):
+    os.environ["WORLD_SIZE"] = str(world)
+    exec(compile(text, "fill.py", "exec"), {})
+
+
+def test_the_example_of_the_docs(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    for step in range(5):
+        net = build_network({"class": "GaussianDenoiser", "config": {"shape": [3, 4, 4]}})
+        net.mean_CHW.data.normal_()
+        save_network(net, tmp_path / "banks" / "large" / f"checkpoint-{step}" / "unet")
+    bank = CheckpointBank.open(tmp_path / "banks" / "large")
+    bank.load()  # the kernels, before the processes part
+    run_ranks(2, tmp_path, example, 2, text)
+    table, files, _ = read_dcp(tmp_path / "out" / "dcp")
+    wanted = bank.layout.views(bank.combine(torch.full((5,), 0.2, dtype=torch.float64)))
+    assert table.keys() == wanted.keys()
+    assert all(read_source(files, table[name]).tobytes() == tensor.numpy().tobytes() for name, tensor in wanted.items())
 
 
 def test_one_process_is_filled_whole(folder, wanted):
