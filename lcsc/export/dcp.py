@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lcsc.bank import CheckpointBank
-from lcsc.bank.lora import refuse_lora
-from lcsc.core.errors import ConfigError, LcscError
+from lcsc.core.errors import BankError, ConfigError, LcscError
 from lcsc.core.files import new_directory, write_json, writing
 from lcsc.export.dcp_plan import Planner, Writer, boxes_of
 from lcsc.export.folder import CSV, Model, coefficients_csv, make_recipe, used_rows
@@ -89,7 +88,11 @@ def combine_dcp(
     Raises:
         LcscError: as for `save_dcp`.
     """
-    refuse_lora(bank.layout.shapes, bank.path)
+    if bank.kind == "lora":
+        raise BankError(
+            f"`{bank.path}` holds LoRA adapters, which one small file takes. Combine them with `lcsc combine`, without "
+            "format=dcp."
+        )
     if dtype not in DTYPES:
         raise ConfigError(f"`dtype` is `{dtype}`; it must be one of {', '.join(DTYPES)}.")
     model, (rank, world) = Model.of(bank, dtype), _place(group)
@@ -134,11 +137,22 @@ def _finish(
 
 @contextlib.contextmanager
 def torchrun_group() -> Iterator[bool]:
-    """Inside, the processes that torchrun started are one group; yields whether this is the one that speaks."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    """Inside, the processes that torchrun started are one group; yields whether this is the one that speaks.
+
+    Raises:
+        ConfigError: the environment speaks of several processes that do not find each other.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1" or dist.is_initialized():
         yield _place(None)[0] == 0
         return
-    dist.init_process_group("gloo")
+    try:
+        dist.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE is `{world}`, but the processes do not find each other: {' '.join(str(error).split())[:200]} "
+            "Start them with torchrun, or unset WORLD_SIZE."
+        ) from error
     try:
         yield dist.get_rank() == 0
     finally:

@@ -6,6 +6,7 @@ other, so that it reads its part of the checkpoints and holds no more than a bat
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -196,9 +197,9 @@ class Writer(FileSystemWriter):
         results, done = [], Future()
         with open(self._file, "xb") as file:
             for item in plan.items:
-                offset = file.tell()
-                torch.save(planner.resolve_data(item), file)
-                length = file.tell() - offset
+                archive = io.BytesIO()  # torch makes another error of a full disk
+                torch.save(planner.resolve_data(item), archive)
+                offset, length = file.tell(), file.write(archive.getbuffer())
                 results.append(WriteResult(item.index, length, _StorageInfo(self._file.name, offset, length)))
             file.flush()
             os.fsync(file.fileno())

@@ -667,6 +667,12 @@ def test_format_dcp(here, lcsc, bank):
     refuse(lcsc, here, [*before, "format=dcp", "rank=2"], "`rank` means nothing with format=dcp")
 
 
+def test_processes_that_do_not_find_each_other(here, lcsc, bank, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = [f"bank={bank}", "schedule=uniform", "to=out", "format=dcp"]
+    refuse(lcsc, here, words, "WORLD_SIZE is `2`, but the processes do not find each other: Error initializing")
+
+
 def combine_in_rank(rank, bank, to):
     from lcsc.cli.main import main
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lcsc.bank import CheckpointBank
 from lcsc.bank.dcp_file import read_dcp
 from lcsc.bank.extents import read_source
-from lcsc.core.errors import ConfigError, NonFiniteError, OutputExistsError
+from lcsc.core.errors import BankError, ConfigError, NonFiniteError, OutputExistsError
 from lcsc.export import dcp_plan
 from lcsc.export.dcp import RECIPE, combine_dcp, save_dcp
 from lcsc.export.oneshot import given
@@ -113,6 +114,7 @@ def bytes_read():
 
 def shared(rank, folder, to):
     bank = CheckpointBank.open(folder, storage="streamed")
+    save_dcp(bank, COEF, to.with_name("first"))  # loads what is loaded once
     before = bytes_read()
     save_dcp(bank, COEF, to)
     # 64 KiB: messages between the processes, and rank 0's constants
@@ -166,6 +168,11 @@ def broken(rank, folder, to):
         save_dcp(bank, [0.5, 0.5], to)
     with pytest.raises(NonFiniteError, match=r"`w` reaches 1e\+08, too large for float16. Write it with dtype=float32"):
         save_dcp(CheckpointBank.open(folder / "m0.safetensors"), [1e8], to, dtype="float16")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if rank else soft, hard))  # a full disk, for one of them
+    with pytest.raises(ConfigError, match="out` cannot be written: File too large, .* Make room, or write elsewhere"):
+        save_dcp(CheckpointBank.open(folder / "m0.safetensors"), [1.0], to)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (to.parent / "taken").mkdir(exist_ok=True)
     with pytest.raises(OutputExistsError, match="taken` exists already"):
         save_dcp(CheckpointBank.open(folder / "m0.safetensors"), [1.0], to.parent / "taken")
@@ -206,6 +213,14 @@ def test_what_cannot_be_written_is_refused(folder, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             save_dcp(bank, coef, to, dtype=dtype)
+    names = {
+        f"base_model.model.a.lora_{side}.weight": torch.ones(shape) for side, shape in (("A", (2, 3)), ("B", (3, 2)))
+    }
+    (tmp_path / "lora").mkdir()
+    save_file(names, tmp_path / "lora" / "adapter_model.safetensors")
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    with pytest.raises(BankError, match="holds LoRA adapters.*without format=dcp"):
+        save_dcp(CheckpointBank.open(tmp_path / "lora"), [1.0], tmp_path / "out")
     save_dcp(bank, COEF, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"is a folder of torch.distributed.checkpoint.*format=safetensors"):
         verify(tmp_path / "out")

@@ -122,6 +122,7 @@ def half(rank, folder, wanted, to):
     local = sum(tensor.to_local().numel() for tensor in dict.fromkeys(net.parameters()))
     assert 0.49 < local / bank.layout.num_parameters < 0.51
     assert shards.part.num_columns == local
+    LocalShards(CheckpointBank.open(folder, storage="resident"), net).write(COEF)  # loads what is loaded once
     before = bytes_read()
     shards.write(COEF)
     # 4 KiB: looking at /proc, and the checksums' second look at what is copied
