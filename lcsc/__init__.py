@@ -15,9 +15,11 @@ __version__ = "0.1.0"
 
 #: public name -> where it lives
 _HOMES = {
+    "BankPart": "lcsc.bank.part:BankPart",
     "Budget": "lcsc.search.budget:Budget",
     "CheckpointBank": "lcsc.bank:CheckpointBank",
     "LcscError": "lcsc.core.errors:LcscError",
+    "LocalShards": "lcsc.models.shards:LocalShards",
     "Problem": "lcsc.search.problem:Problem",
     "SampleQuality": "lcsc.objectives.sample_quality:SampleQuality",
     "Selection": "lcsc.bank:Selection",
@@ -29,13 +31,16 @@ _HOMES = {
     "project": "lcsc.kernels:project",
     "register": "lcsc.core.registry:register",
     "run_search": "lcsc.search.run:run_search",
+    "save_dcp": "lcsc.export.dcp:save_dcp",
     "write_report": "lcsc.report.html:write_report",
 }
 __all__ = [
     "__version__",
+    "BankPart",
     "Budget",
     "CheckpointBank",
     "LcscError",
+    "LocalShards",
     "Problem",
     "SampleQuality",
     "Selection",
@@ -47,15 +52,19 @@ __all__ = [
     "project",
     "register",
     "run_search",
+    "save_dcp",
     "write_report",
 ]
 
 if TYPE_CHECKING:
     from lcsc.bank import CheckpointBank, Selection
+    from lcsc.bank.part import BankPart
     from lcsc.config.hydra_app import compose_config
     from lcsc.core.errors import LcscError
     from lcsc.core.registry import build, register
+    from lcsc.export.dcp import save_dcp
     from lcsc.kernels import combine, project
+    from lcsc.models.shards import LocalShards
     from lcsc.objectives.sample_quality import SampleQuality
     from lcsc.report.html import write_report
     from lcsc.report.run import open_run

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,41 @@ class Source:
             found.append((start, piece))
             start += math.prod(piece.shape)
         return found if start == self.numel else None
+
+
+def whole_rows(source: Source, a: int, b: int) -> tuple[int, int]:
+    """Elements [a, b) widened to what `cut_source` can cut: nothing more where the tensor lies in runs, else rows."""
+    if not source.shape or source.runs is not None:
+        return a, b
+    width = max(1, math.prod(source.shape[1:]))
+    return a // width * width, -(-b // width) * width
+
+
+def cut_source(source: Source, a: int, b: int) -> Source:
+    """Elements [a, b) of a tensor, not empty and as `whole_rows` gives them, as a tensor of their own."""
+    if not source.shape or (a, b) == (0, source.numel):
+        return source
+    size, pieces = ITEMSIZE[source.dtype], []
+    if (runs := source.runs) is not None:
+        for first, piece in runs:
+            low, high = max(a, first), min(b, first + math.prod(piece.shape))
+            if low < high:
+                offset = piece.offset + (low - first) * size
+                pieces.append(Piece(piece.part, offset, (high - low,), at=(low - a,)))
+        whole = len(pieces) == 1
+        return Source(source.dtype, (b - a,), (replace(pieces[0], at=None),) if whole else tuple(pieces))
+    width = math.prod(source.shape[1:])
+    first_row, last_row = a // width, b // width
+    for piece in source.pieces:
+        at = piece.at or (0,) * len(source.shape)
+        low, high = max(first_row, at[0]), min(last_row, at[0] + piece.shape[0])
+        if low >= high:
+            continue
+        step = math.prod(piece.shape[1:]) if piece.stride is None else piece.stride[0]
+        offset, shape = piece.offset + (low - at[0]) * step * size, (high - low, *piece.shape[1:])
+        place = None if piece.at is None else (low - first_row, *at[1:])
+        pieces.append(Piece(piece.part, offset, shape, piece.stride, place))
+    return Source(source.dtype, (last_row - first_row, *source.shape[1:]), tuple(pieces))
 
 
 #: tensors of a checkpoint by the name they have in it

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
+import os
 import re
 import shlex
 import time
@@ -29,18 +31,40 @@ from lcsc.export.oneshot import SCHEDULES, Output, Written, combine_bank, given,
 MAX_COEF = 64 << 20
 #: most models of one pass
 MAX_OUTPUTS = 256
+#: what models are written as; dcp is torch.distributed.checkpoint
+FORMATS = ("safetensors", "dcp")
+#: size above which several safetensors files are written
+MAX_SHARD_SIZE = "5GB"
 DEFAULTS = {
     **dict.fromkeys(("bank", "schedule", "halflife", "sigma_rel", "tracked", "window", "coef", "to")),
-    **dict.fromkeys(("start", "stop", "last", "component", "weights", "rank")),
+    **dict.fromkeys(("start", "stop", "last", "component", "weights", "rank", "max_shard_size")),
     "every": "1",
     "dtype": "float32",
-    "max_shard_size": "5GB",
+    "format": FORMATS[0],
 }
 
 
 def main(words: Sequence[str]) -> None:
-    """`bank=PATH schedule=... to=OUT` with the schedule's setting; several of its values make several models."""
+    """`bank=PATH schedule=... to=OUT` with the schedule's setting; several of its values make several models.
+
+    With `format=dcp` the processes that torchrun starts make a model together, and the first of them speaks.
+    """
     settings = parse_words(words, DEFAULTS)
+    _check_format(settings)
+    if settings["format"] != "dcp":
+        _run(settings, words)
+        return
+    from lcsc.export.dcp import torchrun_group
+
+    with torchrun_group() as speaks, contextlib.ExitStack() as stack:
+        if not speaks:
+            null = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(null))
+            stack.enter_context(contextlib.redirect_stderr(null))
+        _run(settings, words)
+
+
+def _run(settings: Mapping[str, str | None], words: Sequence[str]) -> None:
     to, began = Path(need(settings, "to")), time.perf_counter()
     schedule = _schedule(settings)
     values = None if schedule == "coefficients" else _values(settings, schedule)
@@ -61,18 +85,35 @@ def main(words: Sequence[str]) -> None:
         outputs = scheduled(bank, schedule, values or [(str(bank.num_checkpoints), bank.num_checkpoints)], tracked)
     for output in outputs:
         _say_output(output)
-    with passing("combine") as progress:
-        done = combine_bank(
-            bank,
-            outputs,
-            to,
-            dtype=need(settings, "dtype"),
-            max_shard_size=need(settings, "max_shard_size"),
-            rank=rank,
-            command=shlex.join(["lcsc", "combine", *words]),
-            progress=progress,
-        )
-    _say_written(done, to, time.perf_counter() - began, need(settings, "dtype"), rank)
+    dtype = need(settings, "dtype")
+    if settings["format"] == "dcp":
+        from lcsc.export.dcp import combine_dcp
+
+        with passing("combine", "numbers") as progress:
+            done = combine_dcp(bank, outputs, to, dtype=dtype, progress=progress)
+    else:
+        with passing("combine") as progress:
+            done = combine_bank(
+                bank,
+                outputs,
+                to,
+                dtype=dtype,
+                max_shard_size=settings["max_shard_size"] or MAX_SHARD_SIZE,
+                rank=rank,
+                command=shlex.join(["lcsc", "combine", *words]),
+                progress=progress,
+            )
+    _say_written(done, to, time.perf_counter() - began, dtype, rank)
+
+
+def _check_format(settings: Mapping[str, str | None]) -> None:
+    """Raise ConfigError for no format, or one without a setting that is given."""
+    format = need(settings, "format")
+    if format not in FORMATS:
+        raise ConfigError(f"no format named `{format}`.{did_you_mean(format, FORMATS)}")
+    for key in ("max_shard_size", "rank") if format == "dcp" else ():
+        if settings[key] is not None:
+            raise ConfigError(f"`{key}` means nothing with format=dcp, which writes a file a process. Leave it out.")
 
 
 def _schedule(settings: Mapping[str, str | None]) -> str:
@@ -244,7 +285,8 @@ def _say_written(done: Sequence[Written], to: Path, seconds: float, dtype: str, 
         what = "the checkpoints' own dtypes" if dtype == "same" else dtype
         share = f"{min(lost):.2%}" if len(lost) == 1 else f"{min(lost):.2%} to {max(lost):.2%}"
         print(f"rounded to {what}: this costs {share} of the distance from the last checkpoint")
-    for note in duplicates_note(parent for written in done for parent in written.recipe["parents"]):
+    parents = [parent for written in done for parent in written.recipe["parents"]]
+    for note in duplicates_note(parent for parent in parents if "content" in parent):
         print(f"note: {note}")
     nbytes = sum(written.nbytes for written in done)
     what = "model" if len(done) == 1 else f"{len(done)} models"

@@ -220,14 +220,14 @@ def combine_bank(
     if bank.kind == "lora":
         return _combine_adapters(bank, outputs, to, dtype=dtype, rank=rank, command=command)
     model = Model.of(bank, dtype)
-    _check_target(bank, to, len(outputs) * sum(spec.nbytes for spec in model.specs))
+    check_target(bank, to, len(outputs) * sum(spec.nbytes for spec in model.specs))
     files = plan_files(model.specs, model.stem, max_shard_bytes)
     with writing(to), new_directory(to) as temp:
-        folders = _folders(temp, outputs)
+        folders = folders_of(temp, outputs)
         done = _write_models(bank, outputs, folders, model, files, dtype=dtype, progress=progress)
         for written in done:
             _write_texts(written, model, to.name, command)
-    return [dataclasses.replace(w, path=path) for w, path in zip(done, _folders(to, outputs), strict=True)]
+    return [dataclasses.replace(w, path=path) for w, path in zip(done, folders_of(to, outputs), strict=True)]
 
 
 def _write_models(
@@ -270,12 +270,12 @@ def _combine_adapters(
     bank: CheckpointBank, outputs: Sequence[Output], to: Path, *, dtype: str, rank: int | None, command: str
 ) -> list[Written]:
     """LoRA adapters: the combination of their updates, which fits in memory."""
-    _check_target(bank, to, 0)
+    check_target(bank, to, 0)
     adapters = [combine_adapter(bank, output.coef_K, rank, dtype) for output in outputs]
     parents = {k: bank.parent(k) for output in outputs for k in used_rows(bank, output.coef_K)}
     done = []
     with writing(to), new_directory(to) as temp:
-        rows = zip(outputs, adapters, _folders(temp, outputs), _folders(to, outputs), strict=True)
+        rows = zip(outputs, adapters, folders_of(temp, outputs), folders_of(to, outputs), strict=True)
         for output, adapter, folder, path in rows:
             folder.mkdir(exist_ok=True)
             model, made = adapter.model, {"operator": "lora", **adapter.made}
@@ -287,7 +287,8 @@ def _combine_adapters(
     return done
 
 
-def _folders(root: Path, outputs: Sequence[Output]) -> list[Path]:
+def folders_of(root: Path, outputs: Sequence[Output]) -> list[Path]:
+    """The folder of each output: `root` itself where there is one."""
     return [root / output.label if len(outputs) > 1 else root for output in outputs]
 
 
@@ -318,16 +319,23 @@ def _metadata(
             "content": "0" * 64,
         }
         origins.append({**origin, "rate": bank.rates[k]} if bank.rates else dict(origin))
-    made: dict[str, Any] = {"schedule": dict(output.schedule), **(more or {})}
-    if output.solved:
-        made["solved"] = dict(output.solved)
-    if output.warning:
-        made["warning"] = output.warning
+    made = made_of(output) | dict(more or {})
     recipe = make_recipe(bank, model, dtype=dtype, made=made, coef_K=output.coef_K, parents=origins)
     return make_metadata(recipe, model, bank.layout.ties)
 
 
-def _check_target(bank: CheckpointBank, to: Path, nbytes: int) -> None:
+def made_of(output: Output) -> dict[str, Any]:
+    """How an output's coefficients came about, for its recipe."""
+    made: dict[str, Any] = {"schedule": dict(output.schedule)}
+    if output.solved:
+        made["solved"] = dict(output.solved)
+    if output.warning:
+        made["warning"] = output.warning
+    return made
+
+
+def check_target(bank: CheckpointBank, to: Path, nbytes: int) -> None:
+    """Raise ConfigError where models of `nbytes` cannot be written to `to`."""
     refuse_inside(bank.path, to)
     if (free := free_bytes(to)) < nbytes:
         raise ConfigError(f"`{to}` needs {nbytes} bytes and its disk has {free} free. Make room, or write elsewhere.")

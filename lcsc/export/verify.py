@@ -98,6 +98,11 @@ def model_folders(path: Path) -> list[Path]:
         return [path]
     inside = sorted(path.iterdir()) if path.is_dir() else []
     inside = [f for f in inside if f.is_dir() and not f.name.startswith(".") and any(f.glob("*.safetensors"))]
+    if (path / ".metadata").is_file():
+        raise ConfigError(
+            f"`{path}` is a folder of torch.distributed.checkpoint, which has no header that proves its recipe. "
+            "Combine with format=safetensors what is to be verified."
+        )
     if not inside:
         raise ConfigError(f"`{path}` holds no safetensors file. Give a folder that lcsc wrote.")
     return inside

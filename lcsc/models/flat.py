@@ -32,8 +32,9 @@ class LiveModel:
     ) -> None:
         self.net: nn.Module = build_network(arch).to(device).eval().requires_grad_(False)
         self.theta_P = torch.zeros(layout.num_parameters, device=device)
-        groups = _tensors(self.net)
-        _check_bijection(self.net, [names for _, names in groups], layout, constants)
+        groups = distinct_tensors(self.net)
+        shapes = {name: tuple(tensor.shape) for name, tensor in constants.items()}
+        check_bijection(self.net, [names for _, names in groups], layout.shapes | shapes)
         views = layout.views(self.theta_P)
         self._layout = layout
         #: the network's tensors that read from the row, each with its name there and all its names in the network
@@ -48,7 +49,7 @@ class LiveModel:
     @property
     def intact(self) -> bool:
         """Whether the network still reads its weights from the row: whoever had it may have moved or cast it."""
-        views, now = self._layout.views(self.theta_P), _named(self.net)
+        views, now = self._layout.views(self.theta_P), named_tensors(self.net)
         return all(
             name in now and now[name].data_ptr() == views[own].data_ptr() and now[name].dtype == views[own].dtype
             for _, own, names in self._bound
@@ -72,26 +73,31 @@ class LiveModel:
                 parameter.grad = None
 
 
-def _named(net: nn.Module) -> dict[str, Tensor]:
+def named_tensors(net: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by all of their names."""
     return {**dict(net.named_parameters(remove_duplicate=False)), **dict(net.named_buffers(remove_duplicate=False))}
 
 
-def _tensors(net: nn.Module) -> list[tuple[Tensor, tuple[str, ...]]]:
+def distinct_tensors(net: nn.Module) -> list[tuple[Tensor, tuple[str, ...]]]:
     """All parameters and buffers with their names; tied ones have several."""
     names: dict[int, list[str]] = {}
-    tensors = _named(net)
+    tensors = named_tensors(net)
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
     return [(tensors[group[0]], tuple(group)) for group in names.values()]
 
 
-def _check_bijection(
-    net: nn.Module, groups: Sequence[tuple[str, ...]], layout: Layout, constants: Mapping[str, Tensor]
-) -> None:
-    """Names and shapes agree; of tied tensors one name is enough, as `safetensors.torch.save_model` keeps it."""
+def check_bijection(net: nn.Module, groups: Sequence[tuple[str, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise BankError unless names and shapes of a network and of a bank agree.
+
+    Of tied tensors one name is enough, as `safetensors.torch.save_model` keeps it.
+
+    Args:
+        net: the network.
+        groups: names of its tensors, as `distinct_tensors` gives them.
+        given: shape by name of what the bank gives.
+    """
     wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    given = layout.shapes | {name: tuple(tensor.shape) for name, tensor in constants.items()}
     there = {name for names in groups if set(names) & set(given) for name in names}
     missing = sorted(set(wanted) - there)
     extra = sorted(set(given) - set(wanted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -14,7 +15,9 @@ import ema_pytorch
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 from diffusers import UNet2DModel
+from helpers_ranks import run_ranks
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -636,3 +639,57 @@ def test_inputs_are_not_touched(here, lcsc, bank):
     )
     assert not [name for name in written(here) if name.endswith(".tmp")]
     assert all(itertools.starmap(lambda _, text: text, before.values()))
+
+
+# ------------------------------------------------------------------------------------- torch.distributed.checkpoint
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_format_dcp(here, lcsc, bank):
+    out = ok(lcsc, f"bank={bank}", "schedule=uniform", "window=3,5", "to=out", "format=dcp")
+    ok(lcsc, f"bank={bank}", "schedule=uniform", "window=3,5", "to=plain")
+    for name in ("uniform-window-3", "uniform-window-5"):
+        wanted = load_file(here / "plain" / name / WEIGHTS)
+        found = {key: torch.zeros_like(tensor) for key, tensor in wanted.items()}
+        torch.distributed.checkpoint.load(found, checkpoint_id=here / "out" / name, no_dist=True)
+        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+        files = (".metadata", "__0_0.distcp", "coefficients.csv", "config.json", "recipe.json")
+        assert sorted(path.name for path in (here / "out" / name).iterdir()) == sorted(files)
+        assert (here / "out" / name / "config.json").read_bytes() == (
+            here / "plain" / name / "config.json"
+        ).read_bytes()
+        schedule = json.loads((here / "out" / name / "recipe.json").read_text())["schedule"]
+        assert schedule == {"name": "uniform", "window": int(name[-1])}
+    assert "2 models: out (" in out
+    before = [f"bank={bank}", "schedule=uniform", "to=more"]
+    refuse(lcsc, here, [*before, "format=dpc"], "no format named `dpc`. Did you mean `dcp`?")
+    refuse(lcsc, here, [*before, "format=dcp", "max_shard_size=5GB"], "`max_shard_size` means nothing with format=dcp")
+    refuse(lcsc, here, [*before, "format=dcp", "rank=2"], "`rank` means nothing with format=dcp")
+
+
+def test_processes_that_do_not_find_each_other(here, lcsc, bank, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = [f"bank={bank}", "schedule=uniform", "to=out", "format=dcp"]
+    refuse(lcsc, here, words, "WORLD_SIZE is `2`, but the processes do not find each other: Error initializing")
+
+
+def combine_in_rank(rank, bank, to):
+    from lcsc.cli.main import main
+
+    with open(to.parent / f"said{rank}", "w") as file, contextlib.redirect_stdout(file):
+        assert main(["combine", f"bank={bank}", "schedule=uniform", f"to={to}", "format=dcp"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_processes_make_one_folder_and_one_speaks(here, lcsc, bank):
+    ok(lcsc, f"bank={bank}", "schedule=uniform", "to=plain")
+    run_ranks(2, here, combine_in_rank, bank, here / "out")
+    said = [(here / f"said{rank}").read_text() for rank in range(2)]
+    assert [line.partition(":")[0] for line in said[0].splitlines()] == ["bank", "uniform-window-5", "model"]
+    assert said[1] == ""
+    assert len(list((here / "out").glob("*.distcp"))) == 2
+    wanted = load_file(here / "plain" / WEIGHTS)
+    found = {key: torch.zeros_like(tensor) for key, tensor in wanted.items()}
+    torch.distributed.checkpoint.load(found, checkpoint_id=here / "out", no_dist=True)
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
