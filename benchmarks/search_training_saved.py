@@ -14,8 +14,8 @@ report half.
 
 Two answers: `early` searches what one long run had saved by then, as the paper does. `planned` searches the checkpoints
 of a run that was meant to be that short, so that a schedule that depends on the length (the consistency trainer's
-number of noise levels) has come to its end. The same line continues; experiments and seeds that the results file has
-besides are kept.
+number of noise levels) has come to its end. The same line continues; other rows of the results file
+are kept.
 """
 
 from __future__ import annotations
@@ -100,6 +100,11 @@ def reached(find: Callable[[int], dict], stops: Sequence[int], row: dict) -> dic
     return found
 
 
+def key_of(row: dict) -> tuple:
+    """What a row of the results is about."""
+    return row["experiment"], row["seed"], row["num_steps"]
+
+
 def main() -> None:
     """Measure, then write the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,9 +118,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results/search_training_saved.json"))
     args = parser.parse_args()
     rows = [measure(args.experiment, seed, args) for seed in args.seeds]
-    mine = {(row["experiment"], row["seed"]) for row in rows}
+    mine = {key_of(row) for row in rows}
     old = json.loads(args.to.read_text())["runs"] if args.to.exists() else []
-    rows = [row for row in old if (row["experiment"], row["seed"]) not in mine] + rows
+    rows = [row for row in old if key_of(row) not in mine] + rows
     keys = ("experiment", "seed", "num_steps", "best_ema_of_full_run")
     table = [
         {key: row[key] for key in keys}
