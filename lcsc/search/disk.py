@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lcsc.core.errors import ConfigError
 from lcsc.core.files import free_bytes
-from lcsc.operators.base import Baseline
-from lcsc.search.problem import Problem
+
+if TYPE_CHECKING:  # looking at a run needs no torch
+    from lcsc.operators.base import Baseline
+    from lcsc.search.problem import Problem
 
 ROW, TIME_ROW = 205, 77  #: a line of the journal without its numbers, and one of timing.jsonl
 VECTOR, COEF, ZERO = 19.5, 15.4, 4  #: a number of a vector or derivative, of a coefficient, of a coefficient of 0
