@@ -110,7 +110,11 @@ def left(folder):
 
 def workers():
     """Worker processes of this process, oldest first."""
-    found = [p for p in psutil.Process().children() if any("_local_child" in word for word in p.cmdline())]
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that was killed just now is a zombie
+            if any("_local_child" in word for word in process.cmdline()):
+                found.append(process)
     return sorted(found, key=lambda process: process.create_time())
 
 
@@ -329,7 +333,8 @@ def test_each_worker_killed_in_turn_loses_nothing(here, monkeypatch):
         while len(results) < 24:
             results |= {int(result.uid, 16): result for result in crew.collect()}
             victims = [process for process in workers() if process.pid not in dead]
-            if len(dead) < 3 and victims:
+            # far enough apart that what one left is done: an evaluation that two workers die of has failed
+            if len(dead) < 3 and victims and len(results) >= 3 + 7 * len(dead):
                 victims[0].kill()
                 dead.add(victims[0].pid)
         assert crew.slots == 3
