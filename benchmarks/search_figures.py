@@ -85,17 +85,21 @@ def training_saved(results: list[dict]) -> Figure:
     ax = figure.add_axes((0.075, 0.14, 0.9, 0.66))
     plain(ax, "training steps so far")
     ax.set_xscale("log")
-    for run, color in zip(data["runs"], (BLUE, ORANGE, GREEN, INK), strict=False):
-        steps = [int(step) for step in run["early"]]
-        ax.plot(steps, [row["value"] for row in run["early"].values()], "o-", color=color, linewidth=1.6)
-        aim = run["best_ema_of_full_run"]
-        ax.plot([min(steps), run["num_steps"]], [aim["value"]] * 2, "--", color=color, linewidth=1.2)
-        ax.plot(run["num_steps"], aim["value"], "D", color=color, markersize=6)
-        said = f"{run['factor_with_search']:.0f}x" if run["factor_with_search"] else "not reached"
-        ax.annotate(f"{run['experiment']} seed {run['seed']}: {said}", (run["num_steps"], aim["value"]),
-                    xytext=(-4, 5), textcoords="offset points", ha="right", fontsize=8.5, color=color)  # fmt: skip
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    for place, (run, color) in enumerate(zip(data["runs"], (BLUE, ORANGE, GREEN, INK), strict=False)):
+        for way, line in (("planned", "o-"), ("early", "o:")):
+            found = run.get(way, {}).get("searches", {})
+            ax.plot([int(step) for step in found], [row["value"] for row in found.values()], line, color=color,
+                    linewidth=1.6 if way == "planned" else 1.0, markersize=5 if way == "planned" else 3)  # fmt: skip
+        aim, total = run["best_ema_of_full_run"], run["num_steps"]
+        ax.plot([100, total], [aim["value"]] * 2, "--", color=color, linewidth=0.9)
+        ax.plot(total, aim["value"], "D", color=color, markersize=6)
+        factor = run.get("planned", {}).get("factor_with_search")
+        said = f"{factor:.0f}x" if factor else "not reached"
+        ax.annotate(f"seed {run['seed']}, {total:,} steps: {said}", (total, aim["value"]), xytext=(-4, 6 + 12 * place),
+                    textcoords="offset points", ha="right", fontsize=8.5, color=color)  # fmt: skip
     subtitle(
-        figure, "dots: LCSC of the checkpoints so far · dashed: best EMA of the full run · factors count the search"
+        figure, "solid: LCSC of a run planned to be short · dotted: of a long run's beginning · diamonds: best EMA"
     )
     return figure
 
