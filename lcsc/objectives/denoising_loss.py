@@ -16,7 +16,7 @@ from lcsc.core.digests import value_digest
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.datasets.base import Dataset
+from lcsc.datasets.base import Dataset, need_images
 from lcsc.datasets.content import data_digest
 from lcsc.metrics.paired import paired_draws
 from lcsc.models.base import Model
@@ -60,6 +60,7 @@ class HeldOutLoss:
     min_images: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
+        need_images(self.dataset, f"objective `{self.name}`")
         if self.batch_size < 1:
             raise ConfigError(f"`objective.batch_size` is {self.batch_size}; it must be at least 1.")
         self.__dict__["_kept"] = KeptLive()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.files import write_bytes
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.datasets.base import Dataset
+from lcsc.datasets.base import Dataset, need_images
 from lcsc.models.base import Model
 from lcsc.models.network import build_network
 from lcsc.training.base import Recipe, Speed
@@ -98,6 +98,7 @@ def fit(
     `KeyboardInterrupt`; a second one leaves at once, with the state of the last checkpoint.
     """
     recipe.check(model)
+    need_images(dataset, "this trainer")
     images_NCHW, out = dataset.images(), Path(out)
     channels = (arch.get("config") or {}).get("in_channels", images_NCHW.shape[1])
     if channels != images_NCHW.shape[1]:
