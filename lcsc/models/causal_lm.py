@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lcsc.core.errors import ConfigError
 
 #: Classes of transformers that are built and loaded, whose forward pass takes `input_ids` and gives `logits`.
 CAUSAL_LMS = (
@@ -91,6 +93,34 @@ def kv_cache_bytes(config: Any) -> int | None:
     dtype = getattr(config, "dtype", None)
     itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
     return int(2 * layers * key_heads * size * itemsize)
+
+
+def token_losses(net: nn.Module, ids_NT: Tensor) -> Tensor:
+    """Cross-entropy of each token but the first given those before it, in nats, float32, shape (N, T - 1).
+
+    transformers' own loss with `labels` is its mean, but for what a mixture adds to balance its experts in training.
+    """
+    logits_NTV = net(input_ids=ids_NT, use_cache=False).logits.float()
+    return nn.functional.cross_entropy(logits_NTV[:, :-1].transpose(1, 2), ids_NT[:, 1:], reduction="none")
+
+
+def check_text(config: Any, vocab_size: int, length: int) -> None:
+    """Refuse a network that reads other tokens than a text's, or fewer at once than `length`.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    if config.vocab_size != vocab_size:
+        raise ConfigError(
+            f"the network has {config.vocab_size} tokens, and the text {vocab_size}: they would not mean the same. Use "
+            f"a network with `vocab_size` {vocab_size}, trained on such tokens."
+        )
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ConfigError(
+            f"`block_length` is {length}, and the network reads at most {most} tokens. Give shorter blocks, or a "
+            "network with more `max_position_embeddings`."
+        )
 
 
 def _config(cls: Any, config: Mapping[str, Any]) -> Any:
