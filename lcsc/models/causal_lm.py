@@ -24,6 +24,9 @@ CAUSAL_LMS = (
 #: Settings of a config.json that fetch and run kernels from a hub, or say what we say ourselves.
 _LEFT_OUT = ("attn_implementation", "experts_implementation", "dtype", "torch_dtype")
 
+#: Settings that classes read without declaring them, or that transformers translates.
+_READ = ("head_dim", "per_layer_config", "rope_scaling", "rope_theta", "torch_dtype")
+
 
 def build_causal_lm(cls: Any, config: Mapping[str, Any]) -> nn.Module:
     """A freshly initialised network in float32; raises what transformers raises for values that it refuses."""
@@ -68,7 +71,7 @@ def unknown_settings(cls: Any, config: Mapping[str, Any]) -> tuple[list[str], li
     transformers keeps any key. One from a config.json may be a leftover; one that a user typed is a mistake.
     """
     own = cls.config_class()
-    known = sorted({*own.to_dict(), *own.attribute_map})
+    known = sorted({*own.to_dict(), *own.attribute_map, *_READ})
     return sorted(key for key in config if key not in known), known
 
 

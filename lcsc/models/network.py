@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lcsc.core.errors import BankError, ConfigError, LcscError, did_you_mean
+from lcsc.core.errors import BankError, ConfigError, LcscError, MissingExtraError, did_you_mean
 from lcsc.models import causal_lm
 
 #: class name -> module it comes from; nothing else is ever built or loaded.
@@ -42,9 +42,8 @@ def network_class(name: str) -> Any:
         with _quiet(name):
             return getattr(importlib.import_module(NETWORKS[name]), name)
     except ImportError as error:
-        raise ConfigError(
-            f"network `{name}` needs the package `{NETWORKS[name]}`, which is not installed: {_one_line(error)}. "
-            "`pip install lcsc[lm]` brings it."
+        raise MissingExtraError(
+            f"network `{name}` needs {NETWORKS[name]}. Install it with: pip install 'lcsc[lm]'"
         ) from error
 
 
