@@ -25,6 +25,9 @@ from lcsc.objectives.mean_loss import MeanLoss
 from lcsc.objectives.shared import KeptLive
 from lcsc.operators.base import Candidate
 
+#: A text of so many tokens is one of bytes.
+BYTES = 256
+
 
 @register("objective", "language_modeling", source="transformers' causal language modelling loss; Shannon 1951")
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class LanguageModeling(MeanLoss):
     comes up once before any comes up again. All candidates see the same blocks. The standard error takes blocks of one
     stretch together, because neighbours are alike.
 
-    Full scores also hold `bits_per_byte`, `parameters` (tied ones once) and, where the configuration tells,
+    Full scores also hold `bits_per_byte` of a text of bytes, `parameters` (tied ones once) and, where the config tells,
     `kv_cache_bytes`: what one more token takes in the cache of keys and values in float32.
 
     Args:
@@ -91,11 +94,13 @@ class LanguageModeling(MeanLoss):
         }
 
     def _others(self, live: LiveModel, value: float, se: float | None) -> Mapping[str, Mapping[str, float]]:
-        bits = {"value": value / math.log(2), **({} if se is None else {"se": se / math.log(2)})}
+        found: dict[str, dict[str, float]] = {}
+        if self.dataset.vocab_size == BYTES:
+            found["bits_per_byte"] = {"value": value / math.log(2), **({} if se is None else {"se": se / math.log(2)})}
         sizes = {"parameters": sum(parameter.numel() for parameter in live.net.parameters())}
         if (cache := kv_cache_bytes(live.net.config)) is not None:
             sizes["kv_cache_bytes"] = cache
-        return {"bits_per_byte": bits, **{name: {"value": float(size), "se": 0.0} for name, size in sizes.items()}}
+        return found | {name: {"value": float(size), "se": 0.0} for name, size in sizes.items()}
 
     def _groups(self, rows_N: np.ndarray) -> np.ndarray:
         """Blocks of one stretch go together."""
