@@ -2,8 +2,9 @@
 
     python benchmarks/recycling_trajectory.py --seeds 0 1 2 --to benchmarks/results/recycling_trajectory.json
 
-Every seed trains its own bank of the experiment `tiny_lm` and searches it with its own seeds. All scores are on the text's
-report half, which neither training nor search saw, and the baselines are tuned on the same search half as the winner.
+Every seed trains its own bank of the experiment `tiny_lm` and searches it with its own seeds. All scores are on the
+text's report half, which neither training nor search saw, and the baselines are tuned on the same search half as the
+winner.
 """
 
 from __future__ import annotations

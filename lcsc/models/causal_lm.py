@@ -78,24 +78,33 @@ def unknown_settings(cls: Any, config: Mapping[str, Any]) -> tuple[list[str], li
 def kv_cache_bytes(config: Any) -> int | None:
     """Bytes that one more token takes in the cache of keys and values; None where the configuration does not tell.
 
-    2 x layers x heads of keys x size of a head x bytes of a number of `config.dtype`, float32 where it is not set.
-    Layers with a sliding window stop growing at its length. transformers keeps keys that mean nothing to a class, so
-    heads of keys and their size are believed where the class has grouped heads.
+    2 x heads of keys x size of a head x bytes of a number of `config.dtype` (float32 where it is not set), over the
+    layers, which may differ (`per_layer_config`). Layers with a sliding window stop growing at its length. transformers
+    keeps keys that mean nothing to a class, so heads of keys and their size are believed where the class has grouped
+    heads.
 
     Args:
         config: of a network, as transformers makes it.
     """
-    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
-    width = getattr(config, "hidden_size", None)
-    if not (heads and layers and width):
-        return None
+    num = getattr(config, "num_hidden_layers", None)
+    mixed = getattr(config, "is_heterogeneous", False)
+    layers = list(config.per_layer_config) if mixed else [config] * (num or 0)
     own = {field for base in type(config).__mro__ for field in vars(base).get("__annotations__", ())}
-    grouped = "num_key_value_heads" in own
+    numbers = [_cached_numbers(layer, "num_key_value_heads" in own) for layer in layers]
+    if not numbers or None in numbers:
+        return None
+    dtype = getattr(config, "dtype", None)
+    return 2 * sum(filter(None, numbers)) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 4)
+
+
+def _cached_numbers(config: Any, grouped: bool) -> int | None:
+    """Numbers of a token's keys in one layer."""
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not heads or not width:
+        return None
     key_heads = (config.num_key_value_heads if grouped else None) or heads
     size = (getattr(config, "head_dim", None) if grouped else None) or width // heads
-    dtype = getattr(config, "dtype", None)
-    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
-    return int(2 * layers * key_heads * size * itemsize)
+    return int(key_heads * size)
 
 
 def token_losses(net: nn.Module, ids_NT: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ def test_a_cache_takes_less_with_fewer_heads_or_bytes_and_believes_no_key_that_m
     assert llama(num_key_value_heads=1) == llama() // 2
     assert llama(dtype="bfloat16") == llama() // 2
     assert llama(head_dim=8) == 2 * llama()
+    assert llama(per_layer_config={1: {"num_key_value_heads": 1}}) == llama() * 3 // 4
     assert kv_cache_bytes(transformers.GPTNeoXConfig(**CONFIG)) == 2 * llama()  # has no grouped heads, keeps the key
     assert kv_cache_bytes(transformers.MambaConfig()) is None
 
