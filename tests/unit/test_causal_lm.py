@@ -10,11 +10,15 @@ import transformers
 from helpers_text import CONFIG, LLAMA, MIXTURE, TIED, language_bank
 from safetensors.torch import load_file
 
-from lcsc.bank import CheckpointBank
+from lcsc.bank import CheckpointBank, Layout
 from lcsc.core.errors import BankError, ConfigError
+from lcsc.export.model import _load_back as load_back
+from lcsc.export.weights import write_weights
 from lcsc.models.causal_lm import CAUSAL_LMS, kv_cache_bytes
 from lcsc.models.flat import LiveModel
 from lcsc.models.network import build_network, check_typed, load_network, save_network, saved_config
+from lcsc.objectives.command import _write as write_for_command
+from lcsc.operators.base import Candidate
 
 IDS = torch.arange(40).reshape(2, 20) * 5 % 256
 SMALL = {
@@ -121,3 +125,33 @@ def test_mistyped_and_hostile_settings(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
     with pytest.raises(ConfigError, match="no network class named `BertModel`"):
         load_network(tmp_path)
+
+
+def test_a_command_is_given_a_folder_that_transformers_opens(tmp_path):
+    bank = CheckpointBank.open(language_bank(tmp_path / "bank", TIED, dtype=torch.bfloat16))
+    candidate = Candidate(bank.arch, bank.layout, lambda out: out.copy_(bank.matrix()[3]), {}, bank.constants)
+    (tmp_path / "out").mkdir()
+    write_for_command(candidate, tmp_path / "out")
+    net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert {tensor.dtype for tensor in net.parameters()} == {torch.float32}
+    last = tmp_path / "bank" / "checkpoint-4"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(net(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+
+
+def test_a_network_that_only_the_users_command_can_run_is_exported_too(tmp_path):
+    """Its class is not one that lcsc builds, so its tensors are read back by themselves."""
+    small = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    theirs = transformers.BertModel(transformers.BertConfig(**small, intermediate_size=8)).eval()
+    weights = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    layout = Layout.of({name: tuple(tensor.shape) for name, tensor in weights.items()})
+    arch = {"class": "BertModel", "config": theirs.config.to_dict()}
+    candidate = Candidate(arch, layout, lambda out: layout.flatten(weights, out), {})
+    write_weights(weights, arch, {"operator": "linear"}, tmp_path)
+    loaded = load_back(tmp_path, tmp_path, candidate, weights, "diffusers")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    again = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        ids = IDS % 16
+        assert torch.equal(again(input_ids=ids).last_hidden_state, theirs(input_ids=ids).last_hidden_state)
