@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("lcsc", "torch", "numpy", "scipy", "diffusers", "nevergrad", "scikit-learn")
+PACKAGES = ("lcsc", "torch", "numpy", "scipy", "diffusers", "transformers", "nevergrad", "scikit-learn")
 
 
 def circumstances() -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""What a dataset is: named images of one shape."""
+"""What a data set is: named images of one shape, or text."""
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Protocol
 
 from torch import Tensor
+
+from lcsc.core.errors import ConfigError
 
 
 class Dataset(Protocol):
@@ -27,3 +30,43 @@ class Dataset(Protocol):
     def labels(self) -> Tensor | None:
         """Class of each image, shape (N,), int64; None when the data set has none."""
         ...
+
+
+class TextPart(Enum):
+    """What a stretch of a text is for."""
+
+    TRAIN = 0
+    SEARCH = 1
+    REPORT = 2
+
+
+class TextDataset(Protocol):
+    """Tokens in memory, in stretches of equal length, each in one part."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and titles."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens there are."""
+        ...
+
+    def tokens(self, part: TextPart) -> Tensor:
+        """The stretches of one part, shape (S, L), an integer dtype; made once, not to be written to."""
+        ...
+
+
+def need_images(dataset: object, who: str) -> None:
+    """Raise ConfigError where `who`, such as "objective `x`", is given text."""
+    if hasattr(dataset, "tokens"):
+        kind = type(dataset).__name__
+        raise ConfigError(f"{who} reads images, and data set `{kind}` holds text. Choose another one.")
+
+
+def need_text(dataset: object, who: str) -> None:
+    """Raise ConfigError where `who`, such as "objective `x`", is given images."""
+    if not hasattr(dataset, "tokens"):
+        kind = type(dataset).__name__
+        raise ConfigError(f"{who} reads text, and data set `{kind}` holds images. Choose dataset=text.")

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 from torch import Tensor
 
-from lcsc.datasets.base import Dataset
+from lcsc.datasets.base import Dataset, TextDataset, TextPart
 
 
 def images_digest(images_NCHW: Tensor) -> str:
@@ -23,6 +23,17 @@ def data_digest(dataset: Dataset) -> str:
     """
     labels_N = dataset.labels()
     parts = [images_digest(dataset.images()), "" if labels_N is None else _digest(labels_N, "<i8")]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def text_digest(dataset: TextDataset) -> str:
+    """Hex SHA-256 of all parts of a text, in the integers they are kept in.
+
+    Raises:
+        ConfigError: the text cannot be read.
+    """
+    tokens = [dataset.tokens(part) for part in TextPart]
+    parts = [_digest(part, part.numpy().dtype.newbyteorder("<").str) for part in tokens]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 

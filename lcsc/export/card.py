@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 
 from lcsc.export.folder import lora_text
+from lcsc.models.network import saved_config
 
 _USE = """```python
-from diffusers import {cls}
+from {library} import {cls}
 
 net = {cls}.from_pretrained("path/to/this/folder").eval()
 ```"""
@@ -86,7 +87,7 @@ def _front(
 ) -> dict[str, Any]:
     """What model hubs read."""
     return {
-        "library_name": adapter or ("pytorch" if arch is None else "diffusers"),
+        "library_name": adapter or ("pytorch" if arch is None else saved_config(arch)[0]),
         "tags": ["lcsc", "merge", "checkpoint-averaging"],
         "lcsc": {
             "run_id": info["run_id"],
@@ -103,7 +104,7 @@ def _use(arch: Mapping[str, Any] | None, adapter: str | None) -> list[str]:
     """How to load it; nothing for tensors that no library knows."""
     if adapter is None and arch is None:
         return []
-    text = _USE.format(cls=arch["class"]) if arch is not None else _USE_ADAPTER[str(adapter)]
+    text = _USE_ADAPTER[str(adapter)] if arch is None else _USE.format(library=saved_config(arch)[0], cls=arch["class"])
     return ["## Use", "", text, ""]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcsc.bank import CheckpointBank
 from lcsc.bank.lora_modules import copied_at
@@ -21,7 +21,8 @@ from lcsc.export.card import model_card
 from lcsc.export.folder import bank_config
 from lcsc.export.lora import write_candidate
 from lcsc.export.weights import read_weights, write_weights
-from lcsc.models.network import load_network
+from lcsc.models.flat import distinct_tensors
+from lcsc.models.network import NETWORKS, load_network
 from lcsc.objectives.base import Objective
 from lcsc.operators.base import Candidate, Operator
 from lcsc.samplers.times import Retimed
@@ -138,14 +139,24 @@ def _score_again(candidate: Candidate, objective: Objective, seed: int, expected
 def _load_back(
     folder: Path, to: Path, candidate: Candidate, weights: Mapping[str, Tensor], format: str
 ) -> dict[str, Tensor]:
-    """The folder's tensors, by the library its users load it with; raises EvaluationError unless they are `weights`."""
-    network = candidate.arch is not None and format == "diffusers"
-    loaded = load_network(folder).state_dict() if network else read_weights(folder)
+    """The folder's tensors, by the library its users load it with where the class is one of `NETWORKS`.
+
+    Raises:
+        EvaluationError: they are not `weights`.
+    """
+    network = candidate.arch is not None and candidate.arch["class"] in NETWORKS and format == "diffusers"
+    loaded = _named_as(weights, load_network(folder)) if network else read_weights(folder)
     if wrong := sorted(set(loaded) ^ set(weights)) or [n for n in weights if not torch.equal(loaded[n], weights[n])]:
         raise EvaluationError(
             f"`{to}` does not load back as it was written: {wrong[:10]}. Check the disk; nothing was kept."
         )
     return loaded
+
+
+def _named_as(weights: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    """A network's tensors; of those that it ties and `weights` has once, that one."""
+    twins = {name for _, names in distinct_tensors(net) if set(names) & set(weights) for name in names}
+    return {name: tensor for name, tensor in net.state_dict().items() if name in weights or name not in twins}
 
 
 def _candidate_of(candidate: Candidate, tensors: Mapping[str, Tensor]) -> Candidate:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lcsc.core.errors import ConfigError, did_you_mean
 from lcsc.export.folder import RECIPE_KEY, recipe_header
+from lcsc.models.network import saved_config
 
-#: Stem of the weight file by format; the first is the name diffusers looks for.
+#: Stem of the weight file by format; the first is the name diffusers looks for, the other one that of transformers.
 STEMS = {"diffusers": "diffusion_pytorch_model", "safetensors": "model"}
 
 
@@ -35,7 +36,8 @@ def write_weights(
         arch: `{"class", "config"}`; None writes no config.json.
         recipe: plain JSON values.
         folder: an existing, empty folder.
-        format: `diffusers` (loads with `from_pretrained`) or `safetensors` (the same under the plain name).
+        format: `diffusers` (loads with `from_pretrained`) or `safetensors` (the same under the plain name, which is
+            the one of a network of transformers in either format).
         max_shard_size: size above which several files and an index are written, such as "5GB"; a bare number is bytes.
 
     Raises:
@@ -43,14 +45,15 @@ def write_weights(
     """
     if format not in STEMS:
         raise ConfigError(f"no format named `{format}`.{did_you_mean(format, STEMS)}")
-    pattern = STEMS[format] + "{suffix}.safetensors"
+    library, config = (None, None) if arch is None else saved_config(arch)
+    stem = STEMS["safetensors" if library == "transformers" else format]
+    pattern = stem + "{suffix}.safetensors"
     size = int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size
     try:
         plan = split_torch_state_dict_into_shards(dict(weights), filename_pattern=pattern, max_shard_size=size)
     except ValueError as error:
         raise ConfigError(f"`max_shard_size` is `{max_shard_size}`; write a size such as 500MB or 5GB.") from error
-    if arch is not None:
-        config = {"_class_name": arch["class"], **arch["config"]}
+    if config is not None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     header = recipe_header(recipe)
     for file, names in plan.filename_to_tensors.items():
@@ -58,7 +61,7 @@ def write_weights(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
-        (folder / f"{STEMS[format]}.safetensors.index.json").write_text(text, encoding="utf-8")
+        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Networks by class name: build, load, save in the layout of diffusers.
+"""Networks by class name: build, load, save in the layout of diffusers or transformers.
 
 A checkpoint's config.json is data from elsewhere: of all it says, only the name of a class from `NETWORKS`
 is looked up, and its values go to that class's constructor. Weights are read from safetensors only.
@@ -10,13 +10,14 @@ import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lcsc.core.errors import BankError, ConfigError, did_you_mean
+from lcsc.core.errors import BankError, ConfigError, LcscError, MissingExtraError, did_you_mean
+from lcsc.models import causal_lm
 
 #: class name -> module it comes from; nothing else is ever built or loaded.
 NETWORKS: dict[str, str] = {
@@ -29,6 +30,7 @@ NETWORKS: dict[str, str] = {
     "PixArtTransformer2DModel": "diffusers",
     "SD3Transformer2DModel": "diffusers",
     "FluxTransformer2DModel": "diffusers",
+    **dict.fromkeys(causal_lm.CAUSAL_LMS, "transformers"),
 }
 
 
@@ -36,16 +38,21 @@ def network_class(name: str) -> Any:
     """The class called `name`; raises `ConfigError` for a name outside `NETWORKS`."""
     if name not in NETWORKS:
         raise ConfigError(f"no network class named `{name}`.{did_you_mean(name, NETWORKS)}")
-    with _quiet(name):
-        return getattr(importlib.import_module(NETWORKS[name]), name)
+    try:
+        with _quiet(name):
+            return getattr(importlib.import_module(NETWORKS[name]), name)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"network `{name}` needs {NETWORKS[name]}. Install it with: pip install 'lcsc[lm]'"
+        ) from error
 
 
 def build_network(arch: Mapping[str, Any] | None) -> nn.Module:
     """A freshly initialised network from `{"class": "UNet2DModel", "config": {...}}`.
 
     Args:
-        arch: class name and constructor arguments; keys with a leading underscore (diffusers' notes) are skipped. None
-            for tensors that are no network.
+        arch: class name and constructor arguments, of a class of transformers those of its configuration; keys with a
+            leading underscore (the libraries' notes) are skipped. None for tensors that are no network.
 
     Raises:
         ConfigError: no or unknown class, unknown argument, or values that the class refuses.
@@ -60,15 +67,25 @@ def build_network(arch: Mapping[str, Any] | None) -> nn.Module:
     name = str(arch["class"])
     cls = network_class(name)
     config = {key: value for key, value in (arch.get("config") or {}).items() if not key.startswith("_")}
-    known = [key for key in inspect.signature(cls.__init__).parameters if key != "self"]
-    for key in config:
-        if key not in known:
-            raise ConfigError(f"network `{name}` has no argument `{key}`.{did_you_mean(key, known)}")
+    _refuse_quantized(config, f"network `{name}`", ConfigError)
     try:
         with _quiet(name):
+            if NETWORKS[name] == "transformers":
+                return causal_lm.build_causal_lm(cls, config)
+            _check_arguments(name, config, [key for key in inspect.signature(cls.__init__).parameters if key != "self"])
             return cls(**config)
-    except (ValueError, TypeError, IndexError, NotImplementedError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # the libraries raise what they like at values they do not
         raise ConfigError(f"network `{name}` cannot be built from `arch.config`: {_one_line(error)}") from error
+
+
+def check_typed(arch: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an argument that a class of transformers does not know and would keep without a word."""
+    name = str(arch.get("class"))
+    if NETWORKS.get(name) == "transformers":
+        unknown, known = causal_lm.unknown_settings(network_class(name), arch.get("config") or {})
+        _check_arguments(name, unknown, known)
 
 
 def load_network(folder: Path) -> nn.Module:
@@ -86,24 +103,24 @@ def load_network(folder: Path) -> nn.Module:
         raise BankError(f"no `config.json` in `{folder}`; a network folder holds config.json and *.safetensors.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        name = str(config["_class_name"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BankError(f"`{path}` is no diffusers configuration: {_one_line(error)}.") from error
+        name = str(config["_class_name"] if "_class_name" in config else config["architectures"][0])
+    except (ValueError, LookupError, TypeError) as error:
+        raise BankError(f"`{path}` is no configuration of diffusers or transformers: {_one_line(error)}.") from error
     cls = network_class(name)
-    if config.get("quantization_config") is not None:  # would start the quantizer that the file names
-        raise BankError(
-            f"`{path}` describes quantized weights; lcsc combines plain ones. Save the network unquantized."
-        )
+    _refuse_quantized(config, f"`{path}`", BankError)
     try:
         with _quiet(name):
-            net, info = cls.from_pretrained(
-                str(folder),
-                local_files_only=True,
-                use_safetensors=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )
-    except Exception as error:  # diffusers and safetensors raise anything from OSError to RuntimeError here
+            if NETWORKS[name] == "transformers":
+                net, info = causal_lm.load_causal_lm(cls, folder, config)
+            else:
+                net, info = cls.from_pretrained(
+                    str(folder),
+                    local_files_only=True,
+                    use_safetensors=True,
+                    low_cpu_mem_usage=False,
+                    output_loading_info=True,
+                )
+    except Exception as error:  # the libraries and safetensors raise anything from OSError to RuntimeError here
         raise BankError(f"cannot load `{name}` from `{folder}`: {_one_line(error)}") from error
     wrong = {kind: sorted(map(str, keys))[:10] for kind, keys in info.items() if keys}
     if wrong:
@@ -113,8 +130,15 @@ def load_network(folder: Path) -> nn.Module:
     return net
 
 
+def saved_config(arch: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Library of a network and its config.json, for float32 weights."""
+    if (settings := causal_lm.saved_settings(arch)) is not None:
+        return "transformers", settings
+    return "diffusers", {"_class_name": arch["class"], **arch["config"]}
+
+
 def save_network(net: nn.Module, folder: Path, max_shard_size: str = "5GB") -> None:
-    """Write config.json and safetensors shards of at most `max_shard_size` into `folder`, as diffusers does.
+    """Write config.json and safetensors shards of at most `max_shard_size` into `folder`, as its library does.
 
     Not atomic by itself: wrap it in `lcsc.core.files.new_directory`.
 
@@ -126,15 +150,22 @@ def save_network(net: nn.Module, folder: Path, max_shard_size: str = "5GB") -> N
     if not isinstance(net, cls):
         raise ConfigError(f"network `{name}` is not {NETWORKS[name]}.{name}; only those can be saved and loaded again.")
     with _quiet(name):
+        if NETWORKS[name] == "transformers":
+            causal_lm.save_causal_lm(cls, net, folder, max_shard_size)
+            return
         cls.save_pretrained(net, str(folder), safe_serialization=True, max_shard_size=max_shard_size)
 
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Silence diffusers' log below errors and its bars; what matters of it is raised by us.
+    """Silence a library's log below errors and its bars; what matters of it is raised by us.
 
-    A network of our own does without diffusers, which takes seconds to import.
+    A network of our own does without both, which take seconds to import.
     """
+    if NETWORKS[name] == "transformers":
+        with causal_lm.quiet():
+            yield
+        return
     if NETWORKS[name] != "diffusers":
         yield
         return
@@ -149,6 +180,18 @@ def _quiet(name: str) -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _check_arguments(name: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"network `{name}` has no argument `{key}`.{did_you_mean(key, known)}")
+
+
+def _refuse_quantized(config: Mapping[str, Any], where: str, error: type[LcscError]) -> None:
+    """The quantizer that a file names would be started."""
+    if config.get("quantization_config") is not None:
+        raise error(f"{where} describes quantized weights; lcsc combines plain ones. Save the network unquantized.")
 
 
 def _one_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from lcsc.core.digests import file_sha256, value_digest
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose
+from lcsc.models.network import saved_config
 from lcsc.objectives.base import Score, spending
 from lcsc.objectives.function import check_nfe, checked_numbers, number_name
 from lcsc.objectives.shared import check_weights
@@ -206,8 +207,9 @@ def _write(candidate: Candidate, folder: Path) -> None:
     if adapter is not None:
         stem, name, config, header = adapter.stem, "adapter_config.json", adapter.config, header | {**adapter.header}
     elif arch is not None:
-        text = json.dumps({"_class_name": arch["class"], **arch["config"]}, indent=2) + "\n"
-        stem, config = "diffusion_pytorch_model", text.encode()
+        library, settings = saved_config(arch)
+        config = (json.dumps(settings, indent=2) + "\n").encode()
+        stem = "model" if library == "transformers" else "diffusion_pytorch_model"
     weights = {key: tensor.contiguous() for key, tensor in candidate.weights().items()}
     check_weights(weights[entry.name] for entry in candidate.layout.entries)
     try:

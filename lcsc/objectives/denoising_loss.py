@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,25 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from lcsc.core.digests import value_digest
-from lcsc.core.errors import ConfigError, EvaluationError
+from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.datasets.base import Dataset
+from lcsc.datasets.base import Dataset, need_images
 from lcsc.datasets.content import data_digest
-from lcsc.metrics.paired import paired_draws
 from lcsc.models.base import Model
 from lcsc.models.flat import LiveModel
 from lcsc.models.losses import denoising_loss
-from lcsc.objectives.base import Blocks, Score, Slope, spending
-from lcsc.objectives.shared import KeptLive, choose_device, halves_of
-from lcsc.operators.base import Candidate
+from lcsc.objectives.mean_loss import MeanLoss
+from lcsc.objectives.shared import KeptLive, halves_of
 
-#: Streams of a purpose: the noise of an image, its noise level, the order of the images.
-NOISE, LEVEL, ORDER = 0, 1, 2
+#: Streams of a purpose: the noise of an image, its noise level; a third one is the order of the images.
+NOISE, LEVEL = 0, 1
 
 
 @dataclass(frozen=True)
-class HeldOutLoss:
+class HeldOutLoss(MeanLoss):
     """A mean of losses of single real images; a subclass says what the loss of an image is.
 
     The images are cut into a search half and a report half as for `sample_quality`. Image i of (seed, purpose) is a
@@ -52,14 +50,8 @@ class HeldOutLoss:
     split_seed: int = 0
     device: str = "auto"
 
-    #: name of the number
-    name: ClassVar[str]
-    #: network evaluations of one image in a score, and in a slope (a backward pass counts two)
-    forwards: ClassVar[tuple[int, int]]
-    #: fewest images with a spread
-    min_images: ClassVar[int] = 2
-
     def __post_init__(self) -> None:
+        need_images(self.dataset, f"objective `{self.name}`")
         if self.batch_size < 1:
             raise ConfigError(f"`objective.batch_size` is {self.batch_size}; it must be at least 1.")
         self.__dict__["_kept"] = KeptLive()
@@ -76,70 +68,6 @@ class HeldOutLoss:
         """Plain values that the loss of an image depends on, beside model and images."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def __call__(
-        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, full: bool = False
-    ) -> Score:
-        """See `Objective.__call__`; the standard error is that of a mean over real images, by their spread."""
-        live = self._live(candidate)
-        rows_N = self._rows(seed, purpose, images)
-        losses_N = torch.cat(list(self._batches(live, seed, purpose, images))).double().cpu().numpy()
-        with spending(self.forwards[0] * len(images)):
-            value = _checked(float(losses_N.mean()))
-        return Score(value, len(images), self.forwards[0], grouped_se(losses_N, rows_N) if full else None)
-
-    @torch.no_grad()
-    def block_states(
-        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, num_blocks: int
-    ) -> Blocks:
-        """See `Raceable.block_states`; a state is the number of images and the sum of their losses, float64 (2,)."""
-        live = self._live(candidate)
-        losses_N = torch.cat(list(self._batches(live, seed, purpose, images))).double().cpu().numpy()
-        blocks = np.array_split(losses_N, min(num_blocks, len(losses_N)))
-        states = tuple(np.array([len(block), block.sum()]) for block in blocks)
-        return Blocks(states, len(images) * self.forwards[0])
-
-    @staticmethod
-    def merge_states(states: Sequence[Any]) -> Any:
-        """See `Raceable.merge_states`."""
-        return np.sum(states, axis=0)
-
-    def value_of(self, states: Sequence[Any], purpose: Purpose) -> float:
-        """See `Raceable.value_of`."""
-        count, total = self.merge_states(states)
-        return _checked(float(total / count))
-
-    def resampled(self, states: Sequence[Any], purpose: Purpose) -> np.ndarray:
-        """See `Raceable.resampled`."""
-        counts_R, totals_R = np.stack(states)[paired_draws(len(states))].sum(1).T
-        return totals_R / counts_R  # type: ignore[no-any-return]
-
-    def slope(self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range) -> Slope:
-        """Backward through one batch after the other, so memory is that of one batch.
-
-        Raises:
-            EvaluationError: the candidate diverged.
-        """
-        live, total = self._live(candidate), 0.0
-        with live.collecting() as grad_P:
-            for losses_N in self._batches(live, seed, purpose, images):
-                total += float(losses_N.detach().double().sum())
-                (losses_N.sum() / len(images)).backward()  # type: ignore[no-untyped-call]
-        with spending(self.forwards[1] * len(images)):
-            value = _checked(total / len(images))
-            if not torch.isfinite(grad_P).all():
-                raise EvaluationError("the derivative of the loss is not finite; the candidate diverged.")
-        return Slope(value, grad_P, self.forwards[1] * len(images))
-
-    @property
-    def no_gradient(self) -> None:
-        """See `Differentiable.no_gradient`."""
-        return
-
-    def floor(self) -> None:
-        """None: the least loss of a finite set of images is not known."""
-        return
-
     def circumstances(self) -> dict[str, Any]:
         """Loss, images and model; `detector` is what turns an image into a number here."""
         settings = self.settings()
@@ -155,8 +83,8 @@ class HeldOutLoss:
             **settings,
         }
 
-    def _batches(self, live: LiveModel, seed: int, purpose: Purpose, images: range) -> Iterator[Tensor]:
-        """Losses of the images, batch by batch."""
+    def batches(self, live: LiveModel, seed: int, purpose: Purpose, images: range) -> Iterator[Tensor]:
+        """See `MeanLoss.batches`."""
         rows_N, real_NCHW = self._rows(seed, purpose, images), self.dataset.images()
         noise_NCHW, uniform_N = _draws(SeedRange(seed, purpose), images, tuple(self.dataset.image_shape))
         levels = [torch.from_numpy(level_N) for level_N in self.draw_levels(uniform_N)]
@@ -170,16 +98,9 @@ class HeldOutLoss:
             clean_NCHW, noise, *sigmas = (tensor.to(live.theta_P.device) for tensor in drawn)
             yield self.losses(live.net, clean_NCHW, noise, tuple(sigmas))
 
-    def _rows(self, seed: int, purpose: Purpose, images: range) -> np.ndarray:
-        """Which real image each image is, int64 (N,): pass after pass over the half, each in an order of its own."""
-        half_H = self._halves[purpose is Purpose.REPORT]
-        seeds, places_N = SeedRange(seed, purpose), np.asarray(images)
-        rows_N = np.empty(len(places_N), dtype=np.int64)
-        for turn in np.unique(places_N // len(half_H)):
-            mine = places_N // len(half_H) == turn
-            order = seeds.generator(int(turn), ORDER).permutation(len(half_H))
-            rows_N[mine] = half_H[order[places_N[mine] % len(half_H)]]
-        return rows_N
+    def half(self, purpose: Purpose) -> np.ndarray:
+        """See `MeanLoss.half`."""
+        return self._halves[purpose is Purpose.REPORT]
 
     @functools.cached_property
     def _data_digest(self) -> str:
@@ -188,10 +109,6 @@ class HeldOutLoss:
     @functools.cached_property
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
         return halves_of(self.dataset, self.split_seed)
-
-    def _live(self, candidate: Candidate) -> LiveModel:
-        live: LiveModel = self.__dict__["_kept"].filled(candidate, choose_device(self.device))
-        return live
 
 
 @register("objective", "denoising_loss", source="arXiv:2206.00364, Eq. 2, 8 and Table 1")
@@ -243,28 +160,9 @@ class DenoisingLoss(HeldOutLoss):
         return {"p_mean": self.p_mean, "p_std": self.p_std, "sigma_data": self.sigma_data}
 
 
-def grouped_se(losses_N: np.ndarray, groups_N: np.ndarray) -> float | None:
-    """Standard error of the mean when losses of one group (noisy versions of one real image) go together.
-
-    sqrt(G / (G - 1) sum_g (sum over g of (loss - mean))^2) / N, the linearised error of a mean over G groups; with one
-    loss a group it is the usual s / sqrt(N). None for a single group.
-    """
-    _, inverse_N = np.unique(groups_N, return_inverse=True)
-    sums_G = np.bincount(inverse_N, losses_N - losses_N.mean())
-    if len(sums_G) < 2:
-        return None
-    return float(np.sqrt(len(sums_G) / (len(sums_G) - 1) * (sums_G**2).sum()) / len(losses_N))
-
-
 @functools.lru_cache(maxsize=4)
 def _draws(seeds: SeedRange, images: range, shape: tuple[int, ...]) -> tuple[Tensor, np.ndarray]:
     """Unit normal noise (N, C, H, W), and a uniform number in (0, 1) an image, float64 (N,)."""
     # the middle of one of 2^52 cells is never 0 or 1, where a normal quantile is infinite
     uniform_N = np.array([(int(seeds.generator(i, LEVEL).integers(2**52)) + 0.5) / 2**52 for i in images])
     return torch.from_numpy(seeds.normal(images, shape, NOISE)), uniform_N
-
-
-def _checked(value: float) -> float:
-    if not math.isfinite(value):
-        raise EvaluationError(f"the loss is {value}; the candidate diverged.")
-    return value

@@ -18,7 +18,7 @@ from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import ImageNoise, Purpose, SeedRange
 from lcsc.core.space import Point, SearchSpace
-from lcsc.datasets.base import Dataset
+from lcsc.datasets.base import Dataset, need_images
 from lcsc.datasets.content import data_digest
 from lcsc.metrics.base import DifferentiableMetric, Metric
 from lcsc.metrics.bootstrap import bootstrap
@@ -71,6 +71,7 @@ class SampleQuality:
     recompute: bool = True
 
     def __post_init__(self) -> None:
+        need_images(self.dataset, "objective `sample_quality`")
         if self.batch_size < 1:
             raise ConfigError(f"`objective.batch_size` is {self.batch_size}; it must be at least 1.")
         if self.metric.higher_is_better:

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class Trainer(Protocol):
-    """Makes a bank: a folder of checkpoints `checkpoint-{step:06d}/unet/` in diffusers layout."""
+    """Makes a bank: a folder of checkpoints `checkpoint-{step:06d}/unet/` in diffusers layout.
+
+    A language model's are `checkpoint-{step:06d}/` in the layout of transformers, its data set is a text, and no
+    `model` stands between network and loss.
+    """
 
     def train(
         self,

@@ -9,14 +9,14 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor, nn
 
 from lcsc.core.differences import differences
 from lcsc.core.digests import value_digest
 from lcsc.core.errors import OutputExistsError, RunError
-from lcsc.core.files import new_directory, write_json
+from lcsc.core.files import new_directory, write_bytes, write_json
 from lcsc.core.registry import describe, plain
 from lcsc.datasets.base import Dataset
 from lcsc.datasets.content import images_digest
@@ -56,11 +56,13 @@ class BankFolder:
         path: the folder.
         config: plain configuration; what `train.json` holds.
         steps: the steps that are saved, ascending.
+        component: folder inside a checkpoint that holds the network; empty where the checkpoint itself does.
     """
 
     path: Path
     config: dict[str, Any]
     steps: tuple[int, ...]
+    component: str = "unet"
 
     @property
     def digest(self) -> str:
@@ -127,7 +129,16 @@ class BankFolder:
         """Save the network under the name of `step`, atomically; nothing happens when it is there."""
         if not self.has(step):
             with new_directory(self.path / checkpoint_name(step)) as folder:
-                save_network(net, folder / "unet")
+                save_network(net, folder / self.component)
+
+    @contextlib.contextmanager
+    def open_log(self, step: int) -> Iterator[TextIO]:
+        """The loss curve, cut back to `step`, open for appending."""
+        text = self.log_path.read_text() if self.log_path.exists() else ""
+        kept = [line for line in text.splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_bytes(self.log_path, "".join(line + "\n" for line in kept).encode())
+        with open(self.log_path, "a") as log:
+            yield log
 
     def close(self) -> None:
         """Drop the state and the lock file of a finished bank."""

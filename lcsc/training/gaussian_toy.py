@@ -14,7 +14,7 @@ from torch import Tensor
 from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.datasets.base import Dataset
+from lcsc.datasets.base import Dataset, need_images
 from lcsc.models.base import Model
 from lcsc.models.network import build_network
 from lcsc.training.folder import BankFolder, make_config
@@ -74,6 +74,7 @@ class GaussianToy:
                 f"trainer `gaussian_toy` makes `GaussianDenoiser` networks, not `{arch.get('class')}`. "
                 "Choose that class or another trainer."
             )
+        need_images(dataset, "this trainer")
         images_NCHW, out = dataset.images(), Path(out)
         net = build_network(arch)
         truth_2CHW = true_parameters(dataset)

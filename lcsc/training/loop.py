@@ -23,15 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from lcsc.core.errors import ConfigError, EvaluationError
-from lcsc.core.files import write_bytes
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.datasets.base import Dataset
+from lcsc.datasets.base import Dataset, need_images
 from lcsc.models.base import Model
 from lcsc.models.network import build_network
 from lcsc.training.base import Recipe, Speed
 from lcsc.training.folder import BankFolder, make_config
 from lcsc.training.progress import reporter
-from lcsc.training.state import Progressed, load_state, save_state
+from lcsc.training.state import load_state, save_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,6 +55,15 @@ def check_numbers(recipe: Recipe) -> None:
     precision = speed_of(recipe).mixed_precision
     if precision not in ("no", "bf16"):
         raise ConfigError(f"`mixed_precision` is `{precision}`; it is `no` or `bf16`.")
+
+
+def check_finite(loss: float, step: int, learning_rate: float) -> None:
+    """Raise EvaluationError where a training diverged."""
+    if not math.isfinite(loss):
+        raise EvaluationError(
+            f"the loss is {loss} at step {step} with `learning_rate` {learning_rate}; it must be finite. Train with a "
+            "lower learning rate into another folder."
+        )
 
 
 def speed_of(recipe: Any) -> Speed:
@@ -98,6 +106,7 @@ def fit(
     `KeyboardInterrupt`; a second one leaves at once, with the state of the last checkpoint.
     """
     recipe.check(model)
+    need_images(dataset, "this trainer")
     images_NCHW, out = dataset.images(), Path(out)
     channels = (arch.get("config") or {}).get("in_channels", images_NCHW.shape[1])
     if channels != images_NCHW.shape[1]:
@@ -170,7 +179,8 @@ class _Session:
         total, steps = self.recipe.num_steps, set(self.folder.steps)
         main = self.accelerator.is_main_process
         show = reporter("training", self.done.step, total, progress=progress if main else False)
-        with _deferred_interrupt() as interrupted, show as report, _open_log(self.folder, self.done, main) as log:
+        opened = self.folder.open_log(self.done.step) if main else contextlib.nullcontext()
+        with _deferred_interrupt() as interrupted, show as report, opened as log:
             if self.done.step in steps:
                 self._save(log, checkpoint=True)  # killed between state and checkpoint
             for step in range(self.done.step + 1, total + 1):
@@ -207,11 +217,7 @@ class _Session:
         # Reading a number waits for the GPU, so the next batch is drawn while it still works.
         self.ahead = self._batch(step + 1) if step < self.recipe.num_steps else None
         value, stop = mean.tolist()
-        if not math.isfinite(value):
-            raise EvaluationError(
-                f"the loss is {value} at step {step} with `learning_rate` {self.recipe.learning_rate}; it must be "
-                "finite. Train with a lower learning rate into another folder."
-            )
+        check_finite(value, step, self.recipe.learning_rate)
         return value, stop > 0
 
     def _batch(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -244,19 +250,6 @@ class _Session:
             if checkpoint:
                 self.folder.write_checkpoint(self.net, self.done.step)
         self.accelerator.wait_for_everyone()
-
-
-@contextlib.contextmanager
-def _open_log(folder: BankFolder, done: Progressed, main: bool) -> Iterator[TextIO | None]:
-    """The loss curve, cut back to the state, open for appending; None outside the main process."""
-    if not main:
-        yield None
-        return
-    text = folder.log_path.read_text() if folder.log_path.exists() else ""
-    kept = [line for line in text.splitlines() if line.endswith("}") and json.loads(line)["step"] <= done.step]
-    write_bytes(folder.log_path, "".join(line + "\n" for line in kept).encode())
-    with open(folder.log_path, "a") as log:
-        yield log
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose
 from lcsc.models.network import build_network, save_network
 from lcsc.objectives.base import why_no_gradient
-from lcsc.objectives.denoising_loss import grouped_se
+from lcsc.objectives.mean_loss import grouped_se
 from lcsc.operators.base import Candidate
 from lcsc.operators.linear import Linear
 
@@ -133,7 +133,7 @@ def test_images_batches_and_halves(bank, name):
     def losses(scorer, purpose, images):
         live = scorer._live(candidate)
         with torch.no_grad():
-            return torch.cat(list(scorer._batches(live, 0, purpose, images)))
+            return torch.cat(list(scorer.batches(live, 0, purpose, images)))
 
     whole = losses(scorer, Purpose.SEARCH, range(90))
     torch.testing.assert_close(losses(objective(name, model, batch_size=17), Purpose.SEARCH, range(90)), whole)

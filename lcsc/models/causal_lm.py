@@ -1,0 +1,161 @@
+"""Language models of transformers: build, load and save them by class, and what their cache takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcsc.core.errors import ConfigError
+
+#: Classes of transformers that are built and loaded, whose forward pass takes `input_ids` and gives `logits`.
+CAUSAL_LMS = (
+    *("CohereForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "GemmaForCausalLM"),
+    *("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "OPTForCausalLM", "Olmo2ForCausalLM"),
+    *("OlmoForCausalLM", "OlmoeForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM"),
+    *("Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM"),
+)
+
+#: Settings of a config.json that fetch and run kernels from a hub, or say what we say ourselves.
+_LEFT_OUT = ("attn_implementation", "experts_implementation", "dtype", "torch_dtype")
+
+#: Settings that classes read without declaring them, or that transformers translates.
+_READ = ("head_dim", "per_layer_config", "rope_scaling", "rope_theta", "torch_dtype")
+
+
+def build_causal_lm(cls: Any, config: Mapping[str, Any]) -> nn.Module:
+    """A freshly initialised network in float32; raises what transformers raises for values that it refuses."""
+    return cls(_config(cls, config)).float()  # type: ignore[no-any-return]
+
+
+def load_causal_lm(cls: Any, folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The network in `folder` in eval mode, float32, and transformers' notes on tensors that do not fit; offline."""
+    return cls.from_pretrained(  # type: ignore[no-any-return]
+        str(folder),
+        config=_config(cls, config),
+        local_files_only=True,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+
+
+def save_causal_lm(cls: Any, net: nn.Module, folder: Path, max_shard_size: str) -> None:
+    """Write config.json and safetensors into `folder`, under the names that the tensors have in memory.
+
+    transformers would rename some and cut the fused experts of a mixture one by one; it opens both.
+    """
+    cls.save_pretrained(net, str(folder), max_shard_size=max_shard_size, save_original_format=False)
+
+
+def saved_settings(arch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """config.json of a transformers network in float32, None where `arch` is none."""
+    config = {key: value for key, value in arch["config"].items() if key not in ("torch_dtype", "architectures")}
+    if arch["class"] not in CAUSAL_LMS and "model_type" not in config:
+        return None
+    if "model_type" not in config:
+        import transformers
+
+        config["model_type"] = getattr(transformers, arch["class"]).config_class.model_type
+    return {"architectures": [arch["class"]], **config, "dtype": "float32"}
+
+
+def unknown_settings(cls: Any, config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Keys of `config` that the class's configuration does not have, and those it has.
+
+    transformers keeps any key. One from a config.json may be a leftover; one that a user typed is a mistake.
+    """
+    own = cls.config_class()
+    known = sorted({*own.to_dict(), *own.attribute_map, *_READ})
+    return sorted(key for key in config if key not in known), known
+
+
+def kv_cache_bytes(config: Any) -> int | None:
+    """Bytes that one more token takes in the cache of keys and values; None where the configuration does not tell.
+
+    2 x heads of keys x size of a head x bytes of a number of `config.dtype` (float32 where it is not set), over the
+    layers, which may differ (`per_layer_config`). Layers with a sliding window stop growing at its length. transformers
+    keeps keys that mean nothing to a class, so heads of keys and their size are believed where the class has grouped
+    heads.
+
+    Args:
+        config: of a network, as transformers makes it.
+    """
+    num = getattr(config, "num_hidden_layers", None)
+    mixed = getattr(config, "is_heterogeneous", False)
+    layers = list(config.per_layer_config) if mixed else [config] * (num or 0)
+    own = {field for base in type(config).__mro__ for field in vars(base).get("__annotations__", ())}
+    numbers = [_cached_numbers(layer, "num_key_value_heads" in own) for layer in layers]
+    if not numbers or None in numbers:
+        return None
+    dtype = getattr(config, "dtype", None)
+    return 2 * sum(filter(None, numbers)) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 4)
+
+
+def _cached_numbers(config: Any, grouped: bool) -> int | None:
+    """Numbers of a token's keys in one layer."""
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not heads or not width:
+        return None
+    key_heads = (config.num_key_value_heads if grouped else None) or heads
+    size = (getattr(config, "head_dim", None) if grouped else None) or width // heads
+    return int(key_heads * size)
+
+
+def token_losses(net: nn.Module, ids_NT: Tensor) -> Tensor:
+    """Cross-entropy of each token but the first given those before it, in nats, float32, shape (N, T - 1).
+
+    transformers' own loss with `labels` is its mean, but for what a mixture adds to balance its experts in training.
+    """
+    logits_NTV = net(input_ids=ids_NT, use_cache=False).logits.float()
+    return nn.functional.cross_entropy(logits_NTV[:, :-1].transpose(1, 2), ids_NT[:, 1:], reduction="none")
+
+
+def check_text(config: Any, vocab_size: int, length: int) -> None:
+    """Refuse a network that reads other tokens than a text's, or fewer at once than `length`.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    if config.vocab_size != vocab_size:
+        raise ConfigError(
+            f"the network has {config.vocab_size} tokens, and the text {vocab_size}: they would not mean the same. Use "
+            f"a network with `vocab_size` {vocab_size}, trained on such tokens."
+        )
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ConfigError(
+            f"`block_length` is {length}, and the network reads at most {most} tokens. Give shorter blocks, or a "
+            "network with more `max_position_embeddings`."
+        )
+
+
+def _config(cls: Any, config: Mapping[str, Any]) -> Any:
+    kept = {key: value for key, value in config.items() if not key.startswith("_") and key not in _LEFT_OUT}
+    return cls.config_class(**kept)
+
+
+def read_settings(path: Path) -> Mapping[str, Any]:
+    """A config.json as it stands there."""
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' log below errors and its bars."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,128 @@
+"""The loss of a language model on held-out text."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lcsc.core.digests import value_digest
+from lcsc.core.errors import ConfigError
+from lcsc.core.registry import register
+from lcsc.core.seeds import Purpose
+from lcsc.datasets.base import TextDataset, TextPart, need_text
+from lcsc.datasets.content import text_digest
+from lcsc.models.causal_lm import CAUSAL_LMS, check_text, kv_cache_bytes, token_losses
+from lcsc.models.flat import LiveModel
+from lcsc.objectives.mean_loss import MeanLoss
+from lcsc.objectives.shared import KeptLive
+from lcsc.operators.base import Candidate
+
+#: A text of so many tokens is one of bytes.
+BYTES = 256
+
+
+@register("objective", "language_modeling", source="transformers' causal language modelling loss; Shannon 1951")
+@dataclass(frozen=True)
+class LanguageModeling(MeanLoss):
+    """Mean cross-entropy of the next token on held-out text, in nats: no sampling, one network call a block.
+
+    The stretches of the text's search half and report half are cut into blocks of `block_length` tokens, and the loss
+    of a block is the mean over its tokens but the first. Image i of (seed, purpose) is a block; every block of the half
+    comes up once before any comes up again. All candidates see the same blocks. The standard error takes blocks of one
+    stretch together, because neighbours are alike.
+
+    Full scores also hold `bits_per_byte` of a text of bytes, `parameters` (tied ones once) and, where the config tells,
+    `kv_cache_bytes`: what one more token takes in the cache of keys and values in float32.
+
+    Args:
+        dataset: the text.
+        block_length: tokens of a block; the context that the last of them has, and one.
+        batch_size: blocks per network call.
+        device: torch device; `auto` takes the GPU where there is one.
+    """
+
+    dataset: TextDataset = field(metadata={"internal": True})
+    block_length: int = 128
+    batch_size: int = 64
+    device: str = "auto"
+
+    name: ClassVar[str] = "language_modeling"
+    forwards: ClassVar[tuple[int, int]] = (1, 3)
+
+    def __post_init__(self) -> None:
+        need_text(self.dataset, f"objective `{self.name}`")
+        if self.batch_size < 1:
+            raise ConfigError(f"`objective.batch_size` is {self.batch_size}; it must be at least 1.")
+        stretch = self.dataset.tokens(TextPart.SEARCH).shape[1]
+        if not 2 <= self.block_length <= stretch:
+            raise ConfigError(
+                f"`objective.block_length` is {self.block_length}; it must be at least 2 and at most the text's "
+                f"stretch of {stretch} tokens."
+            )
+        self.__dict__["_kept"] = KeptLive()
+
+    def batches(self, live: LiveModel, seed: int, purpose: Purpose, images: range) -> Iterator[Tensor]:
+        """See `MeanLoss.batches`."""
+        blocks_BT, rows_N = self._blocks(purpose), self._rows(seed, purpose, images)
+        for start in range(0, len(images), self.batch_size):
+            rows = torch.from_numpy(rows_N[start : start + self.batch_size])
+            yield token_losses(live.net, blocks_BT[rows].to(live.theta_P.device).long()).mean(1)
+
+    def half(self, purpose: Purpose) -> np.ndarray:
+        """See `MeanLoss.half`."""
+        return np.arange(len(self._blocks(purpose)))
+
+    def circumstances(self) -> dict[str, Any]:
+        """Loss, text and library; `detector` is what turns a block into a number here."""
+        settings = {"block_length": self.block_length, "transformers": importlib.metadata.version("transformers")}
+        return {
+            "metric": self.name,
+            "detector": self.name,
+            "detector_digest": value_digest({"name": self.name, **settings}),
+            "nfe": self.forwards[0],
+            "dataset": repr(self.dataset),
+            "data_digest": self._data_digest,
+            **settings,
+        }
+
+    def _others(self, live: LiveModel, value: float, se: float | None) -> Mapping[str, Mapping[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        if self.dataset.vocab_size == BYTES:
+            found["bits_per_byte"] = {"value": value / math.log(2), **({} if se is None else {"se": se / math.log(2)})}
+        sizes = {"parameters": sum(parameter.numel() for parameter in live.net.parameters())}
+        if (cache := kv_cache_bytes(live.net.config)) is not None:
+            sizes["kv_cache_bytes"] = cache
+        return found | {name: {"value": float(size), "se": 0.0} for name, size in sizes.items()}
+
+    def _groups(self, rows_N: np.ndarray) -> np.ndarray:
+        """Blocks of one stretch go together."""
+        return rows_N // (self.dataset.tokens(TextPart.SEARCH).shape[1] // self.block_length)
+
+    def _blocks(self, purpose: Purpose) -> Tensor:
+        """All blocks of a purpose's half, shape (B, T), stretch after stretch; the rest of a stretch is left out."""
+        stretches_SL = self.dataset.tokens(TextPart.REPORT if purpose is Purpose.REPORT else TextPart.SEARCH)
+        num = stretches_SL.shape[1] // self.block_length
+        return stretches_SL[:, : num * self.block_length].reshape(-1, self.block_length)
+
+    @functools.cached_property
+    def _data_digest(self) -> str:
+        return text_digest(self.dataset)
+
+    def _live(self, candidate: Candidate) -> LiveModel:
+        arch = candidate.arch
+        if arch is not None and arch.get("class") not in CAUSAL_LMS:
+            raise ConfigError(
+                f"objective `{self.name}` runs language models of transformers, and the checkpoints hold "
+                f"`{arch.get('class')}`. Use one of: {', '.join(CAUSAL_LMS)}."
+            )
+        live = super()._live(candidate)
+        check_text(live.net.config, self.dataset.vocab_size, self.block_length)
+        return live
