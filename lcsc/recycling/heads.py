@@ -237,7 +237,7 @@ class Pooling:
         copies: how often each pooled head is repeated, for configurations that know one number of heads for all layers.
         key_weights_H: positive weights within the groups of the key heads, float64; None: equal.
         value_weights_H: those of the value heads.
-        fresh: for `random` a function that draws standard normal numbers of a shape.
+        fresh: for `random` the source of their numbers, as it is before it was used.
         std: their standard deviation in the network.
     """
 
@@ -248,7 +248,7 @@ class Pooling:
     copies: int = 1
     key_weights_H: Tensor | None = None
     value_weights_H: Tensor | None = None
-    fresh: Callable[[tuple[int, ...]], Tensor] | None = None
+    fresh: Callable[[], np.random.Generator] | None = None
     std: float = 0.02
 
 
@@ -290,10 +290,11 @@ def regroup(
         v_HdD = torch.stack([turns_v[h] @ v_HdD[h] for h in range(H)])
         q_HNdD = torch.stack([turns_k[h] @ q_HNdD[h] for h in range(H)])
         o_DHNd = torch.stack([o_DHNd[:, h] @ turns_v[h].T for h in range(H)], dim=1)
+    rng = how.fresh() if how.fresh else None
     made = {
         "q": q_HNdD[order].flatten(0, 1),
-        "k": _pooled(k_HdD, groups, how, how.key_weights_H),
-        "v": _pooled(v_HdD, groups, how, how.value_weights_H),
+        "k": _pooled(k_HdD, groups, how, how.key_weights_H, rng),
+        "v": _pooled(v_HdD, groups, how, how.value_weights_H, rng),
     }
     out = dict(tensors)
     for role, x in made.items():
@@ -320,11 +321,13 @@ def _written(x_HdD: Tensor, role: str, like: Mapping[str, Tensor]) -> dict[str, 
     return {weight: x[:, :-1].to(like[weight].dtype), bias: x[:, -1].to(like[bias].dtype)}
 
 
-def _pooled(x_HdD: Tensor, groups: Groups, how: Pooling, weights_H: Tensor | None) -> Tensor:
+def _pooled(
+    x_HdD: Tensor, groups: Groups, how: Pooling, weights_H: Tensor | None, rng: np.random.Generator | None
+) -> Tensor:
     """Pooled heads, shape (G, d, D)."""
     if how.method == "random":
-        assert how.fresh is not None, "random heads need a source of numbers"
-        return how.std * how.fresh((len(groups), *x_HdD.shape[1:])).double()
+        assert rng is not None, "random heads need a source of numbers"
+        return how.std * torch.from_numpy(rng.standard_normal((len(groups), *x_HdD.shape[1:])))
     pooled = []
     for group in groups:
         rows = list(group)
