@@ -1,15 +1,42 @@
 """One choice for each layer within a budget, exactly, where the losses of the layers add up.
 
-How much a model loses when several layers are changed is close to the sum of what it loses when each is changed alone:
-measured one layer at a time, those sums ordered joint changes almost as their true losses do (docs/recycling.md). Then
-the best choice is a knapsack with one item of each class, and dynamic programming solves it.
+Suppose that changing several layers costs about the sum of what each costs when it alone is changed. Then the best
+choice within a budget is a knapsack with one item of each class, which dynamic programming solves. Whether the losses
+do add up is for the caller to check, by scoring the choice and comparing it with the prediction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lcsc.core.errors import ConfigError
+
+
+def additive_choice(
+    loss: Callable[[tuple[int, ...]], float], num_layers: int, choices: Sequence[int], budget: int
+) -> tuple[tuple[int, ...], float]:
+    """The best choice within a budget after 1 + num_layers * (len(choices) - 1) scores.
+
+    Args:
+        loss: of a model with one cost for each layer; called with at most one layer off the largest cost.
+        num_layers: layers.
+        choices: costs of a layer, whole numbers above 0; the largest means that it is not changed.
+        budget: what the costs may sum to.
+
+    Returns:
+        The cost of each layer, and the loss that the sum predicts for them.
+
+    Raises:
+        ConfigError: as `cheapest_loss`.
+    """
+    full = max(choices)
+    base = loss((full,) * num_layers)
+    losses = []
+    for layer in range(num_layers):
+        alone = {n: (full,) * layer + (n,) + (full,) * (num_layers - layer - 1) for n in choices if n != full}
+        losses.append({full: 0.0} | {n: loss(counts) - base for n, counts in alone.items()})
+    found = cheapest_loss(losses, budget)
+    return found, base + sum(table[n] for table, n in zip(losses, found, strict=True))
 
 
 def cheapest_loss(losses: Sequence[Mapping[int, float]], budget: int) -> tuple[int, ...]:

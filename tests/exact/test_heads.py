@@ -11,7 +11,7 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 
 from lcsc.core.errors import ConfigError
-from lcsc.recycling.budget import cheapest_loss
+from lcsc.recycling.budget import additive_choice, cheapest_loss
 from lcsc.recycling.heads import (
     Pooling,
     Rotary,
@@ -250,6 +250,22 @@ def test_the_knapsack_is_the_best_of_all_choices(seed):
         assert cheapest_loss(losses, budget) == best
     with pytest.raises(ConfigError, match="`budget` is 4, and the cheapest choice costs 5"):
         cheapest_loss(losses, 4)
+
+
+def test_the_additive_search_scores_one_layer_at_a_time():
+    harm = np.random.default_rng(7).random(3)
+    asked = []
+
+    def loss(counts):
+        asked.append(counts)
+        return 2.0 + sum(h / n for h, n in zip(harm, counts, strict=True))
+
+    found, predicted = additive_choice(loss, 3, (1, 2, 4), 7)
+    assert len(asked) == 1 + 3 * 2
+    assert all(sum(n != 4 for n in counts) <= 1 for counts in asked)
+    fits = [c for c in itertools.product((1, 2, 4), repeat=3) if sum(c) <= 7]
+    assert found == min(fits, key=loss)
+    assert predicted == pytest.approx(loss(found), rel=1e-12)
 
 
 def test_the_knapsack_spends_nothing_for_nothing():
