@@ -8,11 +8,17 @@ from typing import Any
 import yaml
 
 from lcsc.export.folder import lora_text
+from lcsc.models.network import library_of
 
 _USE = """```python
 from diffusers import {cls}
 
 net = {cls}.from_pretrained("path/to/this/folder").eval()
+```"""
+_USE_TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM
+
+net = AutoModelForCausalLM.from_pretrained("path/to/this/folder").eval()
 ```"""
 #: by library; both with the base model that the checkpoints were trained on
 _USE_ADAPTER = {
@@ -86,7 +92,7 @@ def _front(
 ) -> dict[str, Any]:
     """What model hubs read."""
     return {
-        "library_name": adapter or ("pytorch" if arch is None else "diffusers"),
+        "library_name": adapter or ("pytorch" if arch is None else library_of(arch)),
         "tags": ["lcsc", "merge", "checkpoint-averaging"],
         "lcsc": {
             "run_id": info["run_id"],
@@ -103,7 +109,10 @@ def _use(arch: Mapping[str, Any] | None, adapter: str | None) -> list[str]:
     """How to load it; nothing for tensors that no library knows."""
     if adapter is None and arch is None:
         return []
-    text = _USE.format(cls=arch["class"]) if arch is not None else _USE_ADAPTER[str(adapter)]
+    if arch is None:
+        text = _USE_ADAPTER[str(adapter)]
+    else:
+        text = _USE.format(cls=arch["class"]) if library_of(arch) == "diffusers" else _USE_TRANSFORMERS
     return ["## Use", "", text, ""]
 
 

@@ -21,7 +21,7 @@ from lcsc.export.card import model_card
 from lcsc.export.folder import bank_config
 from lcsc.export.lora import write_candidate
 from lcsc.export.weights import read_weights, write_weights
-from lcsc.models.network import load_network
+from lcsc.models.network import library_of, load_network
 from lcsc.objectives.base import Objective
 from lcsc.operators.base import Candidate, Operator
 from lcsc.samplers.times import Retimed
@@ -138,8 +138,8 @@ def _score_again(candidate: Candidate, objective: Objective, seed: int, expected
 def _load_back(
     folder: Path, to: Path, candidate: Candidate, weights: Mapping[str, Tensor], format: str
 ) -> dict[str, Tensor]:
-    """The folder's tensors, by the library its users load it with; raises EvaluationError unless they are `weights`."""
-    network = candidate.arch is not None and format == "diffusers"
+    """The folder's tensors, by diffusers where users load it so; raises EvaluationError unless they are `weights`."""
+    network = candidate.arch is not None and format == "diffusers" and library_of(candidate.arch) == "diffusers"
     loaded = load_network(folder).state_dict() if network else read_weights(folder)
     if wrong := sorted(set(loaded) ^ set(weights)) or [n for n in weights if not torch.equal(loaded[n], weights[n])]:
         raise EvaluationError(

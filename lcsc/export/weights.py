@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lcsc.core.errors import ConfigError, did_you_mean
 from lcsc.export.folder import RECIPE_KEY, recipe_header
+from lcsc.models.network import STEMS, config_text, library_of
 
-#: Stem of the weight file by format; the first is the name diffusers looks for.
-STEMS = {"diffusers": "diffusion_pytorch_model", "safetensors": "model"}
+#: `diffusers` is for the network's own library, of whichever of the two it is; `safetensors` has a plain name
+FORMATS = ("diffusers", "safetensors")
 
 
 def write_weights(
@@ -35,30 +36,31 @@ def write_weights(
         arch: `{"class", "config"}`; None writes no config.json.
         recipe: plain JSON values.
         folder: an existing, empty folder.
-        format: `diffusers` (loads with `from_pretrained`) or `safetensors` (the same under the plain name).
+        format: `diffusers` (loads with `from_pretrained`, also of transformers) or `safetensors` (the same under the
+            plain name).
         max_shard_size: size above which several files and an index are written, such as "5GB"; a bare number is bytes.
 
     Raises:
         ConfigError: no such format, or a size that is none.
     """
-    if format not in STEMS:
-        raise ConfigError(f"no format named `{format}`.{did_you_mean(format, STEMS)}")
-    pattern = STEMS[format] + "{suffix}.safetensors"
+    if format not in FORMATS:
+        raise ConfigError(f"no format named `{format}`.{did_you_mean(format, FORMATS)}")
+    stem = "model" if format == "safetensors" else STEMS["diffusers" if arch is None else library_of(arch)]
+    pattern = stem + "{suffix}.safetensors"
     size = int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size
     try:
         plan = split_torch_state_dict_into_shards(dict(weights), filename_pattern=pattern, max_shard_size=size)
     except ValueError as error:
         raise ConfigError(f"`max_shard_size` is `{max_shard_size}`; write a size such as 500MB or 5GB.") from error
     if arch is not None:
-        config = {"_class_name": arch["class"], **arch["config"]}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(config_text(arch), encoding="utf-8")
     header = recipe_header(recipe)
     for file, names in plan.filename_to_tensors.items():
         save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata=header)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
-        (folder / f"{STEMS[format]}.safetensors.index.json").write_text(text, encoding="utf-8")
+        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -32,6 +32,22 @@ NETWORKS: dict[str, str] = {
 }
 
 
+def library_of(arch: Mapping[str, Any]) -> str:
+    """The library that opens a network: configurations of transformers name the kind of model, diffusers' the class."""
+    return "transformers" if "model_type" in arch["config"] else "diffusers"
+
+
+def config_text(arch: Mapping[str, Any]) -> str:
+    """config.json of a network, as its library writes it."""
+    own = library_of(arch) == "diffusers"
+    config = {"_class_name": arch["class"], **arch["config"]} if own else dict(arch["config"])
+    return json.dumps(config, indent=2) + "\n"
+
+
+#: stem of the weight file that a library's `from_pretrained` looks for
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+
+
 def network_class(name: str) -> Any:
     """The class called `name`; raises `ConfigError` for a name outside `NETWORKS`."""
     if name not in NETWORKS:

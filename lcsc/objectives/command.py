@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
 import shlex
@@ -22,6 +21,7 @@ from lcsc.core.digests import file_sha256, value_digest
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose
+from lcsc.models.network import STEMS, config_text, library_of
 from lcsc.objectives.base import Score, spending
 from lcsc.objectives.function import check_nfe, checked_numbers, number_name
 from lcsc.objectives.shared import check_weights
@@ -206,8 +206,7 @@ def _write(candidate: Candidate, folder: Path) -> None:
     if adapter is not None:
         stem, name, config, header = adapter.stem, "adapter_config.json", adapter.config, header | {**adapter.header}
     elif arch is not None:
-        text = json.dumps({"_class_name": arch["class"], **arch["config"]}, indent=2) + "\n"
-        stem, config = "diffusion_pytorch_model", text.encode()
+        stem, config = STEMS[library_of(arch)], config_text(arch).encode()
     weights = {key: tensor.contiguous() for key, tensor in candidate.weights().items()}
     check_weights(weights[entry.name] for entry in candidate.layout.entries)
     try:

@@ -71,11 +71,24 @@ class Gqa:
         numbers = list(given) if listed else [given]
         if given is not None and not (numbers and all(type(n) is int and n > 0 for n in numbers)):
             raise ConfigError(f"`operator.num_kv_heads` is `{given}`; give a number above 0, or a list of one a layer.")
-        if self.max_kv_heads is not None and given is not None:
+        if listed:
+            self.__dict__["num_kv_heads"] = tuple(given)  # equal and hashable, whatever kind of list it came as
+        self._check_pairs()
+        _ = SeedRange(self.seed, Purpose.TRAIN)  # checks it
+
+    def _check_pairs(self) -> None:
+        """Raise ConfigError for settings that would be ignored beside another."""
+        if self.max_kv_heads is not None and self.num_kv_heads is not None:
             raise ConfigError(
                 f"`operator.max_kv_heads` is {self.max_kv_heads}, but `num_kv_heads` fixes the numbers. Leave one out."
             )
-        _ = SeedRange(self.seed, Purpose.TRAIN)  # checks it
+        if not self.per_layer and (self.max_kv_heads is not None or self.num_kv_heads is not None):
+            raise ConfigError("`operator.per_layer` is false, which is for free numbers of heads. Leave it out.")
+        if self.pooling in ("first", "random") and (self.head_weights or self.restore_norm is not None):
+            raise ConfigError(
+                f"`operator.pooling` is `{self.pooling}`, which has neither weights nor a norm to restore. Leave "
+                "`head_weights` and `restore_norm` out."
+            )
 
     # -------------------------------------------------------------------------------------------------- space
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from lcsc.bank import CheckpointBank, Layout
+from lcsc.bank.extents import read_source
+from lcsc.bank.rows import to_float32
 from lcsc.core.errors import BankError, ConfigError, NonFiniteError
 from lcsc.core.space import Point
 from lcsc.operators.base import Candidate
@@ -105,11 +107,21 @@ def refuse_ties(bank: CheckpointBank, names: Collection[str]) -> None:
             )
 
 
+def _row(bank: CheckpointBank, k: int) -> Tensor:
+    """Row k, float32, shape (P,); from the files where the bank does not hold it, because differences are rounded."""
+    if bank.storage == "resident":
+        return bank.matrix()[k].float().cpu()
+    row, theta_P = bank.rows[k], torch.empty(bank.layout.num_parameters)
+    for entry in bank.layout.entries:
+        source = row.table[entry.name]
+        numbers = to_float32(read_source(row.files, source, row.base), source.dtype)
+        theta_P[entry.start : entry.stop] = torch.from_numpy(numbers.reshape(-1))
+    return theta_P
+
+
 def candidate(plan: Plan, bank: CheckpointBank) -> Candidate:
     """The planned model in memory, float32."""
-    coef_K = torch.zeros(bank.num_checkpoints, dtype=torch.float64)
-    coef_K[plan.row] = 1
-    old = bank.layout.views(bank.combine(coef_K).cpu())
+    old = bank.layout.views(_row(bank, plan.row))
     made: dict[str, Tensor] = {}
     facts = []
     for piece in plan.pieces:

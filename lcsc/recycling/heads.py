@@ -24,11 +24,10 @@ from torch import Tensor
 
 #: passes of the generalised Procrustes problem, each of which brings the heads closer to their mean
 MAX_ROUNDS = 20
-#: passes end when the mean moves by less than this share of its length
-SETTLED = 1e-12
+#: passes end when no entry of a turn moves by more
+SETTLED = 1e-10
 
 Groups = tuple[tuple[int, ...], ...]
-_Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,52 +57,59 @@ class Rotary:
 # ------------------------------------------------------------------------------------------------------ alignment
 
 
-def value_turn(x_dD: Tensor, target_dD: Tensor) -> Tensor:
-    """The orthogonal matrix, shape (d, d), that brings a head's rows closest to the target's (Schönemann, 1966)."""
-    u_dd, _, vt_dd = torch.linalg.svd(target_dD @ x_dD.T)
+def value_turn(cross_dd: Tensor) -> Tensor:
+    """The orthogonal matrix, shape (d, d), that brings a head's rows closest to a target's (Schönemann, 1966).
+
+    Args:
+        cross_dd: target_dD @ head_dD.T, all that the answer depends on.
+    """
+    u_dd, _, vt_dd = torch.linalg.svd(cross_dd)
     return u_dd @ vt_dd
 
 
-def planes(x: Tensor, dims: int) -> Tensor:
-    """Rotary planes as complex numbers: (..., d, D) -> (..., P, D)."""
-    half = dims // 2
-    return torch.complex(x[..., :half, :], x[..., half:dims, :])
-
-
-def key_turn(x_dD: Tensor, target_dD: Tensor, rotary: Rotary) -> Tensor:
-    """The turn of each rotary plane that brings a head's rows closest to the target's, as a matrix, shape (d, d).
+def key_turn(cross_dd: Tensor, rotary: Rotary) -> Tensor:
+    """The turn of each rotary plane that brings a head's rows closest to a target's, as a matrix, shape (d, d).
 
     With a plane's rows as complex numbers z and those of the target as w, |exp(i phi) z - w| is least where phi is the
     argument of sum(w conj(z)); among half turns, where it is 0 or pi by the sign of the real part.
+
+    Args:
+        cross_dd: target_dD @ head_dD.T.
+        rotary: which turns keep the scores.
     """
-    d, dims = len(x_dD), rotary.dims
-    half = dims // 2
-    inner_P = (planes(target_dD, dims) * planes(x_dD, dims).conj()).sum(-1)
-    unit_P = torch.polar(torch.ones_like(inner_P.real), inner_P.angle())
+    d, dims = len(cross_dd), rotary.dims
+    i_P = torch.arange(dims // 2)
+    j_P = i_P + dims // 2
+    real_P, imag_P = cross_dd[i_P, i_P] + cross_dd[j_P, j_P], cross_dd[j_P, i_P] - cross_dd[i_P, j_P]
+    angle_P = torch.atan2(imag_P, real_P)
+    cos_P, sin_P = angle_P.cos(), angle_P.sin()
     if rotary.free_P is not None:
-        signs_P = torch.where(inner_P.real < 0, -1.0, 1.0).to(unit_P.real.dtype)
-        unit_P = torch.where(rotary.free_P, unit_P, torch.complex(signs_P, torch.zeros_like(signs_P)))
-    turn_dd = torch.eye(d, dtype=x_dD.dtype)
-    i_P = torch.arange(half)
-    turn_dd[i_P, i_P] = turn_dd[i_P + half, i_P + half] = unit_P.real
-    turn_dd[i_P + half, i_P], turn_dd[i_P, i_P + half] = unit_P.imag, -unit_P.imag
+        cos_P = torch.where(rotary.free_P, cos_P, torch.where(real_P < 0, -1.0, 1.0).to(cos_P.dtype))
+        sin_P = torch.where(rotary.free_P, sin_P, torch.zeros_like(sin_P))
+    turn_dd = torch.eye(d, dtype=cross_dd.dtype)
+    turn_dd[i_P, i_P] = turn_dd[j_P, j_P] = cos_P
+    turn_dd[j_P, i_P], turn_dd[i_P, j_P] = sin_P, -sin_P
     if dims < d and rotary.rest:
-        turn_dd[dims:, dims:] = value_turn(x_dD[dims:], target_dD[dims:])
+        turn_dd[dims:, dims:] = value_turn(cross_dd[dims:, dims:])
     return turn_dd
 
 
-def align(x_MdD: Tensor, turn: _Turn) -> Tensor:
+def align(x_MdD: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
     """Turns that bring heads closest to their common mean (generalised Procrustes), shape (M, d, d).
 
-    It begins with the first head, so that heads that are turns of one another meet there at once.
+    It begins with the first head, so that heads that are turns of one another meet there at once. The rows themselves
+    are read once: with C_nm = x_n x_m^T the mean's product with a head is sum_n R_n C_nm / M.
+
+    Args:
+        x_MdD: heads.
+        turn: the best turn for a product target @ head.T, `value_turn` or `key_turn`.
     """
-    target_dD, turns_Mdd = x_MdD[0], torch.eye(x_MdD.shape[1], dtype=x_MdD.dtype).expand(len(x_MdD), -1, -1)
+    cross_MMdd = torch.einsum("ndc,mec->nmde", x_MdD, x_MdD)
+    turns_Mdd = torch.stack([turn(cross_dd) for cross_dd in cross_MMdd[0]])
     for _ in range(MAX_ROUNDS):
-        turns_Mdd = torch.stack([turn(x_dD, target_dD) for x_dD in x_MdD])
-        mean_dD = (turns_Mdd @ x_MdD).mean(0)
-        moved = float((mean_dD - target_dD).norm())
-        target_dD = mean_dD
-        if moved <= SETTLED * float(mean_dD.norm()):
+        to_mean_Mdd = torch.einsum("nde,nmef->mdf", turns_Mdd, cross_MMdd) / len(x_MdD)
+        before_Mdd, turns_Mdd = turns_Mdd, torch.stack([turn(cross_dd) for cross_dd in to_mean_Mdd])
+        if float((turns_Mdd - before_Mdd).abs().max()) <= SETTLED:
             break
     return turns_Mdd
 
@@ -159,8 +165,14 @@ def _turned_values(x_HdD: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def _planes(x: Tensor, dims: int) -> Tensor:
+    """Rotary planes as complex numbers: (..., d, D) -> (..., P, D)."""
+    half = dims // 2
+    return torch.complex(x[..., :half, :], x[..., half:dims, :])
+
+
 def _turned_keys(x_HdD: Tensor, rotary: Rotary) -> Tensor:
-    z_HPD = planes(x_HdD, rotary.dims)
+    z_HPD = _planes(x_HdD, rotary.dims)
     inner_HHP = torch.einsum("apc,bpc->abp", z_HPD, z_HPD.conj())
     best_HHP = inner_HHP.abs()
     if rotary.free_P is not None:
@@ -284,7 +296,7 @@ def regroup(
     if aligned:
         for group in groups:
             rows = list(group)
-            turns_k |= zip(group, align(k_HdD[rows], lambda x, y: key_turn(x, y, rotary)), strict=True)
+            turns_k |= zip(group, align(k_HdD[rows], lambda cross_dd: key_turn(cross_dd, rotary)), strict=True)
             turns_v |= zip(group, align(v_HdD[rows], value_turn), strict=True)
         k_HdD = torch.stack([turns_k[h] @ k_HdD[h] for h in range(H)])
         v_HdD = torch.stack([turns_v[h] @ v_HdD[h] for h in range(H)])

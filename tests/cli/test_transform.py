@@ -100,6 +100,19 @@ def test_all_heads_change_no_bit(here, lcsc, model):
     assert (here / "out" / "config.json").read_bytes() == (model / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize("pooling", ["aligned", "random"])
+def test_the_recipe_makes_the_same_bits_again(here, lcsc, model, pooling):
+    for to in ("out", "again"):
+        ok(lcsc, f"model={model}", f"to={to}", "operator.num_kv_heads=[1,2]", f"operator.pooling={pooling}")
+    assert (here / "out" / "model.safetensors").read_bytes() == (here / "again" / "model.safetensors").read_bytes()
+    with safe_open(here / "out" / "model.safetensors", framework="pt") as handle:
+        recipe = json.loads(handle.metadata()["lcsc_recipe"])
+    same = {key: recipe[key] for key in ("num_kv_heads", "pooling", "grouping", "seed")}
+    weights = Gqa(**same).apply(CheckpointBank.open(recipe["bank"]["path"]), {}).weights()
+    found = bits(here / "out")
+    assert all(torch.equal(found[name], tensor.to(torch.bfloat16)) for name, tensor in weights.items())
+
+
 def test_a_step_of_several(here, lcsc):
     for step in (10, 20):
         llama(step).save_pretrained(here / "bank" / f"checkpoint-{step}")

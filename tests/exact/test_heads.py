@@ -175,8 +175,8 @@ def test_weights_and_norms():
 def test_turns_are_the_best_ones():
     x, y = draw(D_HEAD, D, seed=1), draw(D_HEAD, D, seed=2)
     R, _ = orthogonal_procrustes(x.T.numpy(), y.T.numpy())
-    np.testing.assert_allclose(value_turn(x, y).numpy(), R.T, atol=1e-12)
-    best = (key_turn(x, y, Rotary(D_HEAD)) @ x - y).norm()
+    np.testing.assert_allclose(value_turn(y @ x.T).numpy(), R.T, atol=1e-12)
+    best = (key_turn(y @ x.T, Rotary(D_HEAD)) @ x - y).norm()
     for angles in itertools.product(np.linspace(-np.pi, np.pi, 25), repeat=3):  # no turn on a grid is closer
         z = torch.complex(x[:3], x[3:]) * torch.polar(torch.ones(3), torch.tensor(angles, dtype=torch.float32))[:, None]
         assert best <= (torch.cat([z.real, z.imag]) - y).norm() + 1e-6
@@ -274,3 +274,15 @@ def test_the_knapsack_spends_nothing_for_nothing():
         cheapest_loss([{1: float("nan")}], 8)
     with pytest.raises(ConfigError, match="`losses` is empty"):
         cheapest_loss([], 8)
+
+
+def test_rounds_bring_heads_closer_to_their_mean():
+    x_MdD = draw(5, D_HEAD, D, seed=60)
+    R = align(x_MdD, value_turn)
+    torch.testing.assert_close(R @ R.transpose(1, 2), torch.eye(D_HEAD, dtype=torch.float64).expand(5, -1, -1))
+    first = torch.stack([value_turn(x_MdD[0] @ x.T) for x in x_MdD])  # where it begins
+    lengths = [float((turns @ x_MdD).mean(0).norm()) for turns in (R, first)]
+    assert lengths[0] > lengths[1] > float(x_MdD.mean(0).norm())
+    mean_dD = (R @ x_MdD).mean(0)  # each head is as close to the mean as it can get
+    best = torch.stack([value_turn(mean_dD @ x.T) for x in x_MdD])
+    torch.testing.assert_close((best @ x_MdD).mean(0).norm(), mean_dD.norm(), rtol=1e-3, atol=0)

@@ -252,6 +252,17 @@ def test_a_named_checkpoint_of_several(tmp_path):
         Gqa(num_kv_heads=1, step=11).plan(bank)
 
 
+def test_every_storage_gives_the_checkpoints_own_numbers(tmp_path):
+    for step in (10, 20, 30):
+        build("llama", seed=step).save_pretrained(tmp_path / "bank" / f"checkpoint-{step}")
+    operator = Gqa(num_kv_heads=[2, 1], pooling="aligned", grouping="order")
+    banks = [CheckpointBank.open(tmp_path / "bank", storage=s) for s in ("resident", "delta", "streamed")]
+    first, *others = (operator.apply(bank, {}).weights() for bank in banks)
+    for weights in others:
+        assert all(torch.equal(weights[name], first[name]) for name in first)
+    assert hash(operator) == hash(Gqa(num_kv_heads=(2, 1), pooling="aligned", grouping="order"))
+
+
 def test_what_cannot_be_grouped_is_said(tmp_path):
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     phi3 = Phi3ForCausalLM(Phi3Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}))
@@ -282,6 +293,10 @@ def test_what_cannot_be_grouped_is_said(tmp_path):
         ({"grouping": "x"}, "`operator.grouping` is `x`"),
         ({"num_kv_heads": 2, "max_kv_heads": 4}, "Leave one out"),
         ({"seed": -1}, "`seed` is -1"),
+        ({"num_kv_heads": 2, "per_layer": False}, "`operator.per_layer` is false"),
+        ({"max_kv_heads": 4, "per_layer": False}, "`operator.per_layer` is false"),
+        ({"pooling": "random", "restore_norm": True}, "`operator.pooling` is `random`, which has neither"),
+        ({"pooling": "first", "head_weights": True}, "`operator.pooling` is `first`, which has neither"),
     ):
         with pytest.raises(ConfigError, match=text):
             Gqa(**settings)
