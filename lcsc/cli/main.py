@@ -22,6 +22,7 @@ VERBS = {
     "report": "draw a run, or compare several: lcsc report run=DIR | 'runs=runs/*'",
     "export": "write a run's winner for use: lcsc export run=DIR to=out/ format=diffusers",
     "combine": "a model without a search: lcsc combine bank=DIR schedule=ema halflife=1000,2000 to=out/",
+    "transform": "one model in another form: lcsc transform operator=gqa model=DIR to=OUT operator.num_kv_heads=2",
     "verify": "make an exported model again from its recipe and compare: lcsc verify out/ [bank=DIR]",
     "bank": "look at checkpoints, pack or convert them: lcsc bank scan DIR",
     "selftest": "try the promises out on a file system: lcsc selftest --dir PATH [seconds=60]",
@@ -31,7 +32,7 @@ VERBS = {
 
 def usage() -> str:
     """The help text."""
-    rows = "\n".join(f"  {verb:<8} {text}" for verb, text in VERBS.items())
+    rows = "\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items())
     return (
         "lcsc turns the checkpoints a training run already saved into a better model.\n\n"
         f"usage: lcsc VERB [key=value ...]\n\n{rows}\n\n"

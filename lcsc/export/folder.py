@@ -57,7 +57,7 @@ class Model:
         Tied tensors are stored under each of their names, as the parents do, but for transformers models whose
         configuration says that the library ties them again.
         """
-        config = _read_config(bank)
+        config = model_config(bank)
         library = "pytorch"
         if config is not None:
             library = "diffusers" if "_class_name" in config else "transformers"
@@ -77,7 +77,7 @@ def _config_path(bank: CheckpointBank) -> Path | None:
     return next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
 
 
-def _read_config(bank: CheckpointBank) -> dict[str, Any] | None:
+def model_config(bank: CheckpointBank) -> dict[str, Any] | None:
     """The parents' config.json, or what a packed bank carries of it; None when neither describes a network."""
     if (path := _config_path(bank)) is not None:
         try:
@@ -268,9 +268,11 @@ def model_card(name: str, recipe: Mapping[str, Any], library: str, command: str)
     rows = []
     for step, rate, coef in zip(recipe["steps"], rates, recipe["coef"], strict=True):
         parent = parents.get((step, rate))
-        files = ", ".join(f"`{_plain(file)}`" for file in parent["files"]) if parent else "not used"
+        files = ", ".join(f"`{plain_text(file)}`" for file in parent["files"]) if parent else "not used"
         digest = f"`{parent['content'][:16]}`" if parent else ""
-        rows.append(f"| {step}{'' if rate is None else f', EMA {_plain(rate)}'} | {coef:+.6g} | {files} | {digest} |")
+        rows.append(
+            f"| {step}{'' if rate is None else f', EMA {plain_text(rate)}'} | {coef:+.6g} | {files} | {digest} |"
+        )
     lines = [
         "---",
         f"library_name: {library}",
@@ -278,7 +280,7 @@ def model_card(name: str, recipe: Mapping[str, Any], library: str, command: str)
         "- lcsc",
         "- merge",
         "---",
-        f"# {_plain(name)}: {len(parents)} checkpoints combined by lcsc",
+        f"# {plain_text(name)}: {len(parents)} checkpoints combined by lcsc",
         "",
         f"Schedule: {title}. Nothing was scored.",
         *(["", f"Warning: {recipe['warning']}."] if recipe.get("warning") else []),
@@ -306,10 +308,10 @@ def lora_text(rank: int | None, error: Mapping[str, Any]) -> str:
     kept = "their own rank" if rank is None else f"rank {rank}"
     return (
         f"The updates were combined and recompressed to {kept}, which loses {error['mean']:.2%} of them on average and "
-        f"{error['max']:.2%} at most (`{_plain(error['max_module'])}`)."
+        f"{error['max']:.2%} at most (`{plain_text(error['max_module'])}`)."
     )
 
 
-def _plain(text: Any) -> str:
+def plain_text(text: Any) -> str:
     """A name from a file, safe inside a Markdown table."""
     return "".join(c if c.isprintable() and c not in "`|<>" else "?" for c in str(text))

@@ -1,0 +1,238 @@
+"""One checkpoint to another architecture's folder, one piece at a time: the model is never in memory as a whole."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcsc.bank import CheckpointBank, Selection
+from lcsc.bank.extents import Source, read_source
+from lcsc.bank.shard_index import open_regular, read_range
+from lcsc.bank.storage import as_tensor
+from lcsc.core.errors import BankError, NonFiniteError
+from lcsc.core.files import new_directory, writing
+from lcsc.export.folder import RECIPE_KEY, Model, bank_config, make_metadata, model_config, plain_text
+from lcsc.export.oneshot import check_target
+from lcsc.export.stream import ModelWriter, Spec, parse_size, plan_files
+from lcsc.operators.surgery import Plan, Transforms
+
+#: files beside the weights that belong to the model whatever its architecture: tokenizer and generation settings
+COMPANIONS = re.compile(
+    r"tokenizer.*\.(json|model)|(special_tokens_map|added_tokens|vocab|generation_config)\.json|merges\.txt|vocab\.txt"
+    r"|spiece\.model|chat_template\.jinja"
+)
+#: largest of them that is copied, in bytes
+MAX_COMPANION = 64 << 20
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """What was made: its folder, the bytes of its weight files, the recipe in their headers, and what was copied."""
+
+    path: Path
+    nbytes: int
+    recipe: Mapping[str, Any]
+    companions: tuple[str, ...]
+
+
+def transform_model(
+    bank: CheckpointBank,
+    operator: Transforms,
+    to: Path,
+    *,
+    max_shard_size: str = "5GB",
+    command: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> Transformed:
+    """Write what `operator` makes of one checkpoint, by its settings alone, to the new folder `to`.
+
+    Every tensor keeps its dtype, also those that are remade. What is copied keeps its bits.
+
+    Args:
+        bank: opened with `storage="streamed"`.
+        operator: see `lcsc.operators.surgery.Transforms`.
+        to: a path that does not exist, outside the bank's folder.
+        max_shard_size: size above which several files and an index are written.
+        command: the line that asked for it, for the model card.
+        progress: called with bytes written and bytes in all.
+
+    Raises:
+        ConfigError: settings that do not fit the model, or a disk without room; nothing is written.
+        BankError: a model that the operator refuses, or numbers that are not finite; nothing is left behind.
+        OutputExistsError: `to` exists.
+    """
+    max_shard_bytes = parse_size(max_shard_size)
+    plan = operator.plan(bank)
+    if plan.row != bank.num_checkpoints - 1:
+        bank = CheckpointBank.open(bank.path, **_only(bank, plan.row))
+        plan = operator.plan(bank)
+    model = _model(bank, plan)
+    check_target(bank, to, sum(spec.nbytes for spec in model.specs))
+    files = plan_files(model.specs, model.stem, max_shard_bytes)
+    parent = bank.parent(plan.row)
+    with writing(to), new_directory(to) as folder:
+        longest = [dict(piece.longest) for piece in plan.pieces]
+        rough = make_metadata(_recipe(bank, plan, model, parent, longest), model, bank.layout.ties)
+        writer = ModelWriter(folder, files, bank.layout, {}, rough)
+        try:
+            facts = _pour(bank, plan, model, writer, progress)
+            metadata = make_metadata(_recipe(bank, plan, model, parent, facts), model, bank.layout.ties)
+            writer.finish(metadata)
+        finally:
+            writer.close()
+        recipe = json.loads(metadata[RECIPE_KEY])
+        assert model.config is not None, "a model that an operator knows has a configuration"
+        (folder / model.config_name).write_bytes(model.config)
+        companions = _companions(bank, folder)
+        (folder / "README.md").write_text(transform_card(to.name, recipe, model.library, command), encoding="utf-8")
+    return Transformed(to, writer.nbytes, recipe, companions)
+
+
+def _only(bank: CheckpointBank, row: int) -> dict[str, Any]:
+    """How to open a bank again with one of its steps, for dtypes and constants that are that checkpoint's own."""
+    how = {key: bank.config[key] for key in ("component", "weights", "dtype", "storage", "device")}
+    return {**how, "select": Selection(bank.steps[row], bank.steps[row])}
+
+
+def _model(bank: CheckpointBank, plan: Plan) -> Model:
+    """Tensors and configuration of the new model: the checkpoint's, but for what the plan changes."""
+    model, gone = Model.of(bank, "same"), plan.reads
+    dtypes = {spec.name: spec.dtype for spec in model.specs}
+    specs = [spec for spec in model.specs if spec.name not in gone]
+    for piece in plan.pieces:
+        kinds = {dtypes[name] for name in piece.reads}
+        for name, shape in piece.writes.items():
+            if name not in dtypes and len(kinds) > 1:
+                raise BankError(f"`{name}` is made of tensors of {sorted(kinds)}; save the model in one dtype first.")
+            specs.append(Spec(name, dtypes.get(name, min(kinds)), tuple(shape)))
+    old = model_config(bank)
+    changed = {
+        key: value for key, value in plan.arch["config"].items() if (bank.arch or {})["config"].get(key) != value
+    }
+    config = json.dumps({**old, **changed}, indent=2, ensure_ascii=False) + "\n"
+    return replace(model, specs=tuple(specs), config=config.encode() if changed else model.config)
+
+
+def _recipe(
+    bank: CheckpointBank, plan: Plan, model: Model, parent: Mapping[str, Any], facts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Everything that is needed to make the model again, as plain JSON values."""
+    return {
+        **plan.recipe,
+        "pieces": facts,
+        "kind": bank.kind,
+        "rate": bank.rate,
+        "dtype": "same",
+        "bank": bank_config(bank),
+        "parents": [dict(parent)],
+        "config_sha256": sha256(model.config or b"").hexdigest(),
+        "lcsc_version": importlib.metadata.version("lcsc"),
+    }
+
+
+def _sources(bank: CheckpointBank, row: int) -> dict[str, Source]:
+    """Where each tensor lies, tied names beside their twins."""
+    table = dict(bank.rows[row].table)
+    return table | {name: table[twin] for name, twin in bank.layout.ties.items() if name not in table}
+
+
+def _pour(
+    bank: CheckpointBank,
+    plan: Plan,
+    model: Model,
+    writer: ModelWriter,
+    progress: Callable[[int, int], None] | None,
+) -> list[dict[str, Any]]:
+    """Write all tensors; returns the facts of the pieces."""
+    row, sources = bank.rows[plan.row], _sources(bank, plan.row)
+    made_of_pieces = {name for piece in plan.pieces for name in piece.writes}
+    total, done, facts = sum(spec.nbytes for spec in model.specs), 0, []
+
+    def read(name: str) -> Tensor:
+        return as_tensor(read_source(row.files, sources[name], row.base), sources[name].dtype)
+
+    def put(name: str, tensor: Tensor) -> None:
+        nonlocal done
+        writer.put_raw(name, _bits(tensor))
+        done += tensor.nbytes
+        if progress:
+            progress(done, total)
+
+    for spec in model.specs:
+        if spec.name in made_of_pieces:
+            continue
+        tensor = read(spec.name)
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"`{spec.name}` of `{row.path}` holds NaN or Inf. Take another checkpoint.")
+        put(spec.name, tensor)
+    dtypes = {spec.name: spec.dtype for spec in model.specs}
+    for piece in plan.pieces:
+        tensors, fact = piece.made({name: read(name) for name in piece.reads})
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(f"`{name}` becomes too large for {dtypes[name]}. Save the model as float32 first.")
+            assert (tuple(tensor.shape), tensor.dtype) == (tuple(piece.writes[name]), getattr(torch, dtypes[name]))
+            put(name, tensor)
+        facts.append(fact)
+    return facts
+
+
+def _bits(tensor: Tensor) -> Any:
+    """A tensor's raw bits as numpy has them."""
+    tensor = tensor.contiguous()
+    by_size = {1: torch.uint8, 2: torch.int16}
+    return (tensor.view(by_size[tensor.itemsize]) if tensor.itemsize in by_size else tensor).numpy()
+
+
+def _companions(bank: CheckpointBank, folder: Path) -> tuple[str, ...]:
+    """Copy the model's other files, such as the tokenizer's; returns their names."""
+    last, names = bank.rows[-1], []
+    for path in sorted(last.files[0].parent.iterdir()) if bank.path.is_dir() else []:
+        if not COMPANIONS.fullmatch(path.name) or not path.is_file():
+            continue
+        with open_regular(path) as (fd, size):
+            if size > MAX_COMPANION:
+                raise BankError(f"`{path}` has {size} bytes; at most {MAX_COMPANION} are copied. Move it away.")
+            (folder / path.name).write_bytes(read_range(fd, 0, size, path))
+        names.append(path.name)
+    return tuple(names)
+
+
+def transform_card(name: str, recipe: Mapping[str, Any], library: str, command: str) -> str:
+    """README.md: what was made of what; no scores, because nothing was scored."""
+    return "\n".join(_card_lines(name, recipe, library, command))
+
+
+def _card_lines(name: str, recipe: Mapping[str, Any], library: str, command: str) -> Iterator[str]:
+    hidden = {
+        "operator",
+        "pieces",
+        "kind",
+        "rate",
+        "dtype",
+        "bank",
+        "parents",
+        "config_sha256",
+        "lcsc_version",
+        "point",
+    }
+    (parent,) = recipe["parents"]
+    yield from ("---", f"library_name: {library}", "tags:", "- lcsc", f"- {recipe['operator']}", "---")
+    yield from (f"# {plain_text(name)}: one checkpoint after `{recipe['operator']}` by lcsc", "")
+    yield from ("Nothing was trained or scored. Tensors keep their dtypes.", "", "| setting | value |", "|---|---|")
+    yield from (f"| {key} | {plain_text(value)} |" for key, value in recipe.items() if key not in hidden)
+    files = ", ".join(f"`{plain_text(file)}`" for file in parent["files"])
+    yield from ("", f"Made of {files}, step {parent['step']}, content `{parent['content'][:16]}`.", "")
+    yield from ("## How it was made", "", f"    {command or 'lcsc.export.transform.transform_model(...)'}", "")
+    yield f"lcsc {recipe['lcsc_version']}, Python {platform.python_version()}, torch {torch.__version__}. The weight"
+    yield from ("files carry the full recipe in their headers.", "")

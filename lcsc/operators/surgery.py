@@ -1,0 +1,137 @@
+"""Operators that make another architecture of one checkpoint, piece by piece. P = flat parameters.
+
+A plan says which tensors are remade together and how; all others are copied. It is carried out in memory for a search
+(`candidate`), or one piece at a time from files to files (`lcsc.export.transform`), so that both give the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lcsc.bank import CheckpointBank, Layout
+from lcsc.bank.extents import read_source
+from lcsc.bank.rows import to_float32
+from lcsc.core.errors import BankError, ConfigError, NonFiniteError
+from lcsc.core.space import Point
+from lcsc.operators.base import Candidate
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are remade together, such as a layer's attention.
+
+    Args:
+        reads: their names in the checkpoint; those that are not written again are dropped.
+        writes: shapes by name in the new model.
+        make: gives the written tensors, in the dtypes of those read, and facts for the recipe (plain values).
+        longest: facts that take at least as many characters as any that `make` may give.
+    """
+
+    reads: tuple[str, ...]
+    writes: Mapping[str, tuple[int, ...]]
+    make: Callable[[Tensors], tuple[dict[str, Tensor], dict[str, Any]]]
+    longest: Mapping[str, Any]
+
+    def made(self, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `make` gives for tensors by name; raises NonFiniteError where one of them holds NaN or Inf."""
+        for name in self.reads:
+            if not torch.isfinite(tensors[name]).all():
+                raise NonFiniteError(
+                    f"`{name}` holds NaN or Inf, and finite numbers are needed. Take another checkpoint."
+                )
+        return self.make(tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How another model is made of one checkpoint.
+
+    Args:
+        row: the checkpoint's row in the bank.
+        arch: `{"class", "config"}` of the new model.
+        pieces: what is remade; no tensor is in two of them.
+        recipe: plain values; the pieces' facts join it as `pieces`.
+    """
+
+    row: int
+    arch: Mapping[str, Any]
+    pieces: tuple[Piece, ...]
+    recipe: Mapping[str, Any]
+
+    @property
+    def reads(self) -> set[str]:
+        """Names of all tensors that are remade."""
+        return {name for piece in self.pieces for name in piece.reads}
+
+    def shapes(self, before: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the new model's tensors, by name, from those of the checkpoint."""
+        gone = self.reads
+        kept = {name: shape for name, shape in before.items() if name not in gone}
+        return kept | {name: tuple(shape) for piece in self.pieces for name, shape in piece.writes.items()}
+
+
+@runtime_checkable
+class Transforms(Protocol):
+    """What an operator offers beside `Operator` when it can make a model of one checkpoint without a search."""
+
+    def plan(self, bank: CheckpointBank, point: Point | None = None) -> Plan:
+        """How the model at a point is made; None means the settings alone, without a search."""
+        ...
+
+
+def row_of(bank: CheckpointBank, step: int | None) -> int:
+    """The bank's row of a training step, the last for None; raises ConfigError for a step that it lacks."""
+    if step is None:
+        return bank.num_checkpoints - 1
+    if step not in bank.steps:
+        raise ConfigError(
+            f"`operator.step` is {step}; the bank `{bank.path}` has steps {bank.steps[0]} to {bank.steps[-1]}, of "
+            f"which {min(bank.steps, key=lambda s: abs(s - step))} is nearest. Take one of them."
+        )
+    return bank.steps.index(step)
+
+
+def refuse_ties(bank: CheckpointBank, names: Collection[str]) -> None:
+    """Raise BankError where one of the tensors to remake shares its numbers with another."""
+    for name, twin in bank.layout.ties.items():
+        if name in names or twin in names:
+            raise BankError(
+                f"`{name}` and `{twin}` of `{bank.path}` are one tensor; it cannot be remade for one of them."
+            )
+
+
+def _row(bank: CheckpointBank, k: int) -> Tensor:
+    """Row k, float32, shape (P,); from the files where the bank does not hold it, because differences are rounded."""
+    if bank.storage == "resident":
+        return bank.matrix()[k].float().cpu()
+    row, theta_P = bank.rows[k], torch.empty(bank.layout.num_parameters)
+    for entry in bank.layout.entries:
+        source = row.table[entry.name]
+        numbers = to_float32(read_source(row.files, source, row.base), source.dtype)
+        theta_P[entry.start : entry.stop] = torch.from_numpy(numbers.reshape(-1))
+    return theta_P
+
+
+def candidate(plan: Plan, bank: CheckpointBank) -> Candidate:
+    """The planned model in memory, float32."""
+    old = bank.layout.views(_row(bank, plan.row))
+    made: dict[str, Tensor] = {}
+    facts = []
+    for piece in plan.pieces:
+        tensors, fact = piece.made(old)
+        made |= tensors
+        facts.append(fact)
+    own = {entry.name: entry.shape for entry in bank.layout.entries}
+    layout = Layout.of(plan.shapes(own), bank.layout.ties)
+
+    def write(out_P: Tensor) -> None:
+        layout.flatten({**old, **made}, out_P)
+
+    return Candidate(plan.arch, layout, write, {**plan.recipe, "pieces": facts}, bank.constants)
