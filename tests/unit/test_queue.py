@@ -212,8 +212,9 @@ def test_a_beat_counts_while_its_block_lasts(folder, tray):
         if len(seen) == 3:
             enough.set()
 
-    with Beat(beats, "w", 0.001, each, uid=None) as mine:
+    with Beat(beats, "w", 3600, uid=None):
         first = read_beats(beats)["w"]
+    with Beat(beats, "w", 0.001, each, uid=None) as mine:
         assert enough.wait(30)
         mine.say(uid="abc")
         mine.beat()
