@@ -72,8 +72,9 @@ def measure(experiment: str, seed: int, args: argparse.Namespace) -> dict:
     def so_far(stop: int) -> dict:
         return early(words, stop, save_every, args.work / f"early-{name}-{stop}")
 
-    row["early"] = reached(so_far, [stop for stop in STOPS if 2 * save_every <= stop < steps], row)
-    if not experiment.startswith("cifar10"):
+    if "early" in args.ways:
+        row["early"] = reached(so_far, [stop for stop in STOPS if 2 * save_every <= stop < steps], row)
+    if "planned" in args.ways and not experiment.startswith("cifar10"):
         row["planned"] = reached(lambda stop: planned(experiment, seed, stop, args), STOPS, row)
     return row
 
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--cifar10", type=Path, help="folder of scripts/reproduce/cifar10.sh")
     parser.add_argument("--data", type=Path, help="parquet file of CIFAR-10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", default=["early", "planned"], choices=["early", "planned"])
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results/search_training_saved.json"))
     args = parser.parse_args()
