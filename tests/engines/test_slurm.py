@@ -207,10 +207,10 @@ def test_a_killed_child_costs_nothing(site):
     with Slurm(**FAST, num_workers=1).start(site) as crew:
         assert isinstance(crew, Crew)
         crew.submit(job(HELD))
-        crew.submit(job(QUICK, 7))
         worker = begun(site, crew)
+        crew.submit(job(QUICK, 7))  # later, or the worker might take it first
         kill(worker["child"])
-        until(lambda: at_work(site.folder, job(HELD))["child"] != worker["child"], crew)
+        until(lambda: (at_work(site.folder, job(HELD)) or worker)["child"] != worker["child"], crew)
         go(site)
         found = {result.uid: result for result in crew.collect()}
         found |= collect(crew, 2 - len(found))
