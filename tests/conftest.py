@@ -56,10 +56,12 @@ def count():
     side.
     """
 
+    named = os.environ.get("LCSC_FAULT_COUNTS")
+    folder = None if named is None else Path(named).resolve()  # before the test goes elsewhere
+
     def file(name, **numbers):
-        folder = os.environ.get("LCSC_FAULT_COUNTS")
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            (Path(folder) / f"{name}.json").write_text(json.dumps(numbers))
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.json").write_text(json.dumps(numbers))
 
     return file
