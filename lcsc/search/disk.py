@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lcsc.core.errors import ConfigError
 from lcsc.core.files import free_bytes
+from lcsc.search.plan import NUM_MEMBERS, num_steps
 
 if TYPE_CHECKING:  # looking at a run needs no torch
     from lcsc.operators.base import Baseline
@@ -23,7 +24,6 @@ VECTOR, COEF, ZERO = 19.5, 15.4, 4  #: a number of a vector or derivative, of a 
 FILES, REPORT, GRID = 40_000, 1_000_000, 2000
 CURVE_ROW = 44  #: a line of report/convergence.csv
 NUM_ROWS, NUM_SAMPLES, PACKED = 5, 64, 0.75  #: rows of samples.npz, images in each, and what compression leaves
-NUM_REPORTS = 7  #: the winner and the best of each family
 
 
 def run_bytes(problem: Problem, *, slopes: bool) -> int:
@@ -36,11 +36,12 @@ def run_bytes(problem: Problem, *, slopes: bool) -> int:
     bank, budget = problem.bank, problem.budget
     K, size = bank.num_checkpoints, problem.space().size
     baselines: Sequence[Baseline] = problem.operator.baselines(bank)
-    looks = min(budget.num_finalists, budget.num_trials) + 3 * len({baseline.family for baseline in baselines})
+    families = len({baseline.family for baseline in baselines})
+    looks = NUM_MEMBERS * families
+    steps = num_steps(len(baselines), budget.num_trials, budget.num_finalists, looks, families)
     trial = ROW + VECTOR * size * (2 if slopes else 1) + COEF * K
     short = ROW + VECTOR * size + (COEF + ZERO) / 2 * K  # most baselines leave checkpoints out
-    journal = budget.num_trials * trial + (len(baselines) + looks + NUM_REPORTS) * short
-    steps = budget.num_trials + len(baselines) + looks + NUM_REPORTS
+    journal = budget.num_trials * trial + (steps - budget.num_trials) * short
     pages = REPORT + CURVE_ROW * steps + _grid(problem)
     return int(4 * bank.layout.num_parameters + journal + TIME_ROW * steps + pages + FILES)
 

@@ -16,7 +16,7 @@ from lcsc.export.model import export_model, searched_levels
 from lcsc.metrics.frechet import FrechetDistance
 from lcsc.objectives.base import tuned
 from lcsc.operators.base import notes_of
-from lcsc.search.disk import run_bytes
+from lcsc.search.disk import NUM_SAMPLES, run_bytes
 from lcsc.search.engines.base import Crew, Engine, Site
 from lcsc.search.engines.inline import Inline
 from lcsc.search.frames import read_records
@@ -28,9 +28,6 @@ from lcsc.search.problem import Problem
 from lcsc.search.progress import Progress, say
 from lcsc.search.rundir import RunDir, open_run_dir
 from lcsc.search.setup import describe_problem, fingerprints
-
-#: Images a row of the report's sample grids is cut from.
-NUM_SAMPLES = 64
 
 
 def run_search(
