@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,16 +140,10 @@ def _config(cls: Any, config: Mapping[str, Any]) -> Any:
     return cls.config_class(**kept)
 
 
-def read_settings(path: Path) -> Mapping[str, Any]:
-    """A config.json as it stands there."""
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' log below errors and its bars."""
-    from transformers.utils import logging
-
+def quiet(library: str = "transformers") -> Iterator[None]:
+    """Silence a library's log below errors and its bars; `diffusers` has the same switches."""
+    logging = importlib.import_module(f"{library}.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -162,24 +162,11 @@ def _quiet(name: str) -> Iterator[None]:
 
     A network of our own does without both, which take seconds to import.
     """
-    if NETWORKS[name] == "transformers":
-        with causal_lm.quiet():
-            yield
-        return
-    if NETWORKS[name] != "diffusers":
+    if NETWORKS[name] not in ("diffusers", "transformers"):
         yield
         return
-    from diffusers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with causal_lm.quiet(NETWORKS[name]):
         yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _check_arguments(name: str, given: Iterable[str], known: Sequence[str]) -> None:
