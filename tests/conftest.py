@@ -13,8 +13,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from helpers_pictures import coarse
 
 from lcsc.models.network import build_network, save_network
+
+coarse()
 
 TINY = {
     "class": "UNet2DModel",

@@ -55,13 +55,18 @@ def only_run(cwd):
     return path
 
 
-@pytest.mark.slow
-def test_killed_twice_gives_the_journal_of_an_unbroken_run(tmp_path, finish):
+AMONG_BASELINES, AMONG_TRIALS = 20, 85
+
+
+@pytest.mark.parametrize(
+    "lines", [(AMONG_TRIALS,), pytest.param((AMONG_BASELINES, AMONG_TRIALS), marks=pytest.mark.faults)]
+)
+def test_a_killed_run_ends_with_the_journal_of_an_unbroken_one(tmp_path, finish, lines):
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
     finish(tmp_path / "whole")
-    kill_after(tmp_path / "broken", 20)  # among the baselines
-    kill_after(tmp_path / "broken", 85)  # among the trials
+    for num_lines in lines:
+        kill_after(tmp_path / "broken", num_lines)
     path = only_run(tmp_path / "broken")
     assert not (path / "summary.json").exists()
     assert "continuing" in finish(tmp_path / "broken")

@@ -172,6 +172,7 @@ def uids(folder):
     return sorted(record["uid"] for record in read_records(Path(folder, "journal.jsonl"))[0] if "uid" in record)
 
 
+@pytest.mark.faults
 def test_a_killed_run_goes_on_with_fewer_workers_to_the_journal_of_one_process(here):
     config = configured(batch_size=4)
     killed_driver(config, {"num_workers": 2, "threads": 1}, 8, PAUSE="0.02")

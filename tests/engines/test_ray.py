@@ -62,6 +62,7 @@ def test_the_journal_is_that_of_one_process_although_a_worker_is_killed(local, h
     assert capfd.readouterr().out == ""  # Ray would say there that a worker died
 
 
+@pytest.mark.faults
 def test_a_worker_without_the_banks_path_gets_the_bank_also_of_float64(local, here, monkeypatch):
     def elsewhere(site):
         return {**engine_file_order(site), "cwd": str(here / "not" / "here")}

@@ -79,7 +79,7 @@ def test_marks_and_sums_of_chunks_are_counted(tmp_path):
     assert bank_bytes(extent, "streamed") - bank_bytes(Extent(2, 2800), "streamed") == bank.checksums.nbytes
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_search_takes_what_is_predicted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = ["search.num_trials=3", "search.num_finalists=1", "quiet=true"]

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers_fake_run import make_fake_run, read_records
+from helpers_pictures import fine
 from helpers_report import EVIL, edit_records, read_table
 from PIL import Image
 
@@ -25,7 +26,8 @@ from lcsc.report.tables import (
 @pytest.fixture(scope="module")
 def finished(finished):
     """The finished run with its report."""
-    write_report(finished)
+    with fine():
+        write_report(finished)
     return finished
 
 
@@ -96,7 +98,8 @@ def test_same_run_same_bytes_and_an_old_report_is_replaced(finished):
     folder = finished / "report"
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     (folder / "report.html").write_text("old")
-    assert write_report(finished) == folder / "report.html"
+    with fine():
+        assert write_report(finished) == folder / "report.html"
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
