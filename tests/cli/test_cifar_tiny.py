@@ -73,7 +73,7 @@ def write_parquet(path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_one_command_trains_searches_and_compares(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
