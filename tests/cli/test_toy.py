@@ -168,18 +168,18 @@ def test_report_verb_draws_again(run, lcsc):
 
 @pytest.mark.slow
 def test_sweep_and_comparison(here, lcsc):
-    code, out, err = lcsc("search", "-m", *TOY, "search.num_trials=8", "searcher=cma,random", "seed=0,1", "quiet=true")
+    code, out, err = lcsc("search", "-m", *TOY, "search.num_trials=8", "searcher=cma,random", "seed=1", "quiet=true")
     assert code == 0, err
     runs = sorted(here.glob("runs/*/summary.json"))
-    assert len(runs) == 4
+    assert len(runs) == 2
     found = {
         (info["config"]["searcher"]["name"], info["config"]["seed"])
         for info in (json.loads((r.parent / "run.json").read_text()) for r in runs)
     }
-    assert found == {("cma", 0), ("cma", 1), ("random", 0), ("random", 1)}
+    assert found == {("cma", 1), ("random", 1)}
     code, out, err = lcsc("report", "runs=runs/*")
     assert code == 0, err
-    assert out.count("random") >= 2
+    assert out.count("random") >= 1
     assert (here / "comparison" / "comparison.html").exists()
 
 
@@ -187,12 +187,12 @@ def test_sweep_and_comparison(here, lcsc):
 def test_two_lines_make_a_front_of_quality_against_calls(here, lcsc):
     """One set of coefficients for each NFE, all from the same bank, against the baselines tuned at that NFE."""
     words = [*TOY, "sampler=euler", "search.num_trials=3", "quiet=true"]
-    code, _, err = lcsc("search", "-m", *words, "sampler.num_steps=1,2,4")
+    code, _, err = lcsc("search", "-m", *words, "sampler.num_steps=1,2")
     assert code == 0, err
     code, _, err = lcsc("report", "runs=runs/*")
     assert code == 0, err
     runs = [json.loads(file.read_text()) for file in here.glob("runs/*/run.json")]
-    assert sorted(run["nfe"] for run in runs) == [1, 2, 4]
+    assert sorted(run["nfe"] for run in runs) == [1, 2]
     assert len({run["fingerprints"]["bank"] for run in runs}) == 1
     points = pd.read_csv(here / "comparison" / "front.csv").query("who == 'best'").set_index("run")
     for file in here.glob("runs/*/summary.json"):
