@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcsc.bank import CheckpointBank, Selection
+from lcsc.bank import CheckpointBank, Layout, Selection
 from lcsc.bank.extents import Source, read_source
 from lcsc.bank.shard_index import open_regular, read_range
 from lcsc.bank.storage import as_tensor
@@ -83,7 +83,7 @@ def transform_model(
     with writing(to), new_directory(to) as folder:
         longest = [dict(piece.longest) for piece in plan.pieces]
         rough = make_metadata(_recipe(bank, plan, model, parent, longest), model, bank.layout.ties)
-        writer = ModelWriter(folder, files, bank.layout, {}, rough)
+        writer = ModelWriter(folder, files, Layout(()), {}, rough)  # tensors are written whole
         try:
             facts = _pour(bank, plan, model, writer, progress)
             metadata = make_metadata(_recipe(bank, plan, model, parent, facts), model, bank.layout.ties)
@@ -115,12 +115,11 @@ def _model(bank: CheckpointBank, plan: Plan) -> Model:
             if name not in dtypes and len(kinds) > 1:
                 raise BankError(f"`{name}` is made of tensors of {sorted(kinds)}; save the model in one dtype first.")
             specs.append(Spec(name, dtypes.get(name, min(kinds)), tuple(shape)))
-    old = model_config(bank)
-    changed = {
-        key: value for key, value in plan.arch["config"].items() if (bank.arch or {})["config"].get(key) != value
-    }
-    config = json.dumps({**old, **changed}, indent=2, ensure_ascii=False) + "\n"
-    return replace(model, specs=tuple(specs), config=config.encode() if changed else model.config)
+    before, after = (bank.arch or {})["config"], plan.arch["config"]
+    kept = {key: value for key, value in model_config(bank).items() if key in after or key not in before}
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    config = json.dumps({**kept, **changed}, indent=2, ensure_ascii=False) + "\n"
+    return replace(model, specs=tuple(specs), config=config.encode() if before != after else model.config)
 
 
 def _recipe(

@@ -223,7 +223,8 @@ def switch_layers(chosen: tuple[int, ...], num_layers: int, where: str) -> int:
 def mixture_config(
     found: Dense, mixture: Mixture, old: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """config.json of the mixture: what the dense model has, with every default of its class that the other lacks.
+    """config.json of the mixture: what the dense model has, with defaults of its class that the other does not share,
+    and without what the other does not know.
 
     Args:
         found: the dense model.
@@ -240,6 +241,8 @@ def mixture_config(
         kept = {k: v for k, v in settings.items() if k not in ("model_type", "architectures", "transformers_version")}
         return AutoConfig.for_model(kind, **kept).to_dict()  # type: ignore[no-any-return]
 
+    unknown = set(filled(found.kind, {})) - set(filled(str(mixture.kind), {})) - {"head_dim"}  # read undeclared
+    config = {key: value for key, value in config.items() if key in changes or key not in unknown}
     before, after = filled(found.kind, old), filled(str(mixture.kind), config)
     own = {*changes, "architectures", "model_type", "transformers_version", "dtype", "torch_dtype"}
     differing = {key: value for key, value in before.items() if key in after and after[key] != value and key not in own}
