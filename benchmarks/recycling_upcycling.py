@@ -109,9 +109,7 @@ class Runs:
         if self.args.text is not None:
             words += [f"dataset.path={self.args.text}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [sys.executable, "-m", "lcsc", *words], env=environment, stdout=subprocess.DEVNULL, check=True
-        )
+        subprocess.run([sys.executable, "-m", "lcsc", *words], env=environment, stdout=subprocess.DEVNULL, check=True)
         from lcsc.export.weights import read_recipe
 
         return list(read_recipe(run / "best")["layers"])
@@ -162,7 +160,9 @@ def measure(runs: Runs) -> dict[str, Any]:
             settings = {"layers": runs.search()}
         start = runs.upcycle(name, settings)
         own = config_of(start)
-        layers[name] = [i for i in range(own["config"]["num_hidden_layers"]) if i not in own["config"]["mlp_only_layers"]]
+        layers[name] = [
+            i for i in range(own["config"]["num_hidden_layers"]) if i not in own["config"]["mlp_only_layers"]
+        ]
         flops[name] = flops_per_token(own)
         bank = runs.train(name, own, added, start)
         losses[name] = {"0": runs.loss(start)} | {str(m): runs.loss(bank / at(m, every)) for m in marks}
@@ -214,9 +214,7 @@ def summary(rows: list[dict[str, Any]], last: str) -> dict[str, Any]:
         "all - scratch": less(end["all"], end["scratch"]),
         **{f"searched - {arm}": less(end["searched"], end[arm]) for arm in RULES if "searched" in end},
     }
-    started = {
-        arm: max(abs(row["losses"][arm]["0"] - row["losses"]["base"]["0"]) for row in rows) for arm in mixtures
-    }
+    started = {arm: max(abs(row["losses"][arm]["0"] - row["losses"]["base"]["0"]) for row in rows) for arm in mixtures}
     return {"loss_nats": table, "differences_nats": against, "largest_change_at_start": started}
 
 
@@ -247,7 +245,9 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
     arms = ("dense", *(name for name in MIXTURES if name in result["loss_nats"]), "scratch")
     last = str(result["added_steps"])
     ends = [result["loss_nats"][arm][last] for arm in arms]
-    right.barh(arms[::-1], [row["mean"] for row in ends[::-1]], xerr=[row["se"] or 0 for row in ends[::-1]], color="0.7")
+    right.barh(
+        arms[::-1], [row["mean"] for row in ends[::-1]], xerr=[row["se"] or 0 for row in ends[::-1]], color="0.7"
+    )
     right.set(xlabel=f"loss after {last} steps", xlim=(min(row["mean"] for row in ends) * 0.97, None))
     figure.tight_layout()
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--save-every", type=int, default=25)
     parser.add_argument("--num-blocks", type=int, default=512, help="of the report half that a loss is measured on")
-    parser.add_argument("--arms", nargs="+", default=list(MIXTURES), choices=MIXTURES, help="`all` has to be among them")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(MIXTURES), choices=MIXTURES, help="`all` has to be among them"
+    )
     parser.add_argument("--search", nargs="*", default=[], help="settings of the search")
     parser.add_argument("--folder", type=Path, help="keeps banks and runs, and goes on with what is there")
     parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "results" / "recycling_upcycling.json")

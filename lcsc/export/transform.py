@@ -118,8 +118,12 @@ def _model(bank: CheckpointBank, plan: Plan) -> Model:
     before, after = (bank.arch or {})["config"], plan.arch["config"]
     kept = {key: value for key, value in model_config(bank).items() if key in after or key not in before}
     changed = {key: value for key, value in after.items() if before.get(key) != value}
-    config = json.dumps({**kept, **changed}, indent=2, ensure_ascii=False) + "\n"
-    return replace(model, specs=tuple(specs), config=config.encode() if before != after else model.config)
+    ours = "_class_name" in after and "_class_name" not in before  # a class of lcsc's for one of transformers
+    text = json.dumps(dict(after) if ours else {**kept, **changed}, indent=2, ensure_ascii=False) + "\n"
+    library = "lcsc" if ours else model.library
+    return replace(
+        model, specs=tuple(specs), library=library, config=text.encode() if before != after else model.config
+    )
 
 
 def _recipe(

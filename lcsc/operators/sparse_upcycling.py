@@ -247,7 +247,9 @@ class SparseUpcycling:
     def _check(self, found: Dense, mixture: Mixture, num: int, top_k: int) -> bool:
         """Whether weights are normalised; raises ConfigError for settings that do not fit."""
         if mixture.choices and top_k not in mixture.choices:
-            raise ConfigError(f"`operator.top_k` is {top_k}, and `{mixture.name}` gives a token 1 expert. Leave it out.")
+            raise ConfigError(
+                f"`operator.top_k` is {top_k}, and `{mixture.name}` gives a token 1 expert. Leave it out."
+            )
         if top_k > num:
             raise ConfigError(f"`operator.top_k` is {top_k} of {num} experts; take at most all of them.")
         if found.units % self.groups or num % self.groups or top_k % self.groups:
@@ -266,7 +268,9 @@ class SparseUpcycling:
                 "which Llama becomes a Qwen2-MoE, or leave it out."
             )
         if mixture is VIT and self.groups > 1:
-            raise ConfigError(f"`operator.groups` is {self.groups}, and experts that choose tokens choose alone. Use 1.")
+            raise ConfigError(
+                f"`operator.groups` is {self.groups}, and experts that choose tokens choose alone. Use 1."
+            )
         return mixture.normalizes if self.normalize is None else self.normalize
 
     def _said(self, found: Dense, mixture: Mixture, chosen: tuple[int, ...], num: int, top_k: int) -> dict[str, Any]:
@@ -275,7 +279,7 @@ class SparseUpcycling:
         balance = {"router_aux_loss_coef": self.aux_loss, "output_router_logits": self.aux_loss > 0}
         normalize = mixture.normalizes if self.normalize is None else self.normalize
         if mixture is VIT:
-            return {"num_experts": num, "capacity": top_k, "sparse_layers": list(chosen), "normalize": normalize}
+            return {"num_experts": num, "capacity": float(top_k), "sparse_layers": list(chosen), "normalize": normalize}
         if mixture is SWITCH:
             encoder = tuple(i for i in chosen if i < found.encoder)
             decoder = tuple(i - found.encoder for i in chosen if i >= found.encoder)

@@ -36,6 +36,12 @@ REFUSED = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "cohere"), "has no mixture class of its form"),
     "phi3": "keeps gates and ups in one tensor",
 }
+#: what lcsc's mixture of a ViT knows
+VIT_ACTIVATIONS = ("gelu", "relu", "silu")
+_VIT_SETTINGS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
+    *("image_size", "patch_size", "num_channels", "qkv_bias"),
+)
 #: units of the shared expert that every layer of a Qwen2-MoE has; they begin with an output of zero
 SHARED = 16
 
@@ -51,6 +57,7 @@ class Dense:
         stems: of the layers, in their order (of an encoder and a decoder one after the other).
         blocks: for each layer the names of its tensors by role.
         encoder: how many of the layers are an encoder's, where there is a decoder besides.
+        labels: classes of an image classifier.
     """
 
     kind: str
@@ -59,6 +66,7 @@ class Dense:
     stems: tuple[str, ...]
     blocks: tuple[Mapping[str, str], ...]
     encoder: int = 0
+    labels: int = 0
 
 
 def find_dense(arch: Mapping[str, Any], shapes: Mapping[str, Shape], path: Any) -> Dense:
@@ -76,13 +84,16 @@ def find_dense(arch: Mapping[str, Any], shapes: Mapping[str, Shape], path: Any) 
     config, kind = arch["config"], _family(arch, path)
     if config.get("quantization_config") is not None:
         raise BankError(f"`{path}` holds quantized weights, which cannot be experts. Save it unquantized.")
+    _check_kind(kind, config, shapes, path)
     roles, place = FAMILIES[kind], re.compile(_PLACES.get(kind, _PLACE))
     found: dict[str, dict[str, str]] = {}
     for name in shapes:
         if not (match := place.fullmatch(name)):
             continue
         if match[2] not in roles:
-            raise BankError(f"`{path}` has `{name}`, which no expert of its mixture class has. Take a model without it.")
+            raise BankError(
+                f"`{path}` has `{name}`, which no expert of its mixture class has. Take a model without it."
+            )
         found.setdefault(match[1], {})[roles[match[2]]] = name
     stems = sorted(found, key=_order)
     blocks = tuple(found[stem] for stem in stems)
@@ -93,9 +104,9 @@ def find_dense(arch: Mapping[str, Any], shapes: Mapping[str, Shape], path: Any) 
     encoder = sum(stem.startswith("encoder.") for stem in stems) if kind == "t5" else 0
     if not blocks or len(blocks) != _num_layers(kind, config):
         raise BankError(f"`{path}` has {len(blocks)} feed-forward blocks, and its configuration says otherwise.")
-    _check_kind(kind, config, shapes, path)
     units, width = first["up"]
-    return Dense(kind, width, units, tuple(stems), blocks, encoder)
+    labels = shapes["classifier.weight"][0] if kind == "vit" else 0
+    return Dense(kind, width, units, tuple(stems), blocks, encoder, labels)
 
 
 def _order(stem: str) -> tuple[bool, int]:
@@ -126,13 +137,20 @@ def _check_kind(kind: str, config: Mapping[str, Any], shapes: Mapping[str, Shape
         raise BankError(f"`{path}` has `{biased[0]}`, and Mixtral has no biases. Take a model without them.")
     if kind in ("qwen2", "qwen3") and config.get("use_sliding_window"):
         raise BankError(f"`{path}` has `use_sliding_window`, which its mixture class reads otherwise. Switch it off.")
+    if kind == "vit" and not (config.get("hidden_act", "gelu") in VIT_ACTIVATIONS and "classifier.weight" in shapes):
+        raise BankError(
+            f"`{path}` is no ViTForImageClassification with one of the activations {', '.join(VIT_ACTIVATIONS)}, which "
+            "lcsc's own mixture is."
+        )
     if kind == "t5" and config.get("feed_forward_proj", "relu") != "relu":
         raise BankError(
             f"`{path}` has `feed_forward_proj` {config['feed_forward_proj']}; the experts of SwitchTransformers are "
             "those of the first T5, `relu`."
         )
     if kind == "t5" and False in (config.get("scale_decoder_outputs"), config.get("tie_word_embeddings")):
-        raise BankError(f"`{path}` does not scale its decoder's output as the first T5 does, and SwitchTransformers does.")
+        raise BankError(
+            f"`{path}` does not scale its decoder's output as the first T5 does, and SwitchTransformers does."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- mixtures
@@ -232,20 +250,24 @@ def mixture_config(
         old: configuration of the dense model.
         changes: what is said of the experts.
     """
-    config = {**old, "architectures": [mixture.name], "model_type": mixture.kind, **changes}
-    if mixture.kind is None:
-        return config
     from transformers import AutoConfig
 
     def filled(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         kept = {k: v for k, v in settings.items() if k not in ("model_type", "architectures", "transformers_version")}
         return AutoConfig.for_model(kind, **kept).to_dict()  # type: ignore[no-any-return]
 
+    if mixture is VIT:
+        full = filled("vit", old)
+        own = {key: full[key] for key in _VIT_SETTINGS}
+        return {"_class_name": mixture.name, **own, "num_labels": found.labels, **changes}
+    config = {**old, "architectures": [mixture.name], "model_type": mixture.kind, **changes}
     unknown = set(filled(found.kind, {})) - set(filled(str(mixture.kind), {})) - {"head_dim"}  # read undeclared
     config = {key: value for key, value in config.items() if key in changes or key not in unknown}
     before, after = filled(found.kind, old), filled(str(mixture.kind), config)
-    own = {*changes, "architectures", "model_type", "transformers_version", "dtype", "torch_dtype"}
-    differing = {key: value for key, value in before.items() if key in after and after[key] != value and key not in own}
+    said = {*changes, "architectures", "model_type", "transformers_version", "dtype", "torch_dtype"}
+    differing = {
+        key: value for key, value in before.items() if key in after and after[key] != value and key not in said
+    }
     rope = differing.get("rope_parameters") or {}
     if "rope_theta" in rope and "rope_theta" not in old:  # as transformers 4 reads it
         differing["rope_theta"] = rope["rope_theta"]
