@@ -56,3 +56,7 @@ class KeptLive:
         live.fill(candidate.write)
         check_weights([live.theta_P])
         return live
+
+    def forget(self) -> None:
+        """Leave the network to whoever got it last."""
+        self._kept = None
