@@ -116,7 +116,7 @@ def _model(bank: CheckpointBank, plan: Plan) -> Model:
                 raise BankError(f"`{name}` is made of tensors of {sorted(kinds)}; save the model in one dtype first.")
             specs.append(Spec(name, dtypes.get(name, min(kinds)), tuple(shape)))
     before, after = (bank.arch or {})["config"], plan.arch["config"]
-    kept = {key: value for key, value in model_config(bank).items() if key in after or key not in before}
+    kept = {key: value for key, value in (model_config(bank) or {}).items() if key in after or key not in before}
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     ours = "_class_name" in after and "_class_name" not in before  # a class of lcsc's for one of transformers
     text = json.dumps(dict(after) if ours else {**kept, **changed}, indent=2, ensure_ascii=False) + "\n"

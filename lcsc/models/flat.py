@@ -89,17 +89,17 @@ class LiveModel:
             for parameter, own in parameters:
                 parameter.requires_grad_(True)
                 parameter.grad = views[own]
-            for parameter, name, _ in self._joined:
-                parameter.requires_grad_(True)
+            for joined, name, _ in self._joined:
+                joined.requires_grad_(True)
                 add = functools.partial(_add_parts, self._parts[name], views)
-                hooks.append(parameter.register_post_accumulate_grad_hook(add))
+                hooks.append(joined.register_post_accumulate_grad_hook(add))
             yield grad_P
         finally:
             for hook in hooks:
                 hook.remove()
-            for parameter, *_ in (*parameters, *self._joined):
-                parameter.requires_grad_(False)
-                parameter.grad = None
+            for tensor in [tensor for tensor, *_ in (*parameters, *self._joined)]:
+                tensor.requires_grad_(False)
+                tensor.grad = None
 
 
 def _add_parts(parts: Sequence[Part], views: Mapping[str, Tensor], parameter: Tensor) -> None:

@@ -39,7 +39,7 @@ class _Block(nn.Module):
         self._act = ACTIVATIONS[act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output["dense"](self._act(self.intermediate["dense"](x)))  # type: ignore[index, no-any-return]
+        return self.output["dense"](self._act(self.intermediate["dense"](x)))  # type: ignore
 
 
 class ExpertChoice(nn.Module):

@@ -91,9 +91,7 @@ def find_dense(arch: Mapping[str, Any], shapes: Mapping[str, Shape], path: Any) 
         if not (match := place.fullmatch(name)):
             continue
         if match[2] not in roles:
-            raise BankError(
-                f"`{path}` has `{name}`, which no expert of its mixture class has. Take a model without it."
-            )
+            raise BankError(f"`{path}` has `{name}`, which no expert of its mixture has. Take a model without it.")
         found.setdefault(match[1], {})[roles[match[2]]] = name
     stems = sorted(found, key=_order)
     blocks = tuple(found[stem] for stem in stems)

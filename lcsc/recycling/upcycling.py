@@ -53,7 +53,7 @@ class Experts:
             index: of the expert.
 
         Returns:
-            The same roles in their dtypes, with I / groups units. Without noise, drop and scale they are the bits given.
+            The same roles in their dtypes, with I / groups units. Without noise, drop and scale they have its bits.
         """
         rng = self.fresh(index)
         made = {role: _slice(role, tensor, index % self.groups, self.groups) for role, tensor in block.items()}

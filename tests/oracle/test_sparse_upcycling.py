@@ -212,19 +212,20 @@ def test_experts_of_a_vision_transformer_choose_their_tokens(tmp_path):
 
 
 def test_what_cannot_become_a_mixture_is_refused_by_name(tmp_path):
-    config = {**SMALL, "num_local_experts": 2}
+    def other(kind, **sizes):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+
+    t5 = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    gated = transformers.T5ForConditionalGeneration(transformers.T5Config(**t5, feed_forward_proj="gated-gelu"))
     for kind, net, text in (
-        ("mixtral", AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **config)), "is a mixture already"),
-        ("gpt2", AutoModelForCausalLM.from_config(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2)), "has no mix"),
+        ("mixtral", other("mixtral", **SMALL, num_local_experts=2), "is a mixture already"),
+        ("gpt2", other("gpt2", n_embd=8, n_layer=1, n_head=2, vocab_size=8), "has no mixture class of its form"),
         ("bias", language_model("llama", attention_bias=True), "Mixtral has no biases"),
-        ("mlp", language_model("llama", mlp_bias=True), "which no expert of its mixture class has"),
+        ("mlp", language_model("llama", mlp_bias=True), "which no expert of its mixture has"),
         ("window", language_model("qwen3", use_sliding_window=True), "which its mixture class reads otherwise"),
-        ("t5", transformers.T5ForConditionalGeneration(transformers.T5Config(
-            vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")), "those of the first T5"),
-        ("vit", transformers.ViTForImageClassification(transformers.ViTConfig(
-            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, hidden_act="gelu_new",
-            image_size=8, patch_size=4)), "with one of the activations"),
-    ):  # fmt: skip
+        ("t5", gated, "those of the first T5"),
+        ("vit", vit(hidden_act="gelu_new"), "with one of the activations"),
+    ):
         with pytest.raises(BankError, match=re.escape(text)):
             SparseUpcycling().plan(saved(net, tmp_path / kind))
     mistral = saved(language_model("mistral"), tmp_path / "mistral")
