@@ -122,22 +122,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     return dict(CheckpointBank.open(folder, storage="streamed").arch)
 
 
-def flops_per_token(arch: Mapping[str, Any]) -> float:
-    """Of a training step: 6 for every parameter of a matrix that a token meets, and attention's products.
+def flops_per_token(arch: Mapping[str, Any]) -> int:
+    """Of a training step on blocks, by the experts that a token meets; see `lcsc.models.flops`."""
+    from lcsc.models.flops import training_flops
+    from lcsc.models.network import build_network
 
-    The embedding is looked up and is the head's matrix too, so it counts once; 12 L H T are the scores and the sums of
-    values over T tokens in L layers of H = heads x head size numbers.
-    """
-    config = arch["config"]
-    D, L, H = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"] * config["head_dim"]
-    attention = 4 * D * H
-    dense, mixture = 3 * D * config["intermediate_size"], 0.0
-    sparse = 0
-    if "num_experts" in config:
-        sparse = L - len(config["mlp_only_layers"])
-        mixture = config["num_experts_per_tok"] * 3 * D * config["moe_intermediate_size"] + config["num_experts"] * D
-    parameters = L * attention + (L - sparse) * dense + sparse * mixture + D * config["vocab_size"]
-    return 6 * parameters + 12 * L * H * BLOCK
+    return training_flops(build_network(arch), 1, BLOCK)
 
 
 def at(steps: int, every: int) -> str:
