@@ -40,7 +40,7 @@ class LiveModel:
         self.theta_P = torch.zeros(layout.num_parameters, device=device)
         groups = distinct_tensors(self.net)
         shapes = layout.shapes | {name: tuple(tensor.shape) for name, tensor in constants.items()}
-        spelled = spelled_out(type(self.net).__name__, _shapes(self.net), shapes)
+        spelled = spelled_out(type(self.net).__name__, net_shapes(self.net), shapes)
         check_bijection(self.net, [names for _, names in groups], shapes, spelled)
         views = layout.views(self.theta_P)
         self._layout = layout
@@ -97,7 +97,7 @@ class LiveModel:
         finally:
             for hook in hooks:
                 hook.remove()
-            for tensor in [tensor for tensor, *_ in (*parameters, *self._joined)]:
+            for tensor in (*(own for own, _ in parameters), *(own for own, *_ in self._joined)):
                 tensor.requires_grad_(False)
                 tensor.grad = None
 
@@ -110,7 +110,8 @@ def _add_parts(parts: Sequence[Part], views: Mapping[str, Tensor], parameter: Te
     parameter.grad = None
 
 
-def _shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
+def net_shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a network's tensors, by name."""
     return {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
 
 
@@ -144,7 +145,7 @@ def check_bijection(
         given: shape by name of what the bank gives.
         spelled: tensors of the network that the bank gives in parts.
     """
-    wanted = _shapes(net)
+    wanted = net_shapes(net)
     for name, parts in (spelled or {}).items():
         del wanted[name]
         wanted |= {part.name: part.shape for part in parts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,9 +15,10 @@ from lcsc.export.model import _load_back as load_back
 from lcsc.export.weights import write_weights
 from lcsc.models.flat import LiveModel
 from lcsc.models.network import build_network, save_network
+from lcsc.models.shards import LocalShards, _Box, _within
 from lcsc.operators.base import Candidate
 from lcsc.operators.linear import Linear
-from lcsc.recycling.experts import MIXTURES, as_in_files, expert_names, router_name
+from lcsc.recycling.experts import MIXTURES, as_in_files, expert_names, parts_of, router_name
 
 IDS = torch.arange(40).reshape(2, 20) * 5 % 256
 SMALL = {
@@ -117,3 +119,32 @@ def test_an_expert_that_is_not_there_is_named(tmp_path):
     said = r"missing \['model.layers.1.mlp.experts.10.up_proj.weight'\], unknown \[\], other shape \[.*experts.3.up"
     with pytest.raises(BankError, match=said):
         LiveModel(candidate.arch, candidate.layout, {}, CPU)
+
+
+@pytest.mark.parametrize("kind", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_a_network_that_is_spread_over_processes_gets_its_experts_too(tmp_path, kind):
+    bank, net = saved(kind, tmp_path), mixture(kind)
+    LocalShards(bank, net).write(torch.tensor([0.25, 0.75]))
+    live = LiveModel(bank.arch, bank.layout, bank.constants, CPU)
+    linear = Linear()
+    live.fill(linear.apply(bank, linear.point(bank, [0.25, 0.75])).write)
+    for name, tensor in live.net.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_any_rectangle_of_all_experts_is_put_together_from_their_tensors():
+    """What processes hold along any axes, pasted from the files' tensors, is the slice of the whole."""
+    whole, rng = torch.arange(5 * 8 * 6).view(5, 8, 6), np.random.default_rng(0)
+    for tail in ("gate_up_proj", "down_proj"):
+        parts = parts_of("Qwen2MoeForCausalLM", f"layers.0.mlp.experts.{tail}", (5, 8, 6))
+        files = {part.name: part.of(whole) for part in parts}
+        for _ in range(50):
+            low = [int(rng.integers(n)) for n in (5, 8, 6)]
+            box = _Box(tuple(low), tuple(int(rng.integers(1, n - a + 1)) for a, n in zip(low, (5, 8, 6), strict=True)))
+            local = torch.full(box.shape, -1)
+            for part in parts:
+                if (place := _within("fused", part, box)) is not None:
+                    rows = files[place.own][place.box.at[0] : place.box.at[0] + place.box.shape[0]]
+                    local[place.into] = place.box.of(rows)
+            cut = [slice(a, a + n) for a, n in zip(box.at, box.shape, strict=True)]
+            assert torch.equal(local, whole[tuple(cut)])
