@@ -16,7 +16,9 @@ from lcsc.bank import CheckpointBank
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.export.transform import transform_model
 from lcsc.models.network import build_network, load_network
+from lcsc.operators.moments import carry_moments
 from lcsc.operators.sparse_upcycling import MAX_NOISE, SparseUpcycling
+from lcsc.recycling.dense import VIT, find_dense, names_of
 
 SMALL = {
     **{"vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -299,3 +301,35 @@ def test_the_folder_has_the_operators_bits_in_the_models_dtype(tmp_path):
         torch.testing.assert_close(views[name], made[name], rtol=0.02, atol=0.02 * float(made[name].std()))
     assert "Nothing was trained or scored" in (tmp_path / "out" / "README.md").read_text()
     assert type(AutoModel.from_pretrained(tmp_path / "out")).__name__ == "Qwen3MoeModel"
+
+
+def test_moments_of_an_optimizer_go_with_the_copies(tmp_path):
+    """Adam's next step of an expert that gets its block's gradient is the step of the block."""
+    net = vit()
+    bank = saved(net, tmp_path / "net")
+    dense = bank.layout.views(bank.matrix()[-1].clone())
+    before = {name: torch.nn.Parameter(tensor) for name, tensor in dense.items()}
+    adam = torch.optim.Adam(before.values(), lr=0.1)
+    for _ in range(3):
+        for p in before.values():
+            p.grad = torch.randn_like(p)
+        adam.step()
+    plan = SparseUpcycling(layers=[1], num_experts=2, top_k=2).plan(bank)
+    states = carry_moments(plan, {name: adam.state[p] for name, p in before.items()})
+    names = {e: names_of(VIT, "vit.encoder.layer.1", e) for e in (0, 1)}
+    block = find_dense(bank.arch, bank.layout.shapes, "").blocks[1]
+    assert set(plan.shapes(bank.layout.shapes)) - set(states) == {"vit.encoder.layer.1.mixture.router.weight"}
+    for role, old in block.items():
+        twin = torch.nn.Parameter(before[old].detach().clone())
+        other = torch.optim.Adam([twin], lr=0.1)
+        other.state[twin] = states[names[1][role]]
+        before[old].grad = twin.grad = torch.randn_like(twin)
+        for p in before.values():
+            p.grad = p.grad if p is before[old] else None
+        adam.step()
+        other.step()
+        assert torch.equal(twin, before[old])
+    with pytest.raises(ConfigError, match="this plan has {'noise': 0.1}"):
+        carry_moments(SparseUpcycling(layers=[1], noise=0.1).plan(bank), {})
+    with pytest.raises(ConfigError, match="the optimizer has no state of `vit.encoder.layer.1"):
+        carry_moments(plan, {})
