@@ -165,12 +165,13 @@ def measure(runs: Runs) -> dict[str, Any]:
     bank = runs.train("dense", arch, longest, base)
     losses["dense"] = {"0": losses["base"]["0"]} | {str(m): runs.loss(bank / at(m, every)) for m in marks}
     same = {name: added * own / flops["dense"] for name, own in flops.items()}
-    equal = {name: runs.loss(bank / at(round(steps), every)) for name, steps in same.items() if name != "dense"}
+    nearest = {name: round(steps / every) * every for name, steps in same.items()}
+    equal = {name: runs.loss(bank / at(steps, every)) for name, steps in nearest.items() if name != "dense"}
     return {
         "seed": runs.seed,
         "losses": losses,
         "dense_at_equal_flops": equal,
-        "dense_steps_at_equal_flops": {name: math.ceil(round(s) / every) * every for name, s in same.items()},
+        "dense_steps_at_equal_flops": {name: {"exact": same[name], "measured": nearest[name]} for name in same},
         "flops_per_token": flops,
         "layers": layers,
     }
@@ -225,7 +226,7 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
         y, se = ([row[key] or 0 for row in marks.values()] for key in ("mean", "se"))
         if arm == "dense":  # and on to as many operations as the largest mixture took
             rows = result["runs"]
-            x.append(rows[0]["dense_steps_at_equal_flops"]["all"] * tokens * flops[arm] / 1e12)
+            x.append(rows[0]["dense_steps_at_equal_flops"]["all"]["measured"] * tokens * flops[arm] / 1e12)
             more = mean_se([row["dense_at_equal_flops"]["all"] for row in rows])
             y.append(more["mean"])
             se.append(more["se"] or 0)
