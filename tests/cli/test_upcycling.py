@@ -46,7 +46,7 @@ def test_one_model_becomes_a_mixture(here, lcsc):
     assert not (here / "more").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_experiment_is_searched_reported_exported_and_resumed(here, lcsc):
     code, _, err = lcsc("search", *TINY)
     assert code == 0, err
