@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lcsc.core.errors import ConfigError
+from lcsc.models.mixed_heads import mixed_class
 
 #: Classes of transformers that are built and loaded, whose forward pass takes `input_ids` and gives `logits`.
 CAUSAL_LMS = (
@@ -30,12 +31,12 @@ _READ = ("head_dim", "per_layer_config", "rope_scaling", "rope_theta", "torch_dt
 
 def build_causal_lm(cls: Any, config: Mapping[str, Any]) -> nn.Module:
     """A freshly initialised network in float32; raises what transformers raises for values that it refuses."""
-    return cls(_config(cls, config)).float()  # type: ignore[no-any-return]
+    return mixed_class(cls, config)(_config(cls, config)).float()  # type: ignore[no-any-return]
 
 
 def load_causal_lm(cls: Any, folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
     """The network in `folder` in eval mode, float32, and transformers' notes on tensors that do not fit; offline."""
-    return cls.from_pretrained(  # type: ignore[no-any-return]
+    return mixed_class(cls, config).from_pretrained(  # type: ignore[no-any-return]
         str(folder),
         config=_config(cls, config),
         local_files_only=True,
