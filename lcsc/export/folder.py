@@ -29,6 +29,10 @@ from lcsc.kernels import Groups
 RECIPE_KEY = "lcsc_recipe"
 DIGEST_KEY = "lcsc_recipe_sha256"
 CSV = "coefficients.csv"
+#: what a recipe holds that is no decision about the model
+NOT_SETTINGS = (
+    *("operator", "pieces", "kind", "rate", "dtype", "bank", "parents", "config_sha256", "lcsc_version", "point"),
+)
 #: largest config.json that is copied, in bytes
 MAX_CONFIG = 16 << 20
 #: a config.json with one of these describes a network

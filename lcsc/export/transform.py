@@ -21,7 +21,7 @@ from lcsc.bank.shard_index import open_regular, read_range
 from lcsc.bank.storage import as_tensor
 from lcsc.core.errors import BankError, NonFiniteError
 from lcsc.core.files import new_directory, writing
-from lcsc.export.folder import RECIPE_KEY, Model, bank_config, make_metadata, model_config, plain_text
+from lcsc.export.folder import NOT_SETTINGS, RECIPE_KEY, Model, bank_config, make_metadata, model_config, plain_text
 from lcsc.export.oneshot import check_target
 from lcsc.export.stream import ModelWriter, Spec, parse_size, plan_files
 from lcsc.operators.surgery import Plan, Transforms
@@ -214,23 +214,11 @@ def transform_card(name: str, recipe: Mapping[str, Any], library: str, command: 
 
 
 def _card_lines(name: str, recipe: Mapping[str, Any], library: str, command: str) -> Iterator[str]:
-    hidden = {
-        "operator",
-        "pieces",
-        "kind",
-        "rate",
-        "dtype",
-        "bank",
-        "parents",
-        "config_sha256",
-        "lcsc_version",
-        "point",
-    }
     (parent,) = recipe["parents"]
     yield from ("---", f"library_name: {library}", "tags:", "- lcsc", f"- {recipe['operator']}", "---")
     yield from (f"# {plain_text(name)}: one checkpoint after `{recipe['operator']}` by lcsc", "")
     yield from ("Nothing was trained or scored. Tensors keep their dtypes.", "", "| setting | value |", "|---|---|")
-    yield from (f"| {key} | {plain_text(value)} |" for key, value in recipe.items() if key not in hidden)
+    yield from (f"| {key} | {plain_text(value)} |" for key, value in recipe.items() if key not in NOT_SETTINGS)
     files = ", ".join(f"`{plain_text(file)}`" for file in parent["files"])
     yield from ("", f"Made of {files}, step {parent['step']}, content `{parent['content'][:16]}`.", "")
     yield from ("## How it was made", "", f"    {command or 'lcsc.export.transform.transform_model(...)'}", "")

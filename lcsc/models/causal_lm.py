@@ -108,6 +108,21 @@ def _cached_numbers(config: Any, grouped: bool) -> int | None:
     return int(key_heads * size)
 
 
+def active_parameters(net: nn.Module) -> int:
+    """Parameters that one token uses, tied ones once: of a mixture's experts those that it is sent to.
+
+    Every layer's experts are alike, so of `num_experts` (or `num_local_experts`) it uses `num_experts_per_tok` at most.
+    """
+    total = sum(parameter.numel() for parameter in net.parameters())
+    names = ("num_experts", "num_local_experts")
+    num = next((n for name in names if (n := getattr(net.config, name, None))), None)
+    used = getattr(net.config, "num_experts_per_tok", None)
+    if not num or not used:
+        return total
+    experts = sum(parameter.numel() for name, parameter in net.named_parameters() if ".experts." in name)
+    return total - experts + experts * min(used, num) // num
+
+
 def token_losses(net: nn.Module, ids_NT: Tensor) -> Tensor:
     """Cross-entropy of each token but the first given those before it, in nats, float32, shape (N, T - 1).
 

@@ -61,7 +61,11 @@ def test_it_is_transformers_loss_over_all_blocks(banks, name, purpose):
     assert score.se == pytest.approx(grouped_se(wanted, rows // 16), rel=1e-3)
     assert score.others["bits_per_byte"]["value"] == pytest.approx(wanted.mean() / math.log(2), abs=2e-6)
     net = build_network(bank.arch)
-    assert score.others["parameters"]["value"] == sum(p.numel() for p in net.parameters())
+    size = sum(p.numel() for p in net.parameters())
+    assert score.others["parameters"]["value"] == size
+    # 2 layers of 4 experts of 3 matrices of 16 x 8, of which a token uses 2
+    wanted_active = size - 2 * 2 * 3 * 16 * 8 if name == "mixture" else None
+    assert (score.others.get("active_parameters") or {}).get("value") == wanted_active
     assert score.others["kv_cache_bytes"]["value"] == (256 if name == "mixture" else 128)
     assert (score.image_forwards, score.nfe) == (num, 1)
 
@@ -138,3 +142,15 @@ def test_circumstances_tell_texts_apart(tmp_path):
         == other["detector_digest"]
         != objective(block_length=16).circumstances()["detector_digest"]
     )
+
+
+def test_speed_is_measured_beside_the_score(banks, monkeypatch):
+    bank, scorer = banks["llama"], objective(decode_tokens=5)
+    single = Candidate(bank.arch, bank.layout, lambda out: out.copy_(bank.matrix()[2]), {}, bank.constants)
+    ticks = iter([0, 1, 10, 12, 20, 24, 30, 31, 40, 45, 50, 52])  # six rounds, of which the first warms up
+    monkeypatch.setattr("lcsc.models.decoding.time.perf_counter", lambda: next(ticks))
+    row = scorer.speed(single)
+    assert row["tokens_per_second"] == {"median": 20.0, "min": 8.0, "max": 40.0}  # 8 texts x 5 tokens
+    facts = (row["batch"], row["context"], row["device"], row["dtype"], row["threads"])
+    assert facts == (8, 27, "cpu", "float32", torch.get_num_threads())
+    assert objective(decode_tokens=0).speed(single) is None
