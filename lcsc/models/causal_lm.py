@@ -22,6 +22,9 @@ CAUSAL_LMS = (
     *("Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM"),
 )
 
+#: Tokens of a text of bytes, and rows that a network may have beyond the tokens of a tokenizer.
+BYTES, SPARE_TOKENS = 256, 1024
+
 #: Settings of a config.json that fetch and run kernels from a hub, or say what we say ourselves.
 _LEFT_OUT = ("attn_implementation", "experts_implementation", "dtype", "torch_dtype")
 
@@ -135,10 +138,14 @@ def token_losses(net: nn.Module, ids_NT: Tensor) -> Tensor:
 def check_text(config: Any, vocab_size: int, length: int) -> None:
     """Refuse a network that reads other tokens than a text's, or fewer at once than `length`.
 
+    Networks often have a few more rows than their tokenizer has tokens, for shapes that are quick; a text of bytes has
+    no such tokenizer.
+
     Raises:
         ConfigError: naming both numbers.
     """
-    if config.vocab_size != vocab_size:
+    room = config.vocab_size - vocab_size
+    if room < 0 or room > (0 if vocab_size <= BYTES else SPARE_TOKENS):
         raise ConfigError(
             f"the network has {config.vocab_size} tokens, and the text {vocab_size}: they would not mean the same. Use "
             f"a network with `vocab_size` {vocab_size}, trained on such tokens."

@@ -26,8 +26,6 @@ from lcsc.objectives.mean_loss import MeanLoss
 from lcsc.objectives.shared import KeptLive
 from lcsc.operators.base import Candidate
 
-#: A text of so many tokens is one of bytes.
-BYTES = 256
 #: texts that are continued at once when the speed is measured
 DECODED = 8
 
@@ -42,9 +40,10 @@ class LanguageModeling(MeanLoss):
     comes up once before any comes up again. All candidates see the same blocks. The standard error takes blocks of one
     stretch together, because neighbours are alike.
 
-    Full scores also hold `bits_per_byte`, `parameters` (tied ones once), of a mixture of experts `active_parameters`
-    (those that a token uses) and, where the config tells, `kv_cache_bytes`: what one more token takes in the cache of
-    keys and values in float32. After a search the speed of writing is measured, which is no part of a score.
+    Full scores also hold `bits_per_byte` (of the bytes that the tokens stand for), `parameters` (tied ones once), of a
+    mixture of experts `active_parameters` (those that a token uses) and, where the config tells, `kv_cache_bytes`: what
+    one more token takes in the cache of keys and values in float32. After a search the speed of writing is measured,
+    which is no part of a score.
 
     Args:
         dataset: the text.
@@ -102,10 +101,13 @@ class LanguageModeling(MeanLoss):
             **settings,
         }
 
-    def _others(self, live: LiveModel, value: float, se: float | None) -> Mapping[str, Mapping[str, float]]:
-        found: dict[str, dict[str, float]] = {}
-        if self.dataset.vocab_size == BYTES:
-            found["bits_per_byte"] = {"value": value / math.log(2), **({} if se is None else {"se": se / math.log(2)})}
+    def _others(
+        self, live: LiveModel, purpose: Purpose, rows_N: np.ndarray, value: float, se: float | None
+    ) -> Mapping[str, Mapping[str, float]]:
+        # of the tokens that a loss is of: all but the first of a block
+        bytes_NT = self._in_blocks(self.dataset.byte_counts(_part(purpose)))[torch.from_numpy(rows_N), 1:]
+        bits = bytes_NT.numel() / float(bytes_NT.sum()) / math.log(2)
+        found = {"bits_per_byte": {"value": value * bits, **({} if se is None else {"se": se * bits})}}
         sizes = {"parameters": sum(parameter.numel() for parameter in live.net.parameters())}
         if (active := active_parameters(live.net)) != sizes["parameters"]:
             sizes["active_parameters"] = active
@@ -128,7 +130,9 @@ class LanguageModeling(MeanLoss):
 
     def _blocks(self, purpose: Purpose) -> Tensor:
         """All blocks of a purpose's half, shape (B, T), stretch after stretch; the rest of a stretch is left out."""
-        stretches_SL = self.dataset.tokens(TextPart.REPORT if purpose is Purpose.REPORT else TextPart.SEARCH)
+        return self._in_blocks(self.dataset.tokens(_part(purpose)))
+
+    def _in_blocks(self, stretches_SL: Tensor) -> Tensor:
         num = stretches_SL.shape[1] // self.block_length
         return stretches_SL[:, : num * self.block_length].reshape(-1, self.block_length)
 
@@ -146,3 +150,8 @@ class LanguageModeling(MeanLoss):
         live = super()._live(candidate)
         check_text(live.net.config, self.dataset.vocab_size, self.block_length)
         return live
+
+
+def _part(purpose: Purpose) -> TextPart:
+    """The half of the text that a purpose reads."""
+    return TextPart.REPORT if purpose is Purpose.REPORT else TextPart.SEARCH

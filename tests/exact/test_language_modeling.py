@@ -154,3 +154,35 @@ def test_speed_is_measured_beside_the_score(banks, monkeypatch):
     facts = (row["batch"], row["context"], row["device"], row["dtype"], row["threads"])
     assert facts == (8, 27, "cpu", "float32", torch.get_num_threads())
     assert objective(decode_tokens=0).speed(single) is None
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(banks):
+    """Tokens that stand for 1, 2 and 3 bytes in turn; the first of a block has no loss, so its bytes do not count."""
+
+    class Longer:
+        name, vocab_size = "longer", 256
+
+        def tokens(self, part):
+            return TEXT.tokens(part)
+
+        def byte_counts(self, part):
+            return torch.arange(TEXT.tokens(part).numel()).view_as(TEXT.tokens(part)) % 3 + 1
+
+    bank, scorer = banks["llama"], build("objective", "language_modeling", dataset=Longer(), block_length=32)
+    single = Candidate(bank.arch, bank.layout, lambda out: out.copy_(bank.matrix()[2]), {}, bank.constants)
+    score = scorer(single, seed=3, purpose=Purpose.REPORT, images=range(9), full=True)
+    rows = scorer._rows(3, Purpose.REPORT, range(9))
+    num = sum((row * 32 + at) % 3 + 1 for row in rows for at in range(1, 32))
+    assert score.others["bits_per_byte"]["value"] == pytest.approx(score.value * 9 * 31 / num / math.log(2), rel=1e-12)
+
+
+def test_networks_may_have_a_few_more_rows_than_a_tokenizer_has_tokens():
+    from lcsc.models.causal_lm import check_text
+
+    config = build_network(LLAMA).config
+    check_text(config, 256, 8)
+    config.vocab_size = 1300
+    check_text(config, 300, 8)
+    for num in (256, 1301, 270):
+        with pytest.raises(ConfigError, match=f"the network has 1300 tokens, and the text {num}"):
+            check_text(config, num, 8)
