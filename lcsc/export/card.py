@@ -8,22 +8,13 @@ from typing import Any
 import yaml
 
 from lcsc.core.words import IMAGES, Words, words_of
-from lcsc.export.folder import NOT_SETTINGS, lora_text, plain_text
+from lcsc.export.folder import NOT_SETTINGS, USE_MIXED, lora_text, plain_text
 from lcsc.models.network import saved_config
 
 _USE = """```python
 from {library} import {cls}
 
 net = {cls}.from_pretrained("path/to/this/folder").eval()
-```"""
-_USE_MIXED = """Layers keep different numbers of key/value heads, which the class of transformers refuses to build:
-
-```python
-from pathlib import Path
-
-from lcsc.models.network import load_network
-
-net = load_network(Path("path/to/this/folder"))
 ```"""
 #: by library; both with the base model that the checkpoints were trained on
 _USE_ADAPTER = {
@@ -156,7 +147,7 @@ def _use(arch: Mapping[str, Any] | None, adapter: str | None) -> list[str]:
         text = _USE_ADAPTER[str(adapter)]
     else:
         text = _USE.format(library=saved_config(arch)[0], cls=arch["class"])
-        text = _USE_MIXED if arch["config"].get("per_layer_config") else text
+        text = USE_MIXED if arch["config"].get("per_layer_config") else text
     return ["## Use", "", text, ""]
 
 

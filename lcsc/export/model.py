@@ -75,7 +75,7 @@ def export_model(
     levels = searched_levels(objective)
     recipe = {
         **candidate.recipe,
-        **_origin(bank, candidate.recipe.get("rank")),
+        **_origin(bank, candidate.recipe),
         "arch": candidate.arch,
         "run_id": info["run_id"],
         "evaluator": {**info["fingerprints"]["evaluator"], **({"levels": levels} if levels else {})},
@@ -104,10 +104,10 @@ def _check_plain(format: str, max_shard_size: str) -> None:
         )
 
 
-def _origin(bank: CheckpointBank, rank: int | None) -> dict[str, Any]:
+def _origin(bank: CheckpointBank, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoints that a recipe is about."""
-    parents = [dict(parent) for parent in bank.parents]
-    copied = {"copied": said} if (said := copied_at(bank, rank)) else {}
+    parents = [dict(parent) for parent in bank.parents if parent["step"] in recipe["steps"]]
+    copied = {"copied": said} if (said := copied_at(bank, recipe.get("rank"))) else {}
     return {"bank": bank_config(bank), "parents": parents, **copied, "lcsc_version": importlib.metadata.version("lcsc")}
 
 

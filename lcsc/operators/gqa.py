@@ -16,7 +16,7 @@ from lcsc.bank import CheckpointBank
 from lcsc.bank.extents import ITEMSIZE
 from lcsc.bank.lora import refuse_lora
 from lcsc.core.errors import ConfigError, did_you_mean
-from lcsc.core.registry import plain, register
+from lcsc.core.registry import describe, plain, register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.core.space import Box, Choices, Point, SearchSpace
 from lcsc.operators.base import Baseline, Candidate
@@ -174,6 +174,7 @@ class Gqa:
             pieces.append(_piece(names, found, how, bank.layout.shapes))
         recipe = {
             "operator": "gqa",
+            "settings": describe("operator", self),
             "steps": [bank.steps[row]],
             "pooling": method,
             "grouping": grouping,

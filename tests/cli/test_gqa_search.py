@@ -40,6 +40,14 @@ def test_a_search_ends_with_a_model_of_transformers(here, lcsc, searched):
         card = (folder / "README.md").read_text()
         assert "library_name: transformers" in card
         assert "from transformers import LlamaForCausalLM" in card
+        assert "# gqa: one checkpoint after `gqa`, chosen by lcsc" in card
+        assert "| num_kv_heads | [1, 1, 1] |" in card
+        assert "checkpoint-averaging" not in card
+        code, out, err = lcsc("verify", str(folder))
+        assert code == 0, err
+        assert "bit for bit from 1 checkpoints of" in out
+    config = here / "out" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     code, _, err = lcsc("verify", "out")
     assert code == 2
-    assert "was made by the operator `gqa`, which cannot be made again here" in err
+    assert "config.json` is not what the recipe gives" in err
