@@ -25,6 +25,7 @@ from lcsc.models.flat import distinct_tensors
 from lcsc.models.network import NETWORKS, load_network
 from lcsc.objectives.base import Objective
 from lcsc.operators.base import Candidate, Operator
+from lcsc.recycling.experts import as_in_files
 from lcsc.samplers.times import Retimed
 
 #: Largest relative difference between the artefact's score and the run's. On the machine of the search they are equal
@@ -154,9 +155,10 @@ def _load_back(
 
 
 def _named_as(weights: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """A network's tensors; of those that it ties and `weights` has once, that one."""
+    """A network's tensors as `weights` calls them; of those that it ties and `weights` has once, that one."""
     twins = {name for _, names in distinct_tensors(net) if set(names) & set(weights) for name in names}
-    return {name: tensor for name, tensor in net.state_dict().items() if name in weights or name not in twins}
+    tensors = as_in_files(type(net).__name__, net.state_dict(), weights)
+    return {name: tensor for name, tensor in tensors.items() if name in weights or name not in twins}
 
 
 def _candidate_of(candidate: Candidate, tensors: Mapping[str, Tensor]) -> Candidate:

@@ -121,9 +121,10 @@ def planned_model(bank: CheckpointBank, plan: Plan) -> Model:
     for piece in plan.pieces:
         kinds = {dtypes[name] for name in piece.reads}
         for name, shape in piece.writes.items():
-            if name not in dtypes and len(kinds) > 1:
+            own = dtypes.get(piece.likes.get(name, name))
+            if own is None and len(kinds) > 1:
                 raise BankError(f"`{name}` is made of tensors of {sorted(kinds)}; save the model in one dtype first.")
-            specs.append(Spec(name, dtypes.get(name, min(kinds)), tuple(shape)))
+            specs.append(Spec(name, own or min(kinds), tuple(shape)))
     old = model_config(bank)
     changed = {
         key: value for key, value in plan.arch["config"].items() if (bank.arch or {})["config"].get(key) != value

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lcsc.core.errors import ConfigError
 from lcsc.models.mixed_heads import mixed_class
+from lcsc.recycling.experts import MIXTURES
 
 #: Classes of transformers that are built and loaded, whose forward pass takes `input_ids` and gives `logits`.
 CAUSAL_LMS = (
@@ -52,9 +53,11 @@ def load_causal_lm(cls: Any, folder: Path, config: Mapping[str, Any]) -> tuple[n
 def save_causal_lm(cls: Any, net: nn.Module, folder: Path, max_shard_size: str) -> None:
     """Write config.json and safetensors into `folder`, under the names that the tensors have in memory.
 
-    transformers would rename some and cut the fused experts of a mixture one by one; it opens both.
+    Only experts of a mixture are cut one by one, as transformers does it by itself, so that its older versions open
+    them too.
     """
-    cls.save_pretrained(net, str(folder), max_shard_size=max_shard_size, save_original_format=False)
+    split = cls.__name__ in MIXTURES
+    cls.save_pretrained(net, str(folder), max_shard_size=max_shard_size, save_original_format=split)
 
 
 def saved_settings(arch: Mapping[str, Any]) -> dict[str, Any] | None:

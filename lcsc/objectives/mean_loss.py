@@ -105,9 +105,9 @@ class MeanLoss:
         return Slope(value, grad_P, self.forwards[1] * len(images))
 
     @property
-    def no_gradient(self) -> None:
+    def no_gradient(self) -> str | None:
         """See `Differentiable.no_gradient`."""
-        return
+        return None
 
     def floor(self) -> None:
         """None: the least loss of a finite set of items is not known."""

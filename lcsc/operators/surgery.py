@@ -7,7 +7,7 @@ A plan says which tensors are remade together and how; all others are copied. It
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -32,12 +32,15 @@ class Piece:
         writes: shapes by name in the new model.
         make: gives the written tensors, in the dtypes of those read, and facts for the recipe (plain values).
         longest: facts that take at least as many characters as any that `make` may give.
+        likes: a tensor that is read for one that is written, whose dtype it takes; without one it keeps its own, and a
+            new one takes that of all that are read.
     """
 
     reads: tuple[str, ...]
     writes: Mapping[str, tuple[int, ...]]
     make: Callable[[Tensors], tuple[dict[str, Tensor], dict[str, Any]]]
     longest: Mapping[str, Any]
+    likes: Mapping[str, str] = field(default_factory=dict)
 
     def made(self, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `make` gives for tensors by name; raises NonFiniteError where one of them holds NaN or Inf."""
