@@ -25,6 +25,7 @@ from lcsc.models.flat import distinct_tensors
 from lcsc.models.network import NETWORKS, load_network
 from lcsc.objectives.base import Objective
 from lcsc.operators.base import Candidate, Operator
+from lcsc.operators.surgery import Transforms, told
 from lcsc.recycling.experts import as_in_files
 from lcsc.samplers.times import Retimed
 
@@ -76,6 +77,7 @@ def export_model(
     levels = searched_levels(objective)
     recipe = {
         **candidate.recipe,
+        **_plan_again(bank, operator, point),
         **_origin(bank, candidate.recipe),
         "arch": candidate.arch,
         "run_id": info["run_id"],
@@ -103,6 +105,13 @@ def _check_plain(format: str, max_shard_size: str) -> None:
             f"`format` is `{format}` and `max_shard_size` is `{max_shard_size}`, but an adapter is one file in the "
             "format of the library that wrote the checkpoints. Leave both out."
         )
+
+
+def _plan_again(bank: CheckpointBank, operator: Operator, point: Point) -> dict[str, Any]:
+    """What the recipe of a model says that is no combination of checkpoints, so that it can be made again."""
+    if not isinstance(operator, Transforms):
+        return {}
+    return told(operator, {box.name: point[box.name] for box in operator.space(bank).boxes})
 
 
 def _origin(bank: CheckpointBank, recipe: Mapping[str, Any]) -> dict[str, Any]:

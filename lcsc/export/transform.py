@@ -33,7 +33,7 @@ from lcsc.export.folder import (
 )
 from lcsc.export.oneshot import check_target
 from lcsc.export.stream import ModelWriter, Spec, parse_size, plan_files
-from lcsc.operators.surgery import Plan, Transforms
+from lcsc.operators.surgery import Plan, Transforms, told
 
 #: files beside the weights that belong to the model whatever its architecture: tokenizer and generation settings
 COMPANIONS = re.compile(
@@ -85,6 +85,7 @@ def transform_model(
     if plan.row != bank.num_checkpoints - 1:
         bank = CheckpointBank.open(bank.path, **_only(bank, plan.row))
         plan = operator.plan(bank)
+    plan = replace(plan, recipe={**plan.recipe, **told(operator, None)})
     model = planned_model(bank, plan)
     check_target(bank, to, sum(spec.nbytes for spec in model.specs))
     files = plan_files(model.specs, model.stem, max_shard_bytes)

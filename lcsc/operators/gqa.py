@@ -16,7 +16,7 @@ from lcsc.bank import CheckpointBank
 from lcsc.bank.extents import ITEMSIZE
 from lcsc.bank.lora import refuse_lora
 from lcsc.core.errors import ConfigError, did_you_mean
-from lcsc.core.registry import describe, plain, register
+from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.core.space import Box, Choices, Point, SearchSpace
 from lcsc.operators.base import Baseline, Candidate
@@ -174,7 +174,6 @@ class Gqa:
             pieces.append(_piece(names, found, how, bank.layout.shapes))
         recipe = {
             "operator": "gqa",
-            "settings": describe("operator", self),
             "steps": [bank.steps[row]],
             "pooling": method,
             "grouping": grouping,
@@ -184,7 +183,6 @@ class Gqa:
             "stored_kv_heads": stored[0] if len(set(stored)) == 1 else list(stored),
             "cache_bytes_per_token": cache_bytes(found, counts, bank),
             "stored_cache_bytes_per_token": cache_bytes(found, stored, bank),
-            "point": plain({name: np.asarray(x).tolist() for name, x in (point or {}).items()}),
         }
         config = {**arch["config"], **heads_settings(stored)}
         return Plan(row, {**arch, "config": config}, tuple(pieces), recipe)

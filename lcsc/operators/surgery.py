@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from lcsc.bank import CheckpointBank, Layout
 from lcsc.bank.extents import read_source
 from lcsc.bank.rows import to_float32
 from lcsc.core.errors import BankError, ConfigError, NonFiniteError
+from lcsc.core.registry import describe, plain
 from lcsc.core.space import Point
 from lcsc.operators.base import Candidate
 
@@ -87,6 +89,12 @@ class Transforms(Protocol):
     def plan(self, bank: CheckpointBank, point: Point | None = None) -> Plan:
         """How the model at a point is made; None means the settings alone, without a search."""
         ...
+
+
+def told(operator: object, point: Point | None) -> dict[str, Any]:
+    """What a recipe says beside a plan's own: the operator's settings and the point, enough to plan it again."""
+    floats = {name: np.asarray(x, np.float64).tolist() for name, x in (point or {}).items()}
+    return {"settings": plain(describe("operator", operator)), "point": floats}
 
 
 def row_of(bank: CheckpointBank, step: int | None) -> int:
