@@ -167,6 +167,18 @@ class Raceable(Protocol):
 
 
 @runtime_checkable
+class Timed(Protocol):
+    """What an objective offers beside `Objective` when its candidates have a speed: measured once, after the search.
+
+    A speed differs from run to run, so it is no part of a score or of the journal.
+    """
+
+    def speed(self, candidate: Candidate) -> Mapping[str, Any] | None:
+        """Plain values for summary.json; None where it is not asked for."""
+        ...
+
+
+@runtime_checkable
 class Tunable(Protocol):
     """What an objective offers beside `Objective` when something of its own can be searched along with the weights."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,12 +127,14 @@ class UptrainedLoss(LanguageModeling):
         digest = value_digest({"name": self.name, "before": said["detector_digest"], **training})
         return {**said, "detector_digest": digest, "training": training}
 
-    def _others(self, live: LiveModel, value: float, se: float | None) -> Mapping[str, Mapping[str, float]]:
+    def _others(
+        self, live: LiveModel, purpose: Purpose, rows_N: np.ndarray, value: float, se: float | None
+    ) -> Mapping[str, Mapping[str, float]]:
         tokens = self.fit.tokens
         flops = training_flops(live.net, tokens, self.block_length)
         costs = {"trained_tokens": tokens, "training_flops": flops}
         return {
-            **super()._others(live, value, se),
+            **super()._others(live, purpose, rows_N, value, se),
             **{name: {"value": float(cost), "se": 0.0} for name, cost in costs.items()},
         }
 

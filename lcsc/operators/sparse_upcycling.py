@@ -15,7 +15,7 @@ from torch import Tensor
 from lcsc.bank import CheckpointBank
 from lcsc.bank.lora import refuse_lora
 from lcsc.core.errors import ConfigError, did_you_mean
-from lcsc.core.registry import plain, register
+from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.core.space import Box, Point, SearchSpace
 from lcsc.operators.base import Baseline, Candidate
@@ -190,7 +190,6 @@ class SparseUpcycling:
             "seed": self.seed,
             "routing": "experts choose tokens" if mixture is VIT else "tokens choose experts",
             "optimizer": "new",
-            "point": plain({name: np.asarray(x).tolist() for name, x in (point or {}).items()}),
         }
         said = self._said(found, mixture, chosen, num, top_k)
         config = mixture_config(found, mixture, arch["config"], said)

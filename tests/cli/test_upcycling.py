@@ -40,6 +40,8 @@ def test_one_model_becomes_a_mixture(here, lcsc):
     assert [recipe[key] for key in ("layers", "num_experts", "top_k", "normalize")] == [[0, 1], 8, 2, True]
     card = (here / "out" / "README.md").read_text()
     assert "| num_experts | 8 |" in card
+    code, _, err = lcsc("verify", "out")
+    assert code == 0, err
     code, _, err = lcsc(*words, "to=more", "operator.top_k=9")
     assert code == 2
     assert "`operator.top_k` is 9 of 8 experts; take at most all of them." in err
@@ -57,6 +59,8 @@ def test_the_experiment_is_searched_reported_exported_and_resumed(here, lcsc):
     net = AutoModelForCausalLM.from_pretrained(here / "run" / "best")
     assert type(net).__name__ == "Qwen3MoeForCausalLM"
     assert len(net.config.mlp_only_layers) == 2
+    code, _, err = lcsc("verify", "run/best")
+    assert code == 0, err
     journal = (here / "run" / "journal.jsonl").read_bytes()
     (here / "run" / "summary.json").unlink()
     lines = journal.splitlines(keepends=True)
