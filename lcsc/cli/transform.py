@@ -63,9 +63,14 @@ def _facts(recipe: Mapping[str, Any]) -> list[str]:
         return []
     need, stored = recipe["cache_bytes_per_token"], recipe["stored_cache_bytes_per_token"]
     lines = [f"cache: {size_text(need)} a token with {recipe['num_kv_heads']} key/value heads by layer"]
+    if isinstance(recipe["stored_kv_heads"], list):
+        lines.append(
+            "note: layers keep their own numbers of heads, which only lcsc opens (lcsc.models.network.load_network); "
+            "without operator.repeat_heads=false transformers opens it too"
+        )
     if stored != need:
         lines.append(
-            f"note: transformers has one number of heads for all layers, so heads are repeated to "
+            f"note: classes of transformers have one number of heads for all layers, so heads are repeated to "
             f"{recipe['stored_kv_heads']} and its cache takes {size_text(stored)} a token"
         )
     return lines

@@ -41,6 +41,21 @@ class Natural:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What each float of a box chooses among, with a cost that adds up over the floats.
+
+    Args:
+        floats: a float for each choice; it may lie beyond the box's bounds, where it holds whatever the others cost.
+        costs: whole numbers above 0, increasing; the last is no change at all.
+        budget: what the costs may sum to.
+    """
+
+    floats: tuple[float, ...]
+    costs: tuple[int, ...]
+    budget: int
+
+
+@dataclass(frozen=True)
 class Box:
     """`size` floats under one name; where some matter more than others, those come first.
 
@@ -53,6 +68,7 @@ class Box:
             that all move it alike, or that nobody knows.
         natural: how people write these floats; None means as they are.
         level: boxes of level 1 and above refine those below them, and are idle at zero.
+        choices: what each float chooses among within a budget; None where floats are numbers, or nothing is scarce.
     """
 
     name: str
@@ -63,6 +79,7 @@ class Box:
     lengths: tuple[float, ...] | None = None
     natural: Natural | None = field(default=None, compare=False, repr=False)
     level: int = 0
+    choices: Choices | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:

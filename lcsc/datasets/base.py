@@ -57,6 +57,10 @@ class TextDataset(Protocol):
         """The stretches of one part, shape (S, L), an integer dtype; made once, not to be written to."""
         ...
 
+    def byte_counts(self, part: TextPart) -> Tensor:
+        """Bytes of the text that each of these tokens stands for, shape (S, L), int64; their sum is exact."""
+        ...
+
 
 def need_images(dataset: object, who: str) -> None:
     """Raise ConfigError where `who`, such as "objective `x`", is given text."""

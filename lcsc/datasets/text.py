@@ -1,4 +1,4 @@
-"""Text as bytes, cut into what a language model is trained on, searched against and reported on."""
+"""Text as tokens, cut into what a language model is trained on, searched against and reported on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import TextPart
+from lcsc.datasets.tokenizer import Encoded, encode
 
 #: Stream of the cut; streams 0 and 1 of this purpose split images and draw the toy's.
 CUT = 2
@@ -22,23 +23,26 @@ CUT = 2
 @register("dataset", "text", source="lcsc; its default text is Python's language reference, shipped as pydoc_data")
 @dataclass(frozen=True)
 class Text:
-    """Bytes of text files; a token is a byte, so the vocabulary has 256.
+    """Text files. Without `tokenizer` a token is a byte, so the vocabulary has 256.
 
-    The text is cut into stretches of `stretch` bytes. Of every `every` neighbours one, drawn by `seed`, goes to the
+    The text is cut into stretches of `stretch` tokens. Of every `every` neighbours one, drawn by `seed`, goes to the
     search half, another one to the report half, and the others to training: all three come from all over the text, and
-    no byte is in two of them. What is left over at the end goes to training.
+    no token is in two of them. What is left over at the end goes to training.
 
     Without `path` the text is the language reference that Python's `help` shows (`pydoc_data.topics`), about 0.5 MB. It
     is the same on all machines with one version of Python; the digest that a bank and a run keep tells others apart.
 
     Args:
         path: a text file, or a folder, whose `.txt` files below it are read in the order of their paths.
-        stretch: bytes of a stretch; no block of tokens reaches over its end.
+        tokenizer: folder of a model of transformers, whose `tokenizer.json` cuts the text into tokens; nothing is
+            added to them. Null takes bytes.
+        stretch: tokens of a stretch; no block of tokens reaches over its end.
         every: stretches of which one is held out for the search and one for the report.
         seed: of the cut.
     """
 
     path: str | None = None
+    tokenizer: str | None = None
     stretch: int = 2048
     every: int = 10
     seed: int = 0
@@ -59,8 +63,8 @@ class Text:
 
     @property
     def vocab_size(self) -> int:
-        """256: a token is a byte."""
-        return 256
+        """Of the tokenizer, with the tokens that were added to it; 256 where a token is a byte."""
+        return 256 if self._encoded is None else self._encoded.vocab_size
 
     def tokens(self, part: TextPart) -> Tensor:
         """The stretches of one part, shape (S, stretch), uint8; made once, not to be written to.
@@ -70,15 +74,35 @@ class Text:
         """
         return self._parts[part]
 
+    def byte_counts(self, part: TextPart) -> Tensor:
+        """Bytes that each token of one part stands for, shape (S, stretch), int64.
+
+        Raises:
+            ConfigError: as `tokens`.
+        """
+        if self._encoded is None:
+            return torch.ones(self.tokens(part).shape, dtype=torch.int64)
+        return self._cut(torch.from_numpy(self._encoded.bytes_N))[part]
+
+    @cached_property
+    def _encoded(self) -> Encoded | None:
+        return None if self.tokenizer is None else encode(_read(self.path), Path(self.tokenizer))
+
     @cached_property
     def _parts(self) -> Mapping[TextPart, Tensor]:
-        text = _read(self.path)
-        if (num := len(text) // self.stretch) < self.every:
+        if self._encoded is not None:
+            return self._cut(torch.from_numpy(self._encoded.ids_N))
+        return self._cut(torch.frombuffer(bytearray(_read(self.path)), dtype=torch.uint8))
+
+    def _cut(self, text_N: Tensor) -> Mapping[TextPart, Tensor]:
+        """Something of each token in stretches, by part."""
+        if (num := len(text_N) // self.stretch) < self.every:
+            unit = "bytes" if self.tokenizer is None else "tokens"
             raise ConfigError(
-                f"dataset `text` has {len(text)} bytes, and `every` {self.every} stretches of {self.stretch} need "
+                f"dataset `text` has {len(text_N)} {unit}, and `every` {self.every} stretches of {self.stretch} need "
                 f"{self.every * self.stretch}. Give more text, or a smaller `stretch`."
             )
-        stretches_SL = torch.frombuffer(bytearray(text[: num * self.stretch]), dtype=torch.uint8).view(num, -1)
+        stretches_SL = text_N[: num * self.stretch].view(num, -1)
         part_S = torch.full((num,), TextPart.TRAIN.value)
         seeds = SeedRange(self.seed, Purpose.SPLIT)
         for group in range(num // self.every):

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from lcsc.export.folder import lora_text
-from lcsc.models.network import saved_config
+from lcsc.core.words import IMAGES, Words, words_of
+from lcsc.export.folder import NOT_SETTINGS, USE_MIXED, lora_text, plain_text
+from lcsc.models.network import NETWORKS, saved_config
 
 _USE = """```python
 from {library} import {cls}
@@ -45,25 +46,25 @@ def model_card(
         adapter: the library that loads it where it is an adapter, else None.
     """
     metric, evaluator = info["metric"], info["fingerprints"]["evaluator"]
-    best = report["best"]
+    best, words = report["best"], words_of(evaluator)
     lines = [
         "---",
-        yaml.safe_dump(_front(info, recipe["arch"], report, adapter), sort_keys=False).strip(),
+        yaml.safe_dump(_front(info, recipe, report, adapter), sort_keys=False).strip(),
         "---",
-        f"# {info['name']}: {len(info['bank']['steps'])} checkpoints combined by lcsc",
+        f"# {info['name']}: {_made(info, recipe)}",
         "",
-        f"{metric} **{best['value']:.4g}{_se(best, ' ± ')}** at {info['nfe']} network evaluations an image. {export}",
+        f"{metric} **{best['value']:.4g}{_se(best, ' ± ')}**{_calls(info, words)}. {export}",
         "",
         "| model | " + metric + " | ± SE | setting |",
         "|---|---|---|---|",
         f"| **lcsc** | **{best['value']:.4g}** | {_se(best)} | {best['label']} |",
         *(f"| {who} | {row['value']:.4g} | {_se(row)} | {row['label']} |" for who, row in report["baselines"].items()),
         "",
-        "Scored on report seeds and reference images that the search never used; the baselines were tuned on the same",
-        "search seeds as the winner. The standard error covers the sampling of the generated images.",
+        *_scored(words),
         *_places(report),
         *(["", lora_text(recipe["rank"], recipe["error"])] if "error" in recipe else []),
         "",
+        *_settings(recipe),
         *_use(recipe["arch"], adapter),
         *_levels(evaluator, recipe["evaluator"].get("levels") or {}),
         "## How it was made",
@@ -83,12 +84,13 @@ def model_card(
 
 
 def _front(
-    info: Mapping[str, Any], arch: Mapping[str, Any] | None, report: Mapping[str, Any], adapter: str | None
+    info: Mapping[str, Any], recipe: Mapping[str, Any], report: Mapping[str, Any], adapter: str | None
 ) -> dict[str, Any]:
     """What model hubs read."""
+    arch = recipe["arch"]
     return {
         "library_name": adapter or ("pytorch" if arch is None else saved_config(arch)[0]),
-        "tags": ["lcsc", "merge", "checkpoint-averaging"],
+        "tags": ["lcsc", recipe["operator"]] if _remade(recipe) else ["lcsc", "merge", "checkpoint-averaging"],
         "lcsc": {
             "run_id": info["run_id"],
             "metric": info["metric"],
@@ -100,11 +102,53 @@ def _front(
     }
 
 
+def _remade(recipe: Mapping[str, Any]) -> bool:
+    """Whether the model was made of one checkpoint, piece by piece, and not combined of several."""
+    return "pieces" in recipe
+
+
+def _made(info: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    if _remade(recipe):
+        return f"one checkpoint after `{recipe['operator']}`, chosen by lcsc"
+    return f"{len(info['bank']['steps'])} checkpoints combined by lcsc"
+
+
+def _calls(info: Mapping[str, Any], words: Words) -> str:
+    """At which price; text is read once, which goes without saying."""
+    return f" at {info['nfe']} network evaluations an image" if words is IMAGES else ""
+
+
+def _scored(words: Words) -> list[str]:
+    if words is IMAGES:
+        return [
+            "Scored on report seeds and reference images that the search never used; the baselines were tuned on the",
+            "same search seeds as the winner. The standard error covers the sampling of the generated images.",
+        ]
+    return [
+        "Scored on a part of the text that neither training nor search used; the baselines were tuned on the same",
+        f"{words.many} of text as the winner. The standard error covers which stretches of the text these are.",
+    ]
+
+
+def _settings(recipe: Mapping[str, Any]) -> list[str]:
+    """A table of what was decided, for models that are no combination; plain numbers and words only."""
+    if not _remade(recipe):
+        return []
+    hidden = {*NOT_SETTINGS, "arch", "run_id", "evaluator", "score", "steps"}
+    rows = [f"| {key} | {plain_text(value)} |" for key, value in recipe.items() if key not in hidden]
+    return ["| setting | value |", "|---|---|", *rows, ""]
+
+
 def _use(arch: Mapping[str, Any] | None, adapter: str | None) -> list[str]:
     """How to load it; nothing for tensors that no library knows."""
     if adapter is None and arch is None:
         return []
-    text = _USE_ADAPTER[str(adapter)] if arch is None else _USE.format(library=saved_config(arch)[0], cls=arch["class"])
+    if arch is None:
+        text = _USE_ADAPTER[str(adapter)]
+    else:
+        library = NETWORKS.get(arch["class"]) or saved_config(arch)[0]
+        text = _USE.format(library=library, cls=arch["class"])
+        text = USE_MIXED if arch["config"].get("per_layer_config") else text
     return ["## Use", "", text, ""]
 
 

@@ -29,6 +29,32 @@ from lcsc.kernels import Groups
 RECIPE_KEY = "lcsc_recipe"
 DIGEST_KEY = "lcsc_recipe_sha256"
 CSV = "coefficients.csv"
+#: how to load a network whose layers differ
+USE_MIXED = """Layers keep different numbers of key/value heads, which the class of transformers refuses to build:
+
+```python
+from pathlib import Path
+
+from lcsc.models.network import load_network
+
+net = load_network(Path("path/to/this/folder"))
+```"""
+#: what a recipe holds that is no decision about the model
+NOT_SETTINGS = (
+    *(
+        "operator",
+        "settings",
+        "pieces",
+        "kind",
+        "rate",
+        "dtype",
+        "bank",
+        "parents",
+        "config_sha256",
+        "lcsc_version",
+        "point",
+    ),
+)
 #: largest config.json that is copied, in bytes
 MAX_CONFIG = 16 << 20
 #: a config.json with one of these describes a network
@@ -177,6 +203,8 @@ def recipe_header(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 def is_sound(recipe: Mapping[str, Any]) -> bool:
     """Whether a recipe from a stranger has the types that making a model again relies on."""
+    if "settings" in recipe:
+        return _is_sound_remade(recipe)
     steps, coef, parents = recipe.get("steps"), recipe.get("coef"), recipe.get("parents")
     if not (isinstance(steps, list) and steps and isinstance(coef, list) and isinstance(parents, list)):
         return False
@@ -195,13 +223,34 @@ def is_sound(recipe: Mapping[str, Any]) -> bool:
         and (not grouped or _sound_groups(recipe.get("groups"), len(coef)))
         and all(_sound_row(row, len(steps)) for row in (coef if grouped else [coef]))
         and all(rate is None or type(rate) is str for rate in rates)
-        and all(
-            isinstance(parent, dict)
-            and type(parent.get("step")) is int
-            and type(parent.get("rate")) in (str, type(None))
-            and isinstance(parent.get("files"), dict)
-            for parent in parents
-        )
+        and all(map(_sound_parent, parents))
+    )
+
+
+def _is_sound_remade(recipe: Mapping[str, Any]) -> bool:
+    """The same for a model that an operator made of one checkpoint, by its settings and a point."""
+    steps, settings, parents, point = (recipe.get(key) for key in ("steps", "settings", "parents", "point"))
+    return (
+        isinstance(steps, list)
+        and [type(step) for step in steps] == [int]
+        and isinstance(settings, dict)
+        and settings.get("name") == recipe.get("operator")
+        and isinstance(recipe.get("bank", {}), dict)
+        and recipe.get("dtype", "float32") in ("float32", "same")
+        and isinstance(parents, list)
+        and bool(parents)
+        and all(map(_sound_parent, parents))
+        and isinstance(point, dict)
+        and all(isinstance(floats, list) and _sound_row(floats, len(floats)) for floats in point.values())
+    )
+
+
+def _sound_parent(parent: Any) -> bool:
+    return (
+        isinstance(parent, dict)
+        and type(parent.get("step")) is int
+        and type(parent.get("rate")) in (str, type(None))
+        and isinstance(parent.get("files"), dict)
     )
 
 

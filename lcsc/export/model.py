@@ -25,6 +25,8 @@ from lcsc.models.flat import distinct_tensors
 from lcsc.models.network import NETWORKS, load_network
 from lcsc.objectives.base import Objective
 from lcsc.operators.base import Candidate, Operator
+from lcsc.operators.surgery import Transforms, told
+from lcsc.recycling.experts import as_in_files
 from lcsc.samplers.times import Retimed
 
 #: Largest relative difference between the artefact's score and the run's. On the machine of the search they are equal
@@ -75,7 +77,8 @@ def export_model(
     levels = searched_levels(objective)
     recipe = {
         **candidate.recipe,
-        **_origin(bank, candidate.recipe.get("rank")),
+        **_plan_again(bank, operator, point),
+        **_origin(bank, candidate.recipe),
         "arch": candidate.arch,
         "run_id": info["run_id"],
         "evaluator": {**info["fingerprints"]["evaluator"], **({"levels": levels} if levels else {})},
@@ -104,10 +107,17 @@ def _check_plain(format: str, max_shard_size: str) -> None:
         )
 
 
-def _origin(bank: CheckpointBank, rank: int | None) -> dict[str, Any]:
+def _plan_again(bank: CheckpointBank, operator: Operator, point: Point) -> dict[str, Any]:
+    """What the recipe of a model says that is no combination of checkpoints, so that it can be made again."""
+    if not isinstance(operator, Transforms):
+        return {}
+    return told(operator, {box.name: point[box.name] for box in operator.space(bank).boxes})
+
+
+def _origin(bank: CheckpointBank, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoints that a recipe is about."""
-    parents = [dict(parent) for parent in bank.parents]
-    copied = {"copied": said} if (said := copied_at(bank, rank)) else {}
+    parents = [dict(parent) for parent in bank.parents if parent["step"] in recipe["steps"]]
+    copied = {"copied": said} if (said := copied_at(bank, recipe.get("rank"))) else {}
     return {"bank": bank_config(bank), "parents": parents, **copied, "lcsc_version": importlib.metadata.version("lcsc")}
 
 
@@ -154,9 +164,10 @@ def _load_back(
 
 
 def _named_as(weights: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """A network's tensors; of those that it ties and `weights` has once, that one."""
+    """A network's tensors as `weights` calls them; of those that it ties and `weights` has once, that one."""
     twins = {name for _, names in distinct_tensors(net) if set(names) & set(weights) for name in names}
-    return {name: tensor for name, tensor in net.state_dict().items() if name in weights or name not in twins}
+    tensors = as_in_files(type(net).__name__, net.state_dict(), weights)
+    return {name: tensor for name, tensor in tensors.items() if name in weights or name not in twins}
 
 
 def _candidate_of(candidate: Candidate, tensors: Mapping[str, Tensor]) -> Candidate:

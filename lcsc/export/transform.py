@@ -15,16 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcsc.bank import CheckpointBank, Selection
+from lcsc.bank import CheckpointBank, Layout, Selection
 from lcsc.bank.extents import Source, read_source
 from lcsc.bank.shard_index import open_regular, read_range
 from lcsc.bank.storage import as_tensor
 from lcsc.core.errors import BankError, NonFiniteError
 from lcsc.core.files import new_directory, writing
-from lcsc.export.folder import RECIPE_KEY, Model, bank_config, make_metadata, model_config, plain_text
+from lcsc.export.folder import (
+    NOT_SETTINGS,
+    RECIPE_KEY,
+    USE_MIXED,
+    Model,
+    bank_config,
+    make_metadata,
+    model_config,
+    plain_text,
+)
 from lcsc.export.oneshot import check_target
 from lcsc.export.stream import ModelWriter, Spec, parse_size, plan_files
-from lcsc.operators.surgery import Plan, Transforms
+from lcsc.operators.surgery import Plan, Transforms, told
 
 #: files beside the weights that belong to the model whatever its architecture: tokenizer and generation settings
 COMPANIONS = re.compile(
@@ -76,14 +85,15 @@ def transform_model(
     if plan.row != bank.num_checkpoints - 1:
         bank = CheckpointBank.open(bank.path, **_only(bank, plan.row))
         plan = operator.plan(bank)
-    model = _model(bank, plan)
+    plan = replace(plan, recipe={**plan.recipe, **told(operator, None)})
+    model = planned_model(bank, plan)
     check_target(bank, to, sum(spec.nbytes for spec in model.specs))
     files = plan_files(model.specs, model.stem, max_shard_bytes)
     parent = bank.parent(plan.row)
     with writing(to), new_directory(to) as folder:
         longest = [dict(piece.longest) for piece in plan.pieces]
         rough = make_metadata(_recipe(bank, plan, model, parent, longest), model, bank.layout.ties)
-        writer = ModelWriter(folder, files, bank.layout, {}, rough)
+        writer = ModelWriter(folder, files, Layout(()), {}, rough)  # tensors are written whole
         try:
             facts = _pour(bank, plan, model, writer, progress)
             metadata = make_metadata(_recipe(bank, plan, model, parent, facts), model, bank.layout.ties)
@@ -104,7 +114,7 @@ def _only(bank: CheckpointBank, row: int) -> dict[str, Any]:
     return {**how, "select": Selection(bank.steps[row], bank.steps[row])}
 
 
-def _model(bank: CheckpointBank, plan: Plan) -> Model:
+def planned_model(bank: CheckpointBank, plan: Plan) -> Model:
     """Tensors and configuration of the new model: the checkpoint's, but for what the plan changes."""
     model, gone = Model.of(bank, "same"), plan.reads
     dtypes = {spec.name: spec.dtype for spec in model.specs}
@@ -112,15 +122,17 @@ def _model(bank: CheckpointBank, plan: Plan) -> Model:
     for piece in plan.pieces:
         kinds = {dtypes[name] for name in piece.reads}
         for name, shape in piece.writes.items():
-            if name not in dtypes and len(kinds) > 1:
+            own = dtypes.get(piece.likes.get(name, name))
+            if own is None and len(kinds) > 1:
                 raise BankError(f"`{name}` is made of tensors of {sorted(kinds)}; save the model in one dtype first.")
-            specs.append(Spec(name, dtypes.get(name, min(kinds)), tuple(shape)))
-    old = model_config(bank)
-    changed = {
-        key: value for key, value in plan.arch["config"].items() if (bank.arch or {})["config"].get(key) != value
-    }
-    config = json.dumps({**old, **changed}, indent=2, ensure_ascii=False) + "\n"
-    return replace(model, specs=tuple(specs), config=config.encode() if changed else model.config)
+            specs.append(Spec(name, own or min(kinds), tuple(shape)))
+    before, after = (bank.arch or {})["config"], plan.arch["config"]
+    kept = {key: value for key, value in (model_config(bank) or {}).items() if key in after or key not in before}
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    ours = "_class_name" in after and "_class_name" not in before  # a class of lcsc's for one of transformers
+    text = json.dumps(dict(after) if ours else {**kept, **changed}, indent=2, ensure_ascii=False) + "\n"
+    config, library = text.encode() if before != after else model.config, "lcsc" if ours else model.library
+    return replace(model, specs=tuple(specs), library=library, config=config)
 
 
 def _recipe(
@@ -154,19 +166,23 @@ def _pour(
     progress: Callable[[int, int], None] | None,
 ) -> list[dict[str, Any]]:
     """Write all tensors; returns the facts of the pieces."""
-    row, sources = bank.rows[plan.row], _sources(bank, plan.row)
-    made_of_pieces = {name for piece in plan.pieces for name in piece.writes}
-    total, done, facts = sum(spec.nbytes for spec in model.specs), 0, []
-
-    def read(name: str) -> Tensor:
-        return as_tensor(read_source(row.files, sources[name], row.base), sources[name].dtype)
-
-    def put(name: str, tensor: Tensor) -> None:
-        nonlocal done
-        writer.put_raw(name, _bits(tensor))
+    total, done = sum(spec.nbytes for spec in model.specs), 0
+    facts: list[dict[str, Any]] = []
+    for name, tensor in remade(bank, plan, model, facts):
+        writer.put_raw(name, bits_of(tensor))
         done += tensor.nbytes
         if progress:
             progress(done, total)
+    return facts
+
+
+def remade(bank: CheckpointBank, plan: Plan, model: Model, facts: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the new model in their dtypes, one piece after the other; `facts` is filled on the way."""
+    row, sources = bank.rows[plan.row], _sources(bank, plan.row)
+    made_of_pieces = {name for piece in plan.pieces for name in piece.writes}
+
+    def read(name: str) -> Tensor:
+        return as_tensor(read_source(row.files, sources[name], row.base), sources[name].dtype)
 
     for spec in model.specs:
         if spec.name in made_of_pieces:
@@ -174,7 +190,7 @@ def _pour(
         tensor = read(spec.name)
         if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"`{spec.name}` of `{row.path}` holds NaN or Inf. Take another checkpoint.")
-        put(spec.name, tensor)
+        yield spec.name, tensor
     dtypes = {spec.name: spec.dtype for spec in model.specs}
     for piece in plan.pieces:
         tensors, fact = piece.made({name: read(name) for name in piece.reads})
@@ -182,12 +198,11 @@ def _pour(
             if not torch.isfinite(tensor).all():
                 raise NonFiniteError(f"`{name}` becomes too large for {dtypes[name]}. Save the model as float32 first.")
             assert (tuple(tensor.shape), tensor.dtype) == (tuple(piece.writes[name]), getattr(torch, dtypes[name]))
-            put(name, tensor)
+            yield name, tensor
         facts.append(fact)
-    return facts
 
 
-def _bits(tensor: Tensor) -> Any:
+def bits_of(tensor: Tensor) -> Any:
     """A tensor's raw bits as numpy has them."""
     tensor = tensor.contiguous()
     by_size = {1: torch.uint8, 2: torch.int16}
@@ -214,25 +229,19 @@ def transform_card(name: str, recipe: Mapping[str, Any], library: str, command: 
 
 
 def _card_lines(name: str, recipe: Mapping[str, Any], library: str, command: str) -> Iterator[str]:
-    hidden = {
-        "operator",
-        "pieces",
-        "kind",
-        "rate",
-        "dtype",
-        "bank",
-        "parents",
-        "config_sha256",
-        "lcsc_version",
-        "point",
-    }
     (parent,) = recipe["parents"]
     yield from ("---", f"library_name: {library}", "tags:", "- lcsc", f"- {recipe['operator']}", "---")
     yield from (f"# {plain_text(name)}: one checkpoint after `{recipe['operator']}` by lcsc", "")
-    yield from ("Nothing was trained or scored. Tensors keep their dtypes.", "", "| setting | value |", "|---|---|")
-    yield from (f"| {key} | {plain_text(value)} |" for key, value in recipe.items() if key not in hidden)
+    yield from ("Nothing was trained or scored. Tensors keep their dtypes.", "", *_use(recipe))
+    yield from ("| setting | value |", "|---|---|")
+    yield from (f"| {key} | {plain_text(value)} |" for key, value in recipe.items() if key not in NOT_SETTINGS)
     files = ", ".join(f"`{plain_text(file)}`" for file in parent["files"])
     yield from ("", f"Made of {files}, step {parent['step']}, content `{parent['content'][:16]}`.", "")
     yield from ("## How it was made", "", f"    {command or 'lcsc.export.transform.transform_model(...)'}", "")
     yield f"lcsc {recipe['lcsc_version']}, Python {platform.python_version()}, torch {torch.__version__}. The weight"
     yield from ("files carry the full recipe in their headers.", "")
+
+
+def _use(recipe: Mapping[str, Any]) -> list[str]:
+    """How to load it, where that is not the library's usual way."""
+    return ["## Use", "", USE_MIXED, ""] if isinstance(recipe.get("stored_kv_heads"), list) else []

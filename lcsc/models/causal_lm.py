@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lcsc.core.errors import ConfigError
+from lcsc.models.mixed_heads import mixed_class
+from lcsc.recycling.experts import MIXTURES
 
 #: Classes of transformers that are built and loaded, whose forward pass takes `input_ids` and gives `logits`.
 CAUSAL_LMS = (
@@ -20,6 +22,9 @@ CAUSAL_LMS = (
     *("OlmoForCausalLM", "OlmoeForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM"),
     *("Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM"),
 )
+
+#: Tokens of a text of bytes, and rows that a network may have beyond the tokens of a tokenizer.
+BYTES, SPARE_TOKENS = 256, 1024
 
 #: Settings of a config.json that fetch and run kernels from a hub, or say what we say ourselves.
 _LEFT_OUT = ("attn_implementation", "experts_implementation", "dtype", "torch_dtype")
@@ -30,12 +35,12 @@ _READ = ("head_dim", "per_layer_config", "rope_scaling", "rope_theta", "torch_dt
 
 def build_causal_lm(cls: Any, config: Mapping[str, Any]) -> nn.Module:
     """A freshly initialised network in float32; raises what transformers raises for values that it refuses."""
-    return cls(_config(cls, config)).float()  # type: ignore[no-any-return]
+    return mixed_class(cls, config)(_config(cls, config)).float()  # type: ignore[no-any-return]
 
 
 def load_causal_lm(cls: Any, folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
     """The network in `folder` in eval mode, float32, and transformers' notes on tensors that do not fit; offline."""
-    return cls.from_pretrained(  # type: ignore[no-any-return]
+    return mixed_class(cls, config).from_pretrained(  # type: ignore[no-any-return]
         str(folder),
         config=_config(cls, config),
         local_files_only=True,
@@ -48,9 +53,11 @@ def load_causal_lm(cls: Any, folder: Path, config: Mapping[str, Any]) -> tuple[n
 def save_causal_lm(cls: Any, net: nn.Module, folder: Path, max_shard_size: str) -> None:
     """Write config.json and safetensors into `folder`, under the names that the tensors have in memory.
 
-    transformers would rename some and cut the fused experts of a mixture one by one; it opens both.
+    Only experts of a mixture are cut one by one, as transformers does it by itself, so that its older versions open
+    them too.
     """
-    cls.save_pretrained(net, str(folder), max_shard_size=max_shard_size, save_original_format=False)
+    split = cls.__name__ in MIXTURES
+    cls.save_pretrained(net, str(folder), max_shard_size=max_shard_size, save_original_format=split)
 
 
 def saved_settings(arch: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -107,6 +114,21 @@ def _cached_numbers(config: Any, grouped: bool) -> int | None:
     return int(key_heads * size)
 
 
+def active_parameters(net: nn.Module) -> int:
+    """Parameters that one token uses, tied ones once: of a mixture's experts those that it is sent to.
+
+    Every layer's experts are alike, so of `num_experts` (or `num_local_experts`) it uses `num_experts_per_tok` at most.
+    """
+    total = sum(parameter.numel() for parameter in net.parameters())
+    names = ("num_experts", "num_local_experts")
+    num = next((n for name in names if (n := getattr(net.config, name, None))), None)
+    used = getattr(net.config, "num_experts_per_tok", None)
+    if not num or not used:
+        return total
+    experts = sum(parameter.numel() for name, parameter in net.named_parameters() if ".experts." in name)
+    return total - experts + experts * min(used, num) // num
+
+
 def token_losses(net: nn.Module, ids_NT: Tensor) -> Tensor:
     """Cross-entropy of each token but the first given those before it, in nats, float32, shape (N, T - 1).
 
@@ -119,10 +141,14 @@ def token_losses(net: nn.Module, ids_NT: Tensor) -> Tensor:
 def check_text(config: Any, vocab_size: int, length: int) -> None:
     """Refuse a network that reads other tokens than a text's, or fewer at once than `length`.
 
+    Networks often have a few more rows than their tokenizer has tokens, for shapes that are quick; a text of bytes has
+    no such tokenizer.
+
     Raises:
         ConfigError: naming both numbers.
     """
-    if config.vocab_size != vocab_size:
+    room = config.vocab_size - vocab_size
+    if room < 0 or room > (0 if vocab_size <= BYTES else SPARE_TOKENS):
         raise ConfigError(
             f"the network has {config.vocab_size} tokens, and the text {vocab_size}: they would not mean the same. Use "
             f"a network with `vocab_size` {vocab_size}, trained on such tokens."

@@ -1,9 +1,14 @@
-"""A live network whose parameters are views of one flat buffer: filling the buffer is loading the weights."""
+"""A live network whose parameters are views of one flat buffer: filling the buffer is loading the weights.
+
+Only the experts of a mixture are copied behind that, where files have them one by one and the network has all of a
+layer in one tensor.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +17,7 @@ from torch import Tensor, nn
 from lcsc.bank.layout import Layout
 from lcsc.core.errors import BankError
 from lcsc.models.network import build_network
+from lcsc.recycling.experts import Part, spelled_out
 
 
 class LiveModel:
@@ -33,8 +39,9 @@ class LiveModel:
         self.net: nn.Module = build_network(arch).to(device).eval().requires_grad_(False)
         self.theta_P = torch.zeros(layout.num_parameters, device=device)
         groups = distinct_tensors(self.net)
-        shapes = {name: tuple(tensor.shape) for name, tensor in constants.items()}
-        check_bijection(self.net, [names for _, names in groups], layout.shapes | shapes)
+        shapes = layout.shapes | {name: tuple(tensor.shape) for name, tensor in constants.items()}
+        spelled = spelled_out(type(self.net).__name__, net_shapes(self.net), shapes)
+        check_bijection(self.net, [names for _, names in groups], shapes, spelled)
         views = layout.views(self.theta_P)
         self._layout = layout
         #: the network's tensors that read from the row, each with its name there and all its names in the network
@@ -45,11 +52,26 @@ class LiveModel:
                 self._bound.append((tensor, own, names))
             elif (own := next((name for name in names if name in constants), None)) is not None:
                 tensor.data.copy_(constants[own])
+        #: tensors that the row holds in parts, and where they were
+        self._joined = [(t, names[0], t.data_ptr()) for t, names in groups if names[0] in spelled]
+        self._parts = spelled
+
+    @torch.no_grad()
+    def fill(self, write: Callable[[Tensor], None]) -> None:
+        """Let `write` fill the row, float32, shape (P,), and the network have it."""
+        write(self.theta_P)
+        views = self._layout.views(self.theta_P)
+        for tensor, name, _ in self._joined:
+            for part in self._parts[name]:
+                part.of(tensor).copy_(views[part.name])
 
     @property
     def intact(self) -> bool:
         """Whether the network still reads its weights from the row: whoever had it may have moved or cast it."""
         views, now = self._layout.views(self.theta_P), named_tensors(self.net)
+        for tensor, name, place in self._joined:
+            if now.get(name) is not tensor or tensor.data_ptr() != place or tensor.dtype != torch.float32:
+                return False
         return all(
             name in now and now[name].data_ptr() == views[own].data_ptr() and now[name].dtype == views[own].dtype
             for _, own, names in self._bound
@@ -62,15 +84,35 @@ class LiveModel:
         grad_P = torch.zeros_like(self.theta_P)
         views = self._layout.views(grad_P)
         parameters = [(tensor, own) for tensor, own, _ in self._bound if isinstance(tensor, nn.Parameter)]
+        hooks: list[Any] = []
         try:
             for parameter, own in parameters:
                 parameter.requires_grad_(True)
                 parameter.grad = views[own]
+            for joined, name, _ in self._joined:
+                joined.requires_grad_(True)
+                add = functools.partial(_add_parts, self._parts[name], views)
+                hooks.append(joined.register_post_accumulate_grad_hook(add))
             yield grad_P
         finally:
-            for parameter, _ in parameters:
-                parameter.requires_grad_(False)
-                parameter.grad = None
+            for hook in hooks:
+                hook.remove()
+            for tensor in (*(own for own, _ in parameters), *(own for own, *_ in self._joined)):
+                tensor.requires_grad_(False)
+                tensor.grad = None
+
+
+def _add_parts(parts: Sequence[Part], views: Mapping[str, Tensor], parameter: Tensor) -> None:
+    """Move what a backward pass left at a parameter to where its parts are added up."""
+    assert parameter.grad is not None, "called behind a backward pass"
+    for part in parts:
+        views[part.name].add_(part.of(parameter.grad))
+    parameter.grad = None
+
+
+def net_shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a network's tensors, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
 
 
 def named_tensors(net: nn.Module) -> dict[str, Tensor]:
@@ -87,7 +129,12 @@ def distinct_tensors(net: nn.Module) -> list[tuple[Tensor, tuple[str, ...]]]:
     return [(tensors[group[0]], tuple(group)) for group in names.values()]
 
 
-def check_bijection(net: nn.Module, groups: Sequence[tuple[str, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+def check_bijection(
+    net: nn.Module,
+    groups: Sequence[tuple[str, ...]],
+    given: Mapping[str, tuple[int, ...]],
+    spelled: Mapping[str, Sequence[Part]] | None = None,
+) -> None:
     """Raise BankError unless names and shapes of a network and of a bank agree.
 
     Of tied tensors one name is enough, as `safetensors.torch.save_model` keeps it.
@@ -96,10 +143,14 @@ def check_bijection(net: nn.Module, groups: Sequence[tuple[str, ...]], given: Ma
         net: the network.
         groups: names of its tensors, as `distinct_tensors` gives them.
         given: shape by name of what the bank gives.
+        spelled: tensors of the network that the bank gives in parts.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    wanted = net_shapes(net)
+    for name, parts in (spelled or {}).items():
+        del wanted[name]
+        wanted |= {part.name: part.shape for part in parts}
     there = {name for names in groups if set(names) & set(given) for name in names}
-    missing = sorted(set(wanted) - there)
+    missing = sorted(set(wanted) - there - set(given))
     extra = sorted(set(given) - set(wanted))
     shapes = sorted(name for name in set(given) & set(wanted) if given[name] != wanted[name])
     if missing or extra or shapes:

@@ -22,6 +22,7 @@ from lcsc.models import causal_lm
 #: class name -> module it comes from; nothing else is ever built or loaded.
 NETWORKS: dict[str, str] = {
     "GaussianDenoiser": "lcsc.models.gaussian",
+    "MixtureViT": "lcsc.models.vit_mixture",
     "UNet2DModel": "diffusers",
     "UNet2DConditionModel": "diffusers",
     "UVit2DModel": "diffusers",

@@ -15,7 +15,8 @@ from lcsc.bank.lora import refuse_lora
 from lcsc.bank.part import BankPart
 from lcsc.core.errors import BankError, ConfigError, EvaluationError
 from lcsc.kernels import Groups
-from lcsc.models.flat import check_bijection, distinct_tensors, named_tensors
+from lcsc.models.flat import check_bijection, distinct_tensors, named_tensors, net_shapes
+from lcsc.recycling.experts import Part, spelled_out
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class _Box:
         for axis in range(1, len(self.shape)):
             rows = rows.narrow(axis, self.at[axis], self.shape[axis])
         return rows
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of the bank in a tensor of the network: names there and here, its box, and where in the local part."""
+
+    name: str
+    own: str
+    box: _Box
+    into: tuple[int | slice, ...] = ()
 
 
 class LocalShards:
@@ -66,21 +77,26 @@ class LocalShards:
         groups = distinct_tensors(net)
         constants = {name: source.shape for name, (_, source) in bank.constant_sources().items()}
         shapes = bank.layout.shapes
-        check_bijection(net, [names for _, names in groups], shapes | constants)
-        #: name in the network, name in the bank, and the box, of combined tensors and of those that are copied
-        self._combined: list[tuple[str, str, _Box]] = []
-        self._copied: list[tuple[str, str, _Box]] = []
+        spelled = spelled_out(type(net).__name__, net_shapes(net), shapes)
+        check_bijection(net, [names for _, names in groups], shapes | constants, spelled)
+        #: combined tensors, and those that are copied
+        self._combined: list[_Place] = []
+        self._copied: list[_Place] = []
         for tensor, names in groups:
             if (own := next((name for name in names if name in shapes), None)) is not None:
-                self._combined.append((names[0], bank.layout.ties.get(own, own), _box(names[0], tensor)))
+                self._combined.append(_Place(names[0], bank.layout.ties.get(own, own), _box(names[0], tensor)))
             elif (own := next((name for name in names if name in constants), None)) is not None:
-                self._copied.append((names[0], own, _box(names[0], tensor)))
+                self._copied.append(_Place(names[0], own, _box(names[0], tensor)))
+            elif names[0] in spelled:  # experts of a mixture
+                box = _box(names[0], tensor)
+                places = [_within(names[0], part, box) for part in spelled[names[0]]]
+                self._combined += [place for place in places if place is not None]
         spans: dict[str, tuple[int, int]] = {}
-        for _, own, box in self._combined:
-            a, b = box.span(shapes[own])
+        for place in self._combined:
+            a, b = place.box.span(shapes[place.own])
             if a < b:  # a network may untie what the checkpoints tie, and cut the two alike or not
-                first, last = spans.get(own, (a, b))
-                spans[own] = min(a, first), max(b, last)
+                first, last = spans.get(place.own, (a, b))
+                spans[place.own] = min(a, first), max(b, last)
         #: the columns of the bank that this process needs
         self.part = BankPart(bank, spans)
         self._starts = {name: a for name, (a, _) in spans.items()}
@@ -102,8 +118,8 @@ class LocalShards:
         _reshard(self.net)
         here, row = named_tensors(self.net), self.part.combine(coef, groups=groups)
         shapes = self.bank.layout.shapes
-        for name, own, box in self._combined:
-            local = _local(here[name])
+        for place in self._combined:
+            own, box, local = place.own, place.box, _local(here[place.name])[place.into]
             if local.numel() == 0:
                 continue
             shape = shapes[own]
@@ -112,11 +128,11 @@ class LocalShards:
             local.copy_(box.of(rows))
             if local.dtype.itemsize < 4 and not torch.isfinite(local).all():
                 raise EvaluationError(
-                    f"`{name}` reaches {rows.abs().max():.6g}, too large for its dtype {local.dtype}. Keep the network "
-                    "in float32, or use smaller coefficients."
+                    f"`{place.name}` reaches {rows.abs().max():.6g}, too large for its dtype {local.dtype}. Keep the "
+                    "network in float32, or use smaller coefficients."
                 )
-        for name, own, box in self._copied:
-            whole, local = self.bank.constants[own], _local(here[name])
+        for place in self._copied:
+            box, whole, local = place.box, self.bank.constants[place.own], _local(here[place.name])
             if local.numel():
                 local.copy_(box.of(whole[slice(box.at[0], box.at[0] + box.shape[0])] if box.shape else whole))
 
@@ -165,6 +181,22 @@ def _box(name: str, tensor: Tensor) -> _Box:
             f"gives {tuple(shape)}. Spread the network with `fully_shard` or `distribute_tensor`."
         )
     return _Box(tuple(at) or (0,) * tensor.ndim, tuple(shape))
+
+
+def _within(name: str, part: Part, box: _Box) -> _Place | None:
+    """What a local part holds of an expert's tensor; None where it holds nothing of it."""
+    if part.expert is None:
+        return _Place(name, part.name, box)
+    first = (part.expert, part.start, *(0,) * (len(part.shape) - 1))
+    last = [a + n for a, n in zip(first, (1, *part.shape), strict=True)]
+    low = [max(a, b) for a, b in zip(first, box.at, strict=True)]
+    high = [min(a, b + n) for a, b, n in zip(last, box.at, box.shape, strict=True)]
+    if any(a >= b for a, b in zip(low, high, strict=True)):
+        return None
+    sizes = tuple(b - a for a, b in zip(low, high, strict=True))
+    own = _Box(tuple(a - b for a, b in zip(low, first, strict=True))[1:], sizes[1:])
+    into = [slice(a - b, a - b + n) for a, b, n in zip(low, box.at, sizes, strict=True)]
+    return _Place(name, part.name, own, (low[0] - box.at[0], *into[1:]))
 
 
 def _one_piece(placements: Sequence[Any], mesh: tuple[int, ...]) -> bool:

@@ -30,6 +30,7 @@ class Score:
         others: scores of further metrics on the same images, `{name: {"value", "se"}}`.
         resamples: the others' scores on bootstrap resamples of the images, by name; resample r holds the same images
             for all candidates scored on as many.
+        further: network evaluations of one image besides, such as those of a training.
     """
 
     value: float
@@ -38,11 +39,12 @@ class Score:
     se: float | None = None
     others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     resamples: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    further: int = 0
 
     @property
     def image_forwards(self) -> int:
         """Network evaluations of one image that it took."""
-        return self.num_images * self.nfe
+        return self.num_images * self.nfe + self.further
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +163,18 @@ class Raceable(Protocol):
 
         Equally many blocks are drawn alike, so resample r of two candidates holds the same images.
         """
+        ...
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """What an objective offers beside `Objective` when its candidates have a speed: measured once, after the search.
+
+    A speed differs from run to run, so it is no part of a score or of the journal.
+    """
+
+    def speed(self, candidate: Candidate) -> Mapping[str, Any] | None:
+        """Plain values for summary.json; None where it is not asked for."""
         ...
 
 

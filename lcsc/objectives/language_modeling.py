@@ -19,14 +19,15 @@ from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose
 from lcsc.datasets.base import TextDataset, TextPart, need_text
 from lcsc.datasets.content import text_digest
-from lcsc.models.causal_lm import CAUSAL_LMS, check_text, kv_cache_bytes, token_losses
+from lcsc.models.causal_lm import CAUSAL_LMS, active_parameters, check_text, kv_cache_bytes, token_losses
+from lcsc.models.decoding import decode_speed
 from lcsc.models.flat import LiveModel
 from lcsc.objectives.mean_loss import MeanLoss
 from lcsc.objectives.shared import KeptLive
 from lcsc.operators.base import Candidate
 
-#: A text of so many tokens is one of bytes.
-BYTES = 256
+#: texts that are continued at once when the speed is measured
+DECODED = 8
 
 
 @register("objective", "language_modeling", source="transformers' causal language modelling loss; Shannon 1951")
@@ -39,28 +40,35 @@ class LanguageModeling(MeanLoss):
     comes up once before any comes up again. All candidates see the same blocks. The standard error takes blocks of one
     stretch together, because neighbours are alike.
 
-    Full scores also hold `bits_per_byte` of a text of bytes, `parameters` (tied ones once) and, where the config tells,
-    `kv_cache_bytes`: what one more token takes in the cache of keys and values in float32.
+    Full scores also hold `bits_per_byte` (of the bytes that the tokens stand for), `parameters` (tied ones once), of a
+    mixture of experts `active_parameters` (those that a token uses) and, where the config tells, `kv_cache_bytes`: what
+    one more token takes in the cache of keys and values in float32. After a search the speed of writing is measured,
+    which is no part of a score.
 
     Args:
         dataset: the text.
         block_length: tokens of a block; the context that the last of them has, and one.
         batch_size: blocks per network call.
         device: torch device; `auto` takes the GPU where there is one.
+        decode_tokens: that each of 8 texts is continued by when the speed is measured; 0 leaves it out.
     """
 
     dataset: TextDataset = field(metadata={"internal": True})
     block_length: int = 128
     batch_size: int = 64
     device: str = "auto"
+    decode_tokens: int = 16
 
     name: ClassVar[str] = "language_modeling"
     forwards: ClassVar[tuple[int, int]] = (1, 3)
 
     def __post_init__(self) -> None:
         need_text(self.dataset, f"objective `{self.name}`")
-        if self.batch_size < 1:
-            raise ConfigError(f"`objective.batch_size` is {self.batch_size}; it must be at least 1.")
+        if self.batch_size < 1 or self.decode_tokens < 0:
+            raise ConfigError(
+                f"`objective.batch_size` is {self.batch_size} and `decode_tokens` {self.decode_tokens}; they must be "
+                "at least 1, and at least 0."
+            )
         stretch = self.dataset.tokens(TextPart.SEARCH).shape[1]
         if not 2 <= self.block_length <= stretch:
             raise ConfigError(
@@ -93,14 +101,28 @@ class LanguageModeling(MeanLoss):
             **settings,
         }
 
-    def _others(self, live: LiveModel, value: float, se: float | None) -> Mapping[str, Mapping[str, float]]:
-        found: dict[str, dict[str, float]] = {}
-        if self.dataset.vocab_size == BYTES:
-            found["bits_per_byte"] = {"value": value / math.log(2), **({} if se is None else {"se": se / math.log(2)})}
+    def _others(
+        self, live: LiveModel, purpose: Purpose, rows_N: np.ndarray, value: float, se: float | None
+    ) -> Mapping[str, Mapping[str, float]]:
+        # of the tokens that a loss is of: all but the first of a block
+        bytes_NT = self._in_blocks(self.dataset.byte_counts(_part(purpose)))[torch.from_numpy(rows_N), 1:]
+        bits = bytes_NT.numel() / float(bytes_NT.sum()) / math.log(2)
+        found = {"bits_per_byte": {"value": value * bits, **({} if se is None else {"se": se * bits})}}
         sizes = {"parameters": sum(parameter.numel() for parameter in live.net.parameters())}
+        if (active := active_parameters(live.net)) != sizes["parameters"]:
+            sizes["active_parameters"] = active
         if (cache := kv_cache_bytes(live.net.config)) is not None:
             sizes["kv_cache_bytes"] = cache
         return found | {name: {"value": float(size), "se": 0.0} for name, size in sizes.items()}
+
+    def speed(self, candidate: Candidate) -> Mapping[str, Any] | None:
+        """See `Timed.speed`; the prompts are blocks of the search half, short enough to leave room for the rest."""
+        num = min(self.decode_tokens, self.block_length - 1)
+        if not num:
+            return None
+        live = self._live(candidate)
+        blocks_NT = self._blocks(Purpose.SEARCH)[:DECODED, : self.block_length - num]
+        return decode_speed(live.net, blocks_NT.to(live.theta_P.device).long(), num)
 
     def _groups(self, rows_N: np.ndarray) -> np.ndarray:
         """Blocks of one stretch go together."""
@@ -108,7 +130,9 @@ class LanguageModeling(MeanLoss):
 
     def _blocks(self, purpose: Purpose) -> Tensor:
         """All blocks of a purpose's half, shape (B, T), stretch after stretch; the rest of a stretch is left out."""
-        stretches_SL = self.dataset.tokens(TextPart.REPORT if purpose is Purpose.REPORT else TextPart.SEARCH)
+        return self._in_blocks(self.dataset.tokens(_part(purpose)))
+
+    def _in_blocks(self, stretches_SL: Tensor) -> Tensor:
         num = stretches_SL.shape[1] // self.block_length
         return stretches_SL[:, : num * self.block_length].reshape(-1, self.block_length)
 
@@ -126,3 +150,8 @@ class LanguageModeling(MeanLoss):
         live = super()._live(candidate)
         check_text(live.net.config, self.dataset.vocab_size, self.block_length)
         return live
+
+
+def _part(purpose: Purpose) -> TextPart:
+    """The half of the text that a purpose reads."""
+    return TextPart.REPORT if purpose is Purpose.REPORT else TextPart.SEARCH

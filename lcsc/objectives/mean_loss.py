@@ -59,7 +59,7 @@ class MeanLoss:
         if not full:
             return Score(value, len(images), self.forwards[0])
         se = grouped_se(losses_N, self._groups(rows_N))
-        return Score(value, len(images), self.forwards[0], se, self._others(live, value, se))
+        return Score(value, len(images), self.forwards[0], se, self._others(live, purpose, rows_N, value, se))
 
     @torch.no_grad()
     def block_states(
@@ -105,15 +105,17 @@ class MeanLoss:
         return Slope(value, grad_P, self.forwards[1] * len(images))
 
     @property
-    def no_gradient(self) -> None:
+    def no_gradient(self) -> str | None:
         """See `Differentiable.no_gradient`."""
-        return
+        return None
 
     def floor(self) -> None:
         """None: the least loss of a finite set of items is not known."""
         return
 
-    def _others(self, live: LiveModel, value: float, se: float | None) -> Mapping[str, Mapping[str, float]]:
+    def _others(
+        self, live: LiveModel, purpose: Purpose, rows_N: np.ndarray, value: float, se: float | None
+    ) -> Mapping[str, Mapping[str, float]]:
         """Further numbers of a full score; see `Score.others`."""
         return {}
 

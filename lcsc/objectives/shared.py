@@ -53,6 +53,10 @@ class KeptLive:
         if self._kept is None or self._kept[0] is not candidate.layout or not self._kept[1].intact:
             self._kept = (candidate.layout, LiveModel(candidate.arch, candidate.layout, candidate.constants, device))
         live = self._kept[1]
-        candidate.write(live.theta_P)
+        live.fill(candidate.write)
         check_weights([live.theta_P])
         return live
+
+    def forget(self) -> None:
+        """Leave the network to whoever got it last."""
+        self._kept = None

@@ -16,13 +16,13 @@ from lcsc.bank import CheckpointBank
 from lcsc.bank.extents import ITEMSIZE
 from lcsc.bank.lora import refuse_lora
 from lcsc.core.errors import ConfigError, did_you_mean
-from lcsc.core.registry import plain, register
+from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.core.space import Box, Point, SearchSpace
+from lcsc.core.space import Box, Choices, Point, SearchSpace
 from lcsc.operators.base import Baseline, Candidate
 from lcsc.operators.linear import need_arch
 from lcsc.operators.surgery import Piece, Plan, candidate, refuse_ties, row_of
-from lcsc.recycling.attention import Attention, find_attention
+from lcsc.recycling.attention import Attention, find_attention, heads_settings
 from lcsc.recycling.heads import Pooling, regroup
 
 #: ways to make one head of several, the default first: the box `pooling` counts in them
@@ -47,6 +47,8 @@ class Gqa:
             `random`.
         grouping: `order` (neighbours) or `similarity`.
         restore_norm: give pooled heads the mean length of theirs; null: for aligned ones only.
+        repeat_heads: where layers differ, repeat their heads up to one number, which is all that the classes of
+            transformers can read; false keeps each layer's own number (`per_layer_config`), which lcsc opens.
         head_weights: search the weights of the heads within their groups, for keys and values.
         step: training step of the checkpoint; null is the last.
         seed: of random heads.
@@ -58,6 +60,7 @@ class Gqa:
     pooling: str | None = None
     grouping: str | None = None
     restore_norm: bool | None = None
+    repeat_heads: bool = True
     head_weights: bool = False
     step: int | None = None
     seed: int = 0
@@ -99,7 +102,7 @@ class Gqa:
         self._counts(found, None)  # refuses numbers that do not fit
         boxes = []
         if self.num_kv_heads is None:
-            boxes.append(Box("groups", L if self.per_layer else 1, 0.0, 1.0, scale=0.25))
+            boxes.append(Box("groups", L if self.per_layer else 1, 0.0, 1.0, scale=0.25, choices=self._choices(found)))
         if self.pooling is None:
             boxes.append(Box("pooling", 1, 0.0, float(len(METHODS)), scale=0.5))
         if self.grouping is None:
@@ -139,8 +142,9 @@ class Gqa:
     def plan(self, bank: CheckpointBank, point: Point | None = None) -> Plan:
         """How it is made; see `lcsc.operators.surgery`.
 
-        Layers may have different numbers of heads, which no stock configuration can say: the new one has their least
-        common multiple, and the pooled heads are repeated up to it. The recipe tells both sizes of the cache.
+        Where layers have different numbers of heads, the new configuration has their least common multiple, and the
+        pooled heads are repeated up to it, or (`repeat_heads=false`) each layer's own number. The recipe tells both
+        sizes of the cache.
         """
         found, arch, row = self._attention(bank), need_arch(bank), row_of(bank, self.step)
         refuse_ties(bank, {name for layer in found.layers for name in layer.values()})
@@ -153,16 +157,16 @@ class Gqa:
         method = self.pooling or _choice(point, "pooling", METHODS)
         grouping = self.grouping or _choice(point, "grouping", GROUPINGS)
         restore = method == "aligned" if self.restore_norm is None else self.restore_norm
-        common = math.lcm(*counts)
+        stored = (math.lcm(*counts),) * len(counts) if self.repeat_heads else counts
         pieces = []
-        for i, (names, count) in enumerate(zip(found.layers, counts, strict=True)):
+        for i, (names, count, kept) in enumerate(zip(found.layers, counts, stored, strict=True)):
             weights = {f"{role}_weights_H": _weights(point, f"{role}_weights", found, i) for role in ("key", "value")}
             how = Pooling(
                 count,
                 method,
                 similar=grouping == "similarity",
                 restore_norm=restore,
-                copies=common // count,
+                copies=kept // count,
                 fresh=functools.partial(SeedRange(self.seed, Purpose.TRAIN).generator, i),
                 std=float(arch["config"].get("initializer_range") or 0.02),
                 **weights,
@@ -176,15 +180,21 @@ class Gqa:
             "restore_norm": restore,
             "seed": self.seed,
             "num_kv_heads": list(counts),
-            "stored_kv_heads": common,
+            "stored_kv_heads": stored[0] if len(set(stored)) == 1 else list(stored),
             "cache_bytes_per_token": cache_bytes(found, counts, bank),
-            "stored_cache_bytes_per_token": cache_bytes(found, [common] * len(counts), bank),
-            "point": plain({name: np.asarray(x).tolist() for name, x in (point or {}).items()}),
+            "stored_cache_bytes_per_token": cache_bytes(found, stored, bank),
         }
-        config = {**arch["config"], "num_key_value_heads": common}
+        config = {**arch["config"], **heads_settings(stored)}
         return Plan(row, {**arch, "config": config}, tuple(pieces), recipe)
 
     # ------------------------------------------------------------------------------------------------- details
+
+    def _choices(self, found: Attention) -> Choices | None:
+        """Numbers of heads that floats above 1 name; None without a sum to keep."""
+        if self.max_kv_heads is None:
+            return None
+        num = len(found.choices)
+        return Choices(tuple(1 + (place + 0.5) / num for place in range(num)), found.choices, self.max_kv_heads)
 
     def _attention(self, bank: CheckpointBank) -> Attention:
         shapes = bank.layout.shapes
@@ -209,7 +219,9 @@ class Gqa:
             raise ConfigError(f"`operator.max_kv_heads` is {self.max_kv_heads} for {L} layers; each needs at least 1.")
         x_L = np.zeros(L) if point is None else np.broadcast_to(np.asarray(point["groups"], np.float64), (L,))
         if self.max_kv_heads is not None:
-            return fill(x_L, choices, self.max_kv_heads)
+            if not (x_L > 1).all():
+                return fill(x_L, choices, self.max_kv_heads)
+            x_L = x_L - 1  # floats above 1 name the numbers themselves, whatever they sum to; see `_choices`
         return tuple(choices[min(int(x * len(choices)), len(choices) - 1)] for x in x_L)
 
 

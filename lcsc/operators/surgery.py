@@ -7,9 +7,10 @@ A plan says which tensors are remade together and how; all others are copied. It
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from lcsc.bank import CheckpointBank, Layout
 from lcsc.bank.extents import read_source
 from lcsc.bank.rows import to_float32
 from lcsc.core.errors import BankError, ConfigError, NonFiniteError
+from lcsc.core.registry import describe, plain
 from lcsc.core.space import Point
 from lcsc.operators.base import Candidate
 
@@ -32,12 +34,15 @@ class Piece:
         writes: shapes by name in the new model.
         make: gives the written tensors, in the dtypes of those read, and facts for the recipe (plain values).
         longest: facts that take at least as many characters as any that `make` may give.
+        likes: a tensor that is read for one that is written, whose dtype it takes; without one it keeps its own, and a
+            new one takes that of all that are read.
     """
 
     reads: tuple[str, ...]
     writes: Mapping[str, tuple[int, ...]]
     make: Callable[[Tensors], tuple[dict[str, Tensor], dict[str, Any]]]
     longest: Mapping[str, Any]
+    likes: Mapping[str, str] = field(default_factory=dict)
 
     def made(self, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `make` gives for tensors by name; raises NonFiniteError where one of them holds NaN or Inf."""
@@ -84,6 +89,12 @@ class Transforms(Protocol):
     def plan(self, bank: CheckpointBank, point: Point | None = None) -> Plan:
         """How the model at a point is made; None means the settings alone, without a search."""
         ...
+
+
+def told(operator: object, point: Point | None) -> dict[str, Any]:
+    """What a recipe says beside a plan's own: the operator's settings and the point, enough to plan it again."""
+    floats = {name: np.asarray(x, np.float64).tolist() for name, x in (point or {}).items()}
+    return {"settings": plain(describe("operator", operator)), "point": floats}
 
 
 def row_of(bank: CheckpointBank, step: int | None) -> int:

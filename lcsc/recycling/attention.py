@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lcsc.core.errors import BankError, did_you_mean
+
+#: the setting of transformers' configurations that counts them
+HEADS = "num_key_value_heads"
 
 #: model_type -> names of the projections q, k, v and o, and of the norms of queries and keys. All rotate in the
 #: half-split layout; each is held to transformers' own forward pass by the tests.
@@ -51,6 +54,14 @@ class Attention:
     def choices(self) -> tuple[int, ...]:
         """Numbers of groups into which the heads can be divided, increasing."""
         return tuple(n for n in range(1, self.num_kv_heads + 1) if self.num_kv_heads % n == 0)
+
+
+def heads_settings(counts: Sequence[int]) -> dict[str, Any]:
+    """Settings of a configuration with so many key/value heads in each layer."""
+    most = max(counts)
+    if len(set(counts)) == 1:
+        return {HEADS: most}
+    return {HEADS: most, "per_layer_config": {str(i): {HEADS: n} for i, n in enumerate(counts) if n != most}}
 
 
 def find_attention(arch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Any) -> Attention:

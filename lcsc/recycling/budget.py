@@ -54,6 +54,18 @@ def cheapest_loss(losses: Sequence[Mapping[int, float]], budget: int) -> tuple[i
     Raises:
         ConfigError: no layers, a cost below 1 or a loss that is no finite number, or a budget below the cheapest sum.
     """
+    return additive_front(losses, budget)[-1][2]
+
+
+def additive_front(losses: Sequence[Mapping[int, float]], budget: int) -> list[tuple[int, float, tuple[int, ...]]]:
+    """All choices within a budget that none beats in both sums: cost, loss and choice, from the cheapest on.
+
+    Args:
+        losses, budget: as in `cheapest_loss`.
+
+    Raises:
+        ConfigError: as `cheapest_loss`.
+    """
     if not losses or not all(losses):
         raise ConfigError("`losses` is empty or has an empty layer; give each layer at least one cost and its loss.")
     for layer, table in enumerate(losses):
@@ -76,4 +88,4 @@ def cheapest_loss(losses: Sequence[Mapping[int, float]], budget: int) -> tuple[i
         for row in sorted(row for row in rows if row[0] + rest <= budget):
             if not front or row[1] < front[-1][1]:
                 front.append(row)
-    return front[-1][2]
+    return front

@@ -48,7 +48,8 @@ class Group:
 def compare_runs(paths: Iterable[Path | str], to: Path | str) -> Path:
     """Write comparison.html and comparison.csv into the folder `to`; older ones are replaced.
 
-    Runs at several NFEs also give front.png and front.csv, quality against NFE; the page shows the picture.
+    Runs at several NFEs also give front.png and front.csv, quality against NFE; runs with caches of several sizes
+    cache.png and cache.csv. The page shows the pictures.
 
     Returns:
         The path of comparison.html.
@@ -58,6 +59,7 @@ def compare_runs(paths: Iterable[Path | str], to: Path | str) -> Path:
     """
     import pandas as pd
 
+    from lcsc.report.cache import cache_files
     from lcsc.report.front import front_files, fronts
 
     paths = list(paths)
@@ -72,12 +74,14 @@ def compare_runs(paths: Iterable[Path | str], to: Path | str) -> Path:
         for front, source in zip(fronts(runs), sources, strict=True)
     ]
     title = "lcsc · comparison of runs"
-    page = render("comparison", title=title, under=_headline(groups), groups=shown, fronts=pictures)
+    caches = cache_files(runs)
+    drawn = [data_uri(data) for name, data in caches.items() if name.endswith(".png")]
+    page = render("comparison", title=title, under=_headline(groups), groups=shown, fronts=pictures, caches=drawn)
     table = pd.DataFrame(rows).astype({"rank": "Int64"}).to_csv(index=False, lineterminator="\n").encode()
     folder = Path(to)
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "comparison.csv", table)
-    for name, data in files.items():
+    for name, data in {**files, **caches}.items():
         write_bytes(folder / name, data)
     write_bytes(folder / "comparison.html", page)
     return folder / "comparison.html"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcsc.core.errors import RunError
 from lcsc.core.files import write_bytes
+from lcsc.core.words import words_of
 from lcsc.report.compare import compare_runs, comparison_text
 from lcsc.report.page import data_uri, render
 from lcsc.report.run import Run
@@ -26,8 +27,9 @@ __all__ = ["compare_runs", "comparison_text", "write_report"]
 def write_report(run_dir: Path | str) -> Path:
     """Draw a run, finished or not, into `<run_dir>/report/`; an older report is replaced file by file.
 
-    Writes report.html, and beside it convergence, coefficients, scores, geometry and, for several network calls, front
-    as PNG and CSV, and samples.png; what the run does not have (yet) is left out. The same run gives the same bytes.
+    Writes report.html, and beside it convergence, coefficients, scores, geometry and, for several network calls, front,
+    for several sizes of a cache, cache, as PNG and CSV, and samples.png; what the run does not have (yet) is left out.
+    The same run gives the same bytes.
 
     Returns:
         The path of report.html.
@@ -36,11 +38,12 @@ def write_report(run_dir: Path | str) -> Path:
         RunError: no run directory, or a damaged one; nothing is written then.
     """
     run = Run.open(run_dir)
+    from lcsc.report.cache import cache_files
     from lcsc.report.front import front_files
 
     files = _tables(run)
     pictures = _pictures(run, files)
-    for name, data in front_files([run]).items():
+    for name, data in {**front_files([run]), **cache_files([run])}.items():
         (pictures if name.endswith(".png") else files)[name.removesuffix(".png")] = data
     page = _page(run, pictures)
     folder = run.path / "report"
@@ -110,7 +113,8 @@ def read_samples(run: Run) -> dict[str, np.ndarray]:
 def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
     head, rows = score_rows(run)
     place_head, places = place_rows(run)
-    embedded = dict.fromkeys(("scores", "front", "convergence", "coefficients", "geometry", "samples"), "")
+    prints = run.info.get("fingerprints") or {}
+    embedded = dict.fromkeys(("scores", "front", "cache", "convergence", "coefficients", "geometry", "samples"), "")
     embedded |= {name: data_uri(data) for name, data in pictures.items()}
     config = io.StringIO()
     json.dump(run.info["config"], config, indent=2, ensure_ascii=False, sort_keys=True)
@@ -125,6 +129,7 @@ def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
         places=html_table(place_head, places, strong=0) if places else "",
         notes=place_notes(run),
         account=run.account,
+        words=words_of(prints.get("evaluator") or {}),
         pictures=embedded,
         facts=_facts(run),
         config=config.getvalue(),
@@ -137,7 +142,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     prints = info.get("fingerprints") or {}
     evaluator = prints.get("evaluator") or {"detector_digest": prints.get("detector")}
     search, bank, summary = config.get("search") or {}, info["bank"], run.summary or {}
-    trials = run.trials()
+    trials, words = run.trials(), words_of(evaluator)
     steps = run.steps
     images = [
         f"{search[key]:,} {text}"
@@ -155,9 +160,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("metric", info["metric"]),
         ("detector", evaluator.get("detector")),
         ("detector digest", evaluator.get("detector_digest")),
-        ("images", " · ".join(images)),
+        (words.many, " · ".join(images)),
         ("seed", config.get("seed")),
-        ("NFE (network calls an image)", info.get("nfe")),
+        (words.calls, info.get("nfe")),
         ("sampler", evaluator.get("sampler")),
         *level_rows(summary.get("levels") or {}),
         ("model", evaluator.get("model")),
@@ -166,10 +171,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("price on distance", search.get("penalty") or None),
         ("operator", (config.get("operator") or {}).get("name")),
         ("trials", f"{len(trials)}{f', of them {failed} failed' if failed else ''}"),
-        ("images sampled", f"{sampled:,.0f}"),
-        ("image-forwards", f"{summary['image_forwards']:,}" if summary.get("image_forwards") else None),
-        ("images saved by racing", f"{summary['images_saved']:,}" if summary.get("images_saved") else None),
+        (f"{words.many} {words.sampled}", f"{sampled:,.0f}"),
+        (f"{words.one}-forwards", f"{summary['image_forwards']:,}" if summary.get("image_forwards") else None),
+        (f"{words.many} saved by racing", f"{summary['images_saved']:,}" if summary.get("images_saved") else None),
         ("time", f"{seconds:,.0f} s in scoring"),
+        *_speeds(summary.get("speed") or {}),
         ("checkpoints", f"{len(steps)}, steps {steps[0]} to {steps[-1]}" if steps else None),
         ("parameters", f"{bank['num_parameters']:,}" if isinstance(bank.get("num_parameters"), int) else None),
         ("bank digest", prints.get("bank")),
@@ -178,6 +184,19 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("command", info.get("command")),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _speeds(speed: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How fast the winner and the best baseline were, and where."""
+    rows = []
+    for who, row in speed.items():
+        rate = row["tokens_per_second"]
+        text = (
+            f"{rate['median']:,.0f} tokens a second ({rate['min']:,.0f} to {rate['max']:,.0f}), {row['batch']} texts "
+        )
+        text += f"after {row['context']} tokens each, {row['dtype']}, {row['device']}, {row['threads']} threads"
+        rows.append((f"decoding, {'LCSC' if who == 'best' else who}", text))
+    return rows
 
 
 def _lineage(info: Mapping[str, Any], summary: Mapping[str, Any]) -> str | None:

@@ -65,15 +65,17 @@ are not those of the report seeds, and flatter whatever was chosen by them.</p>{
 
 <h2>Scores</h2>
 {% if scores %}{{ scores }}
-<p class="faint">Lower is better. Value ± one standard error (bootstrap over blocks of samples), on seeds and on a half
-of the reference images that neither the search nor the choice of the winner has seen. The ratio is to the best
-baseline; each baseline was tuned on the same search seeds.</p>
+<p class="faint">Lower is better. Value ± one standard error ({{ words.spread }}), {{ words.half }} that neither the
+search nor the choice of the winner has seen. The ratio is to the best baseline; each baseline was tuned on the same
+search seeds.</p>
 {% else %}<p>The winner and the baselines are not scored on the report seeds yet.</p>{% endif %}
 {% for line in vetoes %}<p class="faint">{{ line }}</p>
 {% endfor %}
 {% if pictures.scores %}<img src="{{ pictures.scores }}" alt="bar chart of the final scores">{% endif %}
 {% if pictures.front %}<h2>Quality against network calls</h2>
 <img src="{{ pictures.front }}" alt="scores against network calls an image, winner and baselines">{% endif %}
+{% if pictures.cache %}<h2>Loss against cache</h2>
+<img src="{{ pictures.cache }}" alt="scores against bytes of cache a token, trials and baselines">{% endif %}
 
 <h2>Convergence</h2>
 <img src="{{ pictures.convergence }}" alt="scores against number of trials, with the baselines as lines">
@@ -119,6 +121,10 @@ COMPARISON = """{% extends "shell" %}
 <h2>Quality against network calls</h2>
 <p class="faint">{{ front.subject }}{% if front.sentence %} · {{ front.sentence }}{% endif %}</p>
 <img src="{{ front.picture }}" alt="scores against network calls an image, winners and baselines">
+{% endfor %}
+{% for picture in caches %}
+<h2>Loss against cache</h2>
+<img src="{{ picture }}" alt="scores against bytes of cache a token, winners and baselines">
 {% endfor %}
 {% endblock %}
 """

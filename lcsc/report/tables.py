@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lcsc.core.words import words_of
+
 if TYPE_CHECKING:
     from markupsafe import Markup
 
@@ -88,7 +90,8 @@ def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of final scores, as text; no rows until the report seeds were used."""
     frame = run.report_table()
     others = [name for name in frame.columns[6:] if not name.endswith("_se")]
-    head = ["", str(run.info["metric"]), "ratio", *others, "images"]
+    words = words_of((run.info.get("fingerprints") or {}).get("evaluator") or {})
+    head = ["", str(run.info["metric"]), "ratio", *others, words.many]
     rows = []
     for row in frame.to_dict("records"):
         extra = [number(row[name], row[f"{name}_se"]) for name in others]

@@ -21,6 +21,10 @@ Row = dict[str, Any]
 CAUSES = ("invalid", "error", "oom", "timeout", "killed", "crashed")
 
 
+#: What a row tells of a candidate's recipe.
+TOLD = ("coef", "num_kv_heads", "cache_bytes_per_token")
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Scores points of a space. A failure is a row like any other: it has a reason and no value."""
@@ -78,7 +82,7 @@ class Evaluator:
 
 def head_of(candidate: Candidate) -> Row:
     """What a row says of the candidate itself."""
-    return {"coef": candidate.recipe["coef"]} if "coef" in candidate.recipe else {}
+    return {key: candidate.recipe[key] for key in TOLD if key in candidate.recipe}
 
 
 def failed_row(head: Row, reason: str, cost: int, cause: str = "invalid", **tail: Any) -> Row:

@@ -14,7 +14,7 @@ from lcsc.core.files import write_bytes, write_json
 from lcsc.core.seeds import Purpose
 from lcsc.export.model import export_model, searched_levels
 from lcsc.metrics.frechet import FrechetDistance
-from lcsc.objectives.base import tuned
+from lcsc.objectives.base import Timed, tuned
 from lcsc.operators.base import notes_of
 from lcsc.search.disk import NUM_SAMPLES, run_bytes
 from lcsc.search.engines.base import Crew, Engine, Site
@@ -87,6 +87,7 @@ def run_search(
         where = _geometry(problem, outcome, run.path)
         _export_best(problem, search, outcome, run, where)
         summary = {**_summary(problem, search, outcome, run), "geometry": where, "idle_share": share}
+        summary |= _speed(problem, search, outcome)
         write_json(run.path / "summary.json", summary)
     return run.path
 
@@ -177,6 +178,17 @@ def _save_samples(problem: Problem, search: Search, outcome: Outcome, folder: Pa
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **images)  # type: ignore[arg-type]
     write_bytes(folder / "samples.npz", buffer.getvalue())
+
+
+def _speed(problem: Problem, search: Search, outcome: Outcome) -> dict[str, Any]:
+    """How fast the winner and the best baseline are, where the objective measures it."""
+    objective = problem.objective
+    if not isinstance(objective, Timed):
+        return {}
+    records = {record["who"]: record for record in outcome.reports}
+    wanted = dict.fromkeys(who for who in ("best", _report_section(outcome).get("best_baseline")) if who in records)
+    rows = {who: objective.speed(problem.operator.apply(problem.bank, search.point(records[who]))) for who in wanted}
+    return {"speed": rows} if all(rows.values()) else {}
 
 
 def _geometry(problem: Problem, outcome: Outcome, folder: Path) -> dict[str, Any]:

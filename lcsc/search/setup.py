@@ -13,7 +13,7 @@ from lcsc.bank.shard_index import shown
 from lcsc.core import registry
 from lcsc.core.errors import ConfigError
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.core.space import Box, SearchSpace
+from lcsc.core.space import Box, Choices, SearchSpace
 from lcsc.objectives.base import Objective, joint_space, why_no_gradient
 from lcsc.search.budget import Budget, check_budget
 from lcsc.search.problem import Problem
@@ -88,7 +88,8 @@ def check_before_training(parts: Mapping[str, Any]) -> None:
     """
     objective, budget = parts["objective"], parts["budget"]
     check_budget(objective, parts["operator"], budget)
-    space = joint_space(SearchSpace((Box("unknown", 2),)), objective)
+    unknown = Box("unknown", 2, choices=Choices((0.0, 1.0), (1, 2), 4))
+    space = joint_space(SearchSpace((unknown,)), objective)
     reason = why_no_gradient(objective, parts["operator"])
     parts["searcher"].start(Task(space, budget.num_trials, parts["seed"], (), reason, objective.min_images))
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
+import dataclasses
+import functools
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,20 +19,18 @@ from lcsc.core.registry import describe, plain, register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import TextDataset, TextPart, need_text
 from lcsc.datasets.content import images_digest, text_digest
-from lcsc.models.causal_lm import CAUSAL_LMS, check_text, quiet
+from lcsc.models.causal_lm import CAUSAL_LMS, check_text
+from lcsc.models.fit import Fit, Windows, check_fit, own_randomness
 from lcsc.models.network import build_network, check_typed, load_network
 from lcsc.training.folder import BankFolder
 from lcsc.training.loop import INIT, LOG_EVERY, check_finite, check_numbers, checkpoint_steps
 from lcsc.training.progress import Report, reporter
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback
 
-#: Stream of the windows, and of the seed for what draws for itself, such as dropout.
-WINDOW, OWN = 2, 3
 #: In a state of transformers: everything before was written to the end.
 COMPLETE = "complete"
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay")
 
 
 @register("trainer", "causal_lm", source="transformers' Trainer; arXiv:1711.05101 (AdamW)")
@@ -74,13 +70,13 @@ class CausalLM:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.block_length < 2 or self.warmup_steps < 0 or not self.max_grad_norm > 0:
-            raise ConfigError(
-                f"`block_length`, `warmup_steps`, `max_grad_norm` are {self.block_length}, {self.warmup_steps}, "
-                f"{self.max_grad_norm}; they must be at least 2, at least 0, and above 0."
-            )
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"`schedule` is `{self.schedule}`; it must be one of {', '.join(SCHEDULES)}.")
+        check_fit(self)
+
+    @property
+    def fit(self) -> Fit:
+        """The settings without what is saved."""
+        names = [field.name for field in dataclasses.fields(Fit)]
+        return Fit(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
     def train(
         self,
@@ -95,7 +91,7 @@ class CausalLM:
         """Fill the bank `out`, or continue; see `lcsc.training.base.Trainer.train`. `model` is not used."""
         stretches_SL, out = self._check(arch, dataset), Path(out)
         seeds = SeedRange(seed, Purpose.TRAIN)
-        with _own_randomness(seeds):
+        with own_randomness():
             torch.manual_seed(int(seeds.generator(INIT).integers(2**63)))
             net = build_network(arch)
             first = None if self.start is None else _start(net, Path(self.start))
@@ -136,73 +132,14 @@ class CausalLM:
 
     def _fit(self, net: nn.Module, windows: Windows, folder: BankFolder, progress: bool | None) -> None:
         """Hand the rest of the training to transformers."""
-        from transformers import PrinterCallback, Trainer
-
         states = folder.state_path.parent
         begun, step = _last_state(states)
         show = reporter("training", step, self.num_steps, progress=progress)
-        with quiet(), warnings.catch_warnings(), folder.open_log(step) as log, show as report:
-            warnings.filterwarnings("ignore", message=".*pin_memory.*")
-            arguments = self._arguments(states, windows.seed)
-            trainer = Trainer(
-                net, arguments, train_dataset=windows, callbacks=[_keeper(self, folder, net, log, report)]
-            )
-            trainer.remove_callback(PrinterCallback)
+        with folder.open_log(step) as log, show as report:
+            keeper = _keeper(self, folder, net, log, report)
             # transformers would take a mixture's experts apart and not find them again when it goes on
-            trainer.save_model = lambda to, **_: _save_state(net, Path(to))  # type: ignore[method-assign]
-            trainer.train(resume_from_checkpoint=begun)
-
-    def _arguments(self, states: Path, seed: int) -> TrainingArguments:
-        from transformers import TrainingArguments
-
-        arguments = TrainingArguments(
-            str(states),
-            max_steps=self.num_steps,
-            per_device_train_batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            lr_scheduler_type=self.schedule,
-            lr_scheduler_kwargs=_decay(self) if self.schedule == "warmup_stable_decay" else None,
-            warmup_steps=self.warmup_steps,
-            max_grad_norm=self.max_grad_norm,
-            bf16=self.mixed_precision == "bf16",
-            optim="adamw_torch",
-            logging_strategy="no",  # the callback says when
-            save_strategy="no",
-            save_total_limit=2,  # the one before, should the last be cut short
-            train_sampling_strategy="sequential",
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-            report_to=[],
-            seed=seed,
-            logging_nan_inf_filter=False,
-        )
-        _ = arguments.device
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # the size of a batch is what was asked for
-        return arguments
-
-
-class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The windows of a training in their order; a step's are neighbours."""
-
-    def __init__(self, stretches_SL: Tensor, trainer: CausalLM, seeds: SeedRange) -> None:
-        self._stretches_SL, self._length, self._seeds = stretches_SL, trainer.block_length, seeds
-        self._num = trainer.num_steps * trainer.batch_size
-        #: of what draws for itself, such as dropout
-        self.seed = int(seeds.generator(0, OWN).integers(2**32))
-
-    def __len__(self) -> int:
-        return self._num
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        rng = self._seeds.generator(i, WINDOW)
-        stretch, at = (
-            rng.integers(len(self._stretches_SL)),
-            rng.integers(self._stretches_SL.shape[1] - self._length + 1),
-        )
-        ids_T = self._stretches_SL[stretch, at : at + self._length].long()
-        return {"input_ids": ids_T, "labels": ids_T}
+            save = functools.partial(_save_state, net)
+            self.fit.run(net, windows, states, callbacks=[keeper], save=save, begun=begun)
 
 
 def _keeper(trainer: CausalLM, folder: BankFolder, net: nn.Module, log: TextIO, report: Report) -> TrainerCallback:
@@ -235,11 +172,6 @@ def _keeper(trainer: CausalLM, folder: BankFolder, net: nn.Module, log: TextIO, 
     return Keeper()
 
 
-def _decay(trainer: CausalLM) -> dict[str, int]:
-    """A last tenth in which a stable rate falls to 0."""
-    return {"num_decay_steps": max(1, trainer.num_steps // 10)}
-
-
 def _save_state(net: nn.Module, folder: Path) -> None:
     from safetensors.torch import save_model
 
@@ -266,15 +198,3 @@ def _start(net: nn.Module, folder: Path) -> str:
         said = " ".join(str(error).split())
         raise RunError(f"`trainer.start` `{folder}` cannot be where the training begins: {said}") from error
     return images_digest(torch.cat([parameter.detach().flatten() for parameter in net.parameters()]))
-
-
-@contextlib.contextmanager
-def _own_randomness(seeds: SeedRange) -> Iterator[None]:
-    """Inside, the global generators are the training's; outside they are as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

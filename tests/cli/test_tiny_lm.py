@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -34,7 +35,15 @@ def test_train_search_report_export(here, lcsc):
     assert "language_modeling" in out
     best = here / "run" / "best"
     assert sorted(path.name for path in best.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert "from transformers import LlamaForCausalLM" in (best / "README.md").read_text()
+    card = (best / "README.md").read_text()
+    assert "from transformers import LlamaForCausalLM" in card
+    assert "image" not in card.split("## How it was made")[0]
+    page = (here / "run" / "report" / "report.html").read_text()
+    assert "over stretches of the text" in page
+    assert re.findall("images?[ -](?:sampled|forwards|saved)", page) == []
+    assert re.search(
+        r"decoding, LCSC</td><td class=\"left\">[\d,]+ tokens a second \([\d,]+ to [\d,]+\), 8 texts", page
+    )
 
     # transformers' own loss of what it loads, on the blocks that the run reported on
     text = build("dataset", "text")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lcsc.bank import CheckpointBank
+from lcsc.models.network import load_network
 from lcsc.operators.gqa import Gqa
 
 SIZES = {
@@ -154,3 +155,43 @@ def test_mistakes_are_one_sentence_and_leave_nothing(here, lcsc, model, capsys):
         assert text in err
         assert err.count("\n") == 1
         assert sorted(path.name for path in here.iterdir()) == before
+
+
+@pytest.mark.parametrize("settings", [(), ("operator.repeat_heads=false", "operator.grouping=similarity")])
+def test_verify_makes_it_again_and_finds_what_was_changed(here, lcsc, model, settings):
+    ok(lcsc, f"model={model}", "to=out", "operator.num_kv_heads=[1,2]", "max_shard_size=4KB", *settings)
+    code, out, err = lcsc("verify", "out")
+    assert code == 0, err
+    assert "bit for bit from 1 checkpoints of" in out
+    file = next(f for f in sorted((here / "out").glob("*.safetensors")) if any("o_proj" in n for n in load_file(f)))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    whole = file.read_bytes()
+    file.write_bytes(data)
+    code, _, err = lcsc("verify", "out")
+    assert code == 2
+    assert "is not what the recipe gives, and the checkpoints are unchanged" in err
+    file.write_bytes(whole)
+    config = here / "out" / "config.json"
+    config.write_text(config.read_text() + " ")
+    code, _, err = lcsc("verify", "out")
+    assert code == 2
+    assert "config.json` is not the one that was written" in err
+    llama(1).to(torch.bfloat16).save_pretrained(model, max_shard_size="8KB")
+    config.write_text(config.read_text()[:-1])
+    code, _, err = lcsc("verify", "out")
+    assert code == 2
+    assert "changed since `out` was made of it" in err
+
+
+def test_layers_keep_their_own_heads_where_asked(here, lcsc, model):
+    out = ok(lcsc, f"model={model}", "to=out", "operator.num_kv_heads=[1,4]", "operator.repeat_heads=false")
+    # 2 layers: 1 + 4 heads of 8 numbers, keys and values, 2 bytes
+    assert "cache: 160 bytes a token with [1, 4] key/value heads by layer" in out
+    assert "only lcsc opens" in out
+    ok(lcsc, f"model={model}", "to=repeated", "operator.num_kv_heads=[1,4]")
+    own, repeated = load_network(here / "out"), load_network(here / "repeated")
+    assert [layer.self_attn.k_proj.weight.shape[0] for layer in own.model.layers] == [8, 32]
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(own(ids).logits, repeated(ids).logits, rtol=0, atol=1e-6)
+    assert "from lcsc.models.network import load_network" in (here / "out" / "README.md").read_text()

@@ -61,7 +61,11 @@ def test_it_is_transformers_loss_over_all_blocks(banks, name, purpose):
     assert score.se == pytest.approx(grouped_se(wanted, rows // 16), rel=1e-3)
     assert score.others["bits_per_byte"]["value"] == pytest.approx(wanted.mean() / math.log(2), abs=2e-6)
     net = build_network(bank.arch)
-    assert score.others["parameters"]["value"] == sum(p.numel() for p in net.parameters())
+    size = sum(p.numel() for p in net.parameters())
+    assert score.others["parameters"]["value"] == size
+    # 2 layers of 4 experts of 3 matrices of 16 x 8, of which a token uses 2
+    wanted_active = size - 2 * 2 * 3 * 16 * 8 if name == "mixture" else None
+    assert (score.others.get("active_parameters") or {}).get("value") == wanted_active
     assert score.others["kv_cache_bytes"]["value"] == (256 if name == "mixture" else 128)
     assert (score.image_forwards, score.nfe) == (num, 1)
 
@@ -138,3 +142,47 @@ def test_circumstances_tell_texts_apart(tmp_path):
         == other["detector_digest"]
         != objective(block_length=16).circumstances()["detector_digest"]
     )
+
+
+def test_speed_is_measured_beside_the_score(banks, monkeypatch):
+    bank, scorer = banks["llama"], objective(decode_tokens=5)
+    single = Candidate(bank.arch, bank.layout, lambda out: out.copy_(bank.matrix()[2]), {}, bank.constants)
+    ticks = iter([0, 1, 10, 12, 20, 24, 30, 31, 40, 45, 50, 52])  # six rounds, of which the first warms up
+    monkeypatch.setattr("lcsc.models.decoding.time.perf_counter", lambda: next(ticks))
+    row = scorer.speed(single)
+    assert row["tokens_per_second"] == {"median": 20.0, "min": 8.0, "max": 40.0}  # 8 texts x 5 tokens
+    facts = (row["batch"], row["context"], row["device"], row["dtype"], row["threads"])
+    assert facts == (8, 27, "cpu", "float32", torch.get_num_threads())
+    assert objective(decode_tokens=0).speed(single) is None
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(banks):
+    """Tokens that stand for 1, 2 and 3 bytes in turn; the first of a block has no loss, so its bytes do not count."""
+
+    class Longer:
+        name, vocab_size = "longer", 256
+
+        def tokens(self, part):
+            return TEXT.tokens(part)
+
+        def byte_counts(self, part):
+            return torch.arange(TEXT.tokens(part).numel()).view_as(TEXT.tokens(part)) % 3 + 1
+
+    bank, scorer = banks["llama"], build("objective", "language_modeling", dataset=Longer(), block_length=32)
+    single = Candidate(bank.arch, bank.layout, lambda out: out.copy_(bank.matrix()[2]), {}, bank.constants)
+    score = scorer(single, seed=3, purpose=Purpose.REPORT, images=range(9), full=True)
+    rows = scorer._rows(3, Purpose.REPORT, range(9))
+    num = sum((row * 32 + at) % 3 + 1 for row in rows for at in range(1, 32))
+    assert score.others["bits_per_byte"]["value"] == pytest.approx(score.value * 9 * 31 / num / math.log(2), rel=1e-12)
+
+
+def test_networks_may_have_a_few_more_rows_than_a_tokenizer_has_tokens():
+    from lcsc.models.causal_lm import check_text
+
+    config = build_network(LLAMA).config
+    check_text(config, 256, 8)
+    config.vocab_size = 1300
+    check_text(config, 300, 8)
+    for num in (256, 1301, 270):
+        with pytest.raises(ConfigError, match=f"the network has 1300 tokens, and the text {num}"):
+            check_text(config, num, 8)

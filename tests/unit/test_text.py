@@ -9,6 +9,7 @@ from lcsc.core.errors import ConfigError
 from lcsc.core.registry import build
 from lcsc.datasets.base import TextPart, need_images, need_text
 from lcsc.datasets.content import text_digest
+from lcsc.datasets.tokenizer import encode
 
 
 def rows(text, part):
@@ -86,3 +87,53 @@ def test_images_and_text_are_not_mixed_up():
     for name, given in (("denoising_loss", parts), ("sample_quality", parts | more), ("fid_nfe", parts | more)):
         with pytest.raises(ConfigError, match=r"objective `\w+` reads images, and data set `Text` holds text"):
             build("objective", name, **given)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A byte-level tokenizer with a few merges, that would add a token in front if it were asked to."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], initial_alphabet=letters, show_progress=False)
+    tokenizer.train_from_iterator(["the rain in the plain, the grain"] * 9, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.enable_truncation(5)
+    (tmp_path / "tok").mkdir()
+    tokenizer.save(str(tmp_path / "tok" / "tokenizer.json"))
+    return tmp_path / "tok"
+
+
+def test_a_tokenizers_tokens_and_the_bytes_that_they_stand_for(tmp_path, tokenizer):
+    from tokenizers import Tokenizer
+
+    content = "the rain — in the plain ♥ thé 👍 grain\n" * 20
+    (tmp_path / "a.txt").write_text(content)
+    text = build("dataset", "text", path=str(tmp_path / "a.txt"), tokenizer=str(tokenizer), stretch=10, every=3)
+    raw = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    raw.no_truncation()
+    ids = raw.encode(content, add_special_tokens=False).ids
+    assert text.vocab_size == raw.get_vocab_size()
+    stretches = {tuple(row) for part in TextPart for row in text.tokens(part).tolist()}
+    assert stretches <= {tuple(ids[i : i + 10]) for i in range(0, len(ids), 10)}
+    assert text.tokens(TextPart.TRAIN).dtype == torch.int32
+    # a character of three tokens: the last one has its bytes
+    assert encode("a♥b".encode(), tokenizer).bytes_N.tolist() == [1, 0, 0, 3, 1]
+    total = sum(int(text.byte_counts(part).sum()) for part in TextPart)
+    left = len(ids) % 10
+    assert total == len(content.encode()) - sum(len(raw.id_to_token(i)) for i in ids[-left:]) * bool(left)
+    plain = build("dataset", "text", path=str(tmp_path / "a.txt"), stretch=10, every=3)
+    assert int(plain.byte_counts(TextPart.SEARCH).sum()) == plain.tokens(TextPart.SEARCH).numel()
+    assert text_digest(text) != text_digest(plain)
+
+
+def test_what_is_no_tokenizer_is_said(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("the rain in the plain")
+    here = {"path": str(tmp_path / "a.txt"), "stretch": 2, "every": 3}
+    with pytest.raises(ConfigError, match=r"`dataset.tokenizer` is `.*`, which has no `tokenizer.json`"):
+        build("dataset", "text", tokenizer=str(tmp_path), **here).tokens(TextPart.TRAIN)
+    (tokenizer / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer.json` is no tokenizer"):
+        build("dataset", "text", tokenizer=str(tokenizer), **here).tokens(TextPart.TRAIN)

@@ -22,7 +22,8 @@ from lcsc.core.errors import ConfigError, EvaluationError, RunError
 from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import TextPart
-from lcsc.training.causal_lm import CausalLM, Windows
+from lcsc.models.fit import Windows
+from lcsc.training.causal_lm import CausalLM
 
 DROPPING = {
     "class": "GPT2LMHeadModel",
@@ -197,7 +198,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
 
 
 def test_schedules_reach_transformers(tmp_path):
-    rates = CausalLM(**SMALL, schedule="warmup_stable_decay", warmup_steps=3)._arguments(tmp_path, 0)
+    rates = CausalLM(**SMALL, schedule="warmup_stable_decay", warmup_steps=3).fit.arguments(tmp_path, 0)
     assert (rates.warmup_steps, rates.lr_scheduler_kwargs, rates.n_gpu <= 1) == (3, {"num_decay_steps": 1}, True)
     paths = [train(tmp_path / name, schedule=name, num_steps=4, warmup_steps=1) for name in ("linear", "cosine")]
     first, second = (weights(path)["checkpoint-000004"]["model.norm.weight"] for path in paths)
