@@ -40,7 +40,7 @@ class LanguageModeling(MeanLoss):
     comes up once before any comes up again. All candidates see the same blocks. The standard error takes blocks of one
     stretch together, because neighbours are alike.
 
-    Full scores also hold `bits_per_byte` (where the text says which bytes its tokens stand for), `parameters` (tied ones
+    Full scores also hold `bits_per_byte` (where the text says which bytes its tokens are), `parameters` (tied ones
     once), of a mixture of experts `active_parameters` (those that a token uses) and, where the config tells,
     `kv_cache_bytes`: what one more token takes in the cache of keys and values in float32. After a search the speed of
     writing is measured, which is no part of a score.
