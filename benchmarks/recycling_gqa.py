@@ -248,7 +248,7 @@ def figure(result: dict[str, Any]) -> bytes:
             ax.set_title(title, fontsize=10)
             ax.grid(axis="y")
         picture.axes[0].set_ylabel("loss")
-        picture.axes[1].legend(frameon=False, fontsize=9)
+        picture.axes[0].legend(frameon=False, fontsize=9, loc=(0.04, 0.12))
         return picture
 
     return png(draw())
