@@ -44,6 +44,8 @@ def dense_arch() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "conf" / "network" / "qwen3_tiny.yaml").read_text())
 
 
+#: the search of the experiment with more of everything
+SEARCH = ["objective.num_steps=75", "search.num_trials=24", "search.num_images=384"]
 RULES = ("all", "alternate", "last_half")
 
 
@@ -259,7 +261,7 @@ def main() -> None:
     parser.add_argument(
         "--arms", nargs="+", default=list(MIXTURES), choices=MIXTURES, help="`all` has to be among them"
     )
-    parser.add_argument("--search", nargs="*", default=[], help="settings of the search")
+    parser.add_argument("--search", nargs="*", default=SEARCH, help="settings of the search")
     parser.add_argument("--folder", type=Path, help="keeps banks and runs, and goes on with what is there")
     parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "results" / "recycling_upcycling.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "images" / "recycling_upcycling.svg")
