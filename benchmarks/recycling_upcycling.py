@@ -285,6 +285,7 @@ def main() -> None:
                 "batch_tokens": BLOCK * BATCH,
                 "added_steps": math.ceil(args.steps // 2 / args.save_every) * args.save_every,
                 "operator": {"num_experts": EXPERTS, "top_k": TOP_K, "router_std": 0.02},
+                "search": args.search,
             }
             result |= {**summary(rows, str(result["added_steps"])), "runs": rows}
             args.to.write_text(json.dumps(result, indent=2) + "\n")
