@@ -44,6 +44,8 @@ def dense_arch() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "conf" / "network" / "qwen3_tiny.yaml").read_text())
 
 
+#: the search of the experiment with more of everything
+SEARCH = ["objective.num_steps=75", "search.num_trials=24", "search.num_images=384"]
 RULES = ("all", "alternate", "last_half")
 
 
@@ -233,13 +235,15 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
         left.errorbar(x, y, se, marker="o", ms=3, capsize=2, label=arm)
     left.set(xlabel="added training, 10^12 floating-point operations", ylabel="held-out loss, nats a byte")
     left.legend(frameon=False)
-    arms = ("dense", *(name for name in MIXTURES if name in result["loss_nats"]), "scratch")
-    last = str(result["added_steps"])
-    ends = [result["loss_nats"][arm][last] for arm in arms]
-    right.barh(
-        arms[::-1], [row["mean"] for row in ends[::-1]], xerr=[row["se"] or 0 for row in ends[::-1]], color="0.7"
-    )
-    right.set(xlabel=f"loss after {last} steps", xlim=(min(row["mean"] for row in ends) * 0.97, None))
+    arms = [name for name in MIXTURES if name in result["loss_nats"]][::-1]
+    for kind, shift, color in (("steps", 0.15, "tab:blue"), ("FLOPs", -0.15, "tab:red")):
+        rows = [result["differences_nats"][f"{arm} - dense, equal {kind}"] for arm in arms]
+        places = [at + shift for at in range(len(arms))]
+        errors = [row["se"] or 0 for row in rows]
+        right.errorbar([row["mean"] for row in rows], places, xerr=errors, fmt="o", ms=3, color=color, label=kind)
+    right.axvline(0, color="0.7", lw=1, zorder=0)
+    right.set(xlabel="loss less that of dense, at equal", yticks=range(len(arms)), yticklabels=arms)
+    right.legend(frameon=False)
     figure.tight_layout()
     to.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(to, metadata={"Date": None})
@@ -257,11 +261,15 @@ def main() -> None:
     parser.add_argument(
         "--arms", nargs="+", default=list(MIXTURES), choices=MIXTURES, help="`all` has to be among them"
     )
-    parser.add_argument("--search", nargs="*", default=[], help="settings of the search")
+    parser.add_argument("--search", nargs="*", default=SEARCH, help="settings of the search")
     parser.add_argument("--folder", type=Path, help="keeps banks and runs, and goes on with what is there")
     parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "results" / "recycling_upcycling.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "images" / "recycling_upcycling.svg")
+    parser.add_argument("--redraw", action="store_true", help="only the figure, from the results file")
     args = parser.parse_args()
+    if args.redraw:
+        draw(json.loads(args.to.read_text()), args.figure)
+        return
     if args.text is not None:
         args.text = args.text.resolve()
     with tempfile.TemporaryDirectory() as spare:
@@ -277,6 +285,7 @@ def main() -> None:
                 "batch_tokens": BLOCK * BATCH,
                 "added_steps": math.ceil(args.steps // 2 / args.save_every) * args.save_every,
                 "operator": {"num_experts": EXPERTS, "top_k": TOP_K, "router_std": 0.02},
+                "search": args.search,
             }
             result |= {**summary(rows, str(result["added_steps"])), "runs": rows}
             args.to.write_text(json.dumps(result, indent=2) + "\n")
