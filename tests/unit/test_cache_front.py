@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pandas as pd
 from helpers_fake_run import framed, make_fake_run
+from helpers_pictures import fine
 from PIL import Image
 
 from lcsc.report.cache import cache_files, cache_points, pareto
@@ -49,7 +50,8 @@ def test_a_run_shows_its_trials_and_baselines(tmp_path):
     assert trials["cache_bytes_per_token"].tolist() == [64 * (3 + r["uid"] % 4) for r in scored]
     assert set(baselines["heads"]) == {"2 2"}
     assert points["pareto"].sum() >= 1
-    files = cache_files([run])
+    with fine():
+        files = cache_files([run])
     assert set(files) == {"cache.png", "cache.csv"}
     assert pd.read_csv(io.BytesIO(files["cache.csv"]))["value"].tolist() == points["value"].tolist()
     assert Image.open(io.BytesIO(files["cache.png"])).size == (1800, 920)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers_cli import TOY
+from helpers_pictures import fine
 
 from lcsc.cli.main import main
 from lcsc.config.hydra_app import compose_config
@@ -29,7 +30,8 @@ def taken(path):
 def test_it_is_known_within_ten_per_cent(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [*TOY, "train_if_missing=true", "searcher=cma", "search.num_trials=300", "bank.path=toy"]
-    need = foretold(words, monkeypatch)
+    with fine():
+        need = foretold(words, monkeypatch)
     assert taken(tmp_path / "run") == pytest.approx(need, rel=0.1)
 
 
