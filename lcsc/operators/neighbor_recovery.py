@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,15 @@ from torch import Tensor
 
 from lcsc.bank import CheckpointBank, Layout
 from lcsc.bank.lora import refuse_lora
-from lcsc.core.errors import BankError, ConfigError, did_you_mean
+from lcsc.core.errors import ConfigError, did_you_mean
 from lcsc.core.registry import plain, register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.core.space import Box, Point, SearchSpace
 from lcsc.operators.base import Baseline, Candidate
 from lcsc.operators.linear import need_arch
 from lcsc.operators.surgery import Piece, Plan, candidate, refuse_ties, row_of
-from lcsc.recycling.rebuild import LostLayer, Mix
-from lcsc.recycling.stages import Stages, find_stages, names_of, neighbours, norm_weights
-
-#: how a lost stage is rebuilt where nothing is searched
-RULES = ("average", "checkfree", "checkfree_plus", "copy_previous", "copy_next", "skip", "random")
+from lcsc.recycling.rebuild import RULES, LostLayer, Mix, lost_layers, mix_by_rule
+from lcsc.recycling.stages import Stages, find_stages, neighbours, norm_weights
 
 
 @register("operator", "neighbor_recovery", source="arXiv:2506.15461 (CheckFree, CheckFree+)")
@@ -113,7 +110,7 @@ class NeighborRecovery:
             if free and rule == "skip" and self.scale is not None:
                 continue
             try:
-                mixes = self._ruled(stages, rule)
+                mixes = self._ruled(stages, rule or self._rule)
             except ConfigError:
                 if not free:
                     raise
@@ -137,7 +134,7 @@ class NeighborRecovery:
         """How it is made; see `lcsc.operators.surgery`. A layer is made of the same layers of its neighbours."""
         stages, arch, row = self._stages(bank), need_arch(bank), row_of(bank, self.step)
         mixes = self._mixes(stages, point)
-        jobs = list(self._jobs(stages, arch, mixes, bank.layout.shapes))
+        jobs = self._layers(stages, bank, mixes)
         refuse_ties(bank, {name for job in jobs for name in job.reads + tuple(job.names.values())})
         recipe = {
             "operator": "neighbor_recovery",
@@ -164,7 +161,7 @@ class NeighborRecovery:
         kept = candidate(plan, bank).weights()
         slopes = {"weights": [0.0] * sum(len(mix.weights) for mix in self._mixes(stages, point))}
         slopes |= {name: [0.0] * len(self.lost) for name in ("scale", "random")}
-        for job in self._jobs(stages, need_arch(bank), self._mixes(stages, point), bank.layout.shapes):
+        for job in self._layers(stages, bank, self._mixes(stages, point)):
             sources, scale = job.slopes(kept, grads, with_fresh="random" in point)
             slopes["scale"][job.place] += scale
             for k, slope in enumerate(sources[: len(job.mix.weights)]):
@@ -234,33 +231,16 @@ class NeighborRecovery:
             start = stop
         return made
 
-    def _ruled(self, stages: Stages, rule: str | None) -> list[Mix]:
+    def _ruled(self, stages: Stages, rule: str) -> list[Mix]:
         """What a rule, or the setting `weights` for `weights`, makes each lost stage of."""
         norms, scale = self._norms(stages), 1.0 if self.scale is None else self.scale
         mixes = []
         for n, lost in enumerate(self.lost):
-            beside = neighbours(lost, stages.num_stages)
             if rule == "weights":
-                mixes.append(Mix(self._pair(n, lost, beside), 0.0, scale))
-                continue
-            if rule == "random":
-                mixes.append(Mix((0.0,) * len(beside), 1.0, scale))
-                continue
-            if rule == "checkfree" and len(beside) == 1:
-                raise ConfigError(
-                    f"`operator.rule` is `checkfree`, which rebuilds inner stages, and stage {lost} is at an end. Take "
-                    "`checkfree_plus`, which copies its neighbour, for a model that was trained with swapped stages."
-                )
-            if rule in ("copy_previous", "copy_next"):
-                source = lost - 1 if rule == "copy_previous" else lost + 1
-                if source not in beside:
-                    raise ConfigError(f"`operator.rule` is `{rule}`, and stage {lost} has no such neighbour.")
-                weights = tuple(float(s == source) for s in beside)
+                mix = Mix(self._pair(n, lost, neighbours(lost, stages.num_stages)))
             else:
-                by_norms = rule in ("checkfree", "checkfree_plus")
-                of = [norms[s] for s in beside] if by_norms and norms is not None else [1.0] * len(beside)
-                weights = norm_weights(of, self.norm_power)
-            mixes.append(Mix(weights, 0.0, 0.0 if rule == "skip" else scale))
+                mix = mix_by_rule(rule, lost, stages.num_stages, norms, self.norm_power)
+            mixes.append(mix if rule == "skip" else replace(mix, scale=scale))
         return mixes
 
     def _pair(self, n: int, lost: int, beside: Sequence[int]) -> tuple[float, ...]:
@@ -279,22 +259,10 @@ class NeighborRecovery:
             raise ConfigError(f"`operator.weights` weighs stage {unused[0]}, which stage {lost} does not have; give 0.")
         return tuple(float(w) for s, w in zip((lost - 1, lost + 1), given, strict=True) if s in beside)
 
-    def _jobs(
-        self, stages: Stages, arch: Mapping[str, Any], mixes: Sequence[Mix], shapes: Mapping[str, tuple[int, ...]]
-    ) -> Iterator[LostLayer]:
-        """One for each lost layer."""
-        std, first = float(arch["config"].get("initializer_range") or 0.02), 0
-        for place, (lost, mix) in enumerate(zip(self.lost, mixes, strict=True)):
-            for t, layer in enumerate(stages.of(lost)):
-                beside = tuple(stages.layers[stages.of(s)[t]] for s in neighbours(lost, stages.num_stages))
-                names = stages.layers[layer] or names_of(stages, layer)
-                for other in (*beside, names if stages.layers[layer] else beside[0]):
-                    there = {role: shapes[name] for role, name in other.items()}
-                    if there != {role: shapes[name] for role, name in beside[0].items()}:
-                        raise BankError(f"layer {layer} and those it is rebuilt from differ in tensors or shapes.")
-                like = {role: shapes[name] for role, name in beside[0].items()}
-                yield LostLayer(place, first, layer, t, names, beside, like, mix, stages, std, self.seed)
-            first += len(mix.weights)
+    def _layers(self, stages: Stages, bank: CheckpointBank, mixes: Sequence[Mix]) -> list[LostLayer]:
+        """Every lost layer."""
+        std = float(need_arch(bank)["config"].get("initializer_range") or 0.02)
+        return list(lost_layers(stages, self.lost, mixes, bank.layout.shapes, std, self.seed))
 
 
 def _pieces(jobs: Sequence[LostLayer]) -> tuple[Piece, ...]:

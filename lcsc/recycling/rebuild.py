@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from lcsc.core.errors import BankError, ConfigError
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.recycling.stages import Stages, blended, fresh
+from lcsc.recycling.stages import Stages, blended, fresh, names_of, neighbours, norm_weights
+
+#: how a lost stage is rebuilt where nothing is searched
+RULES = ("average", "checkfree", "checkfree_plus", "copy_previous", "copy_next", "skip", "random")
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,37 @@ class Mix:
     weights: tuple[float, ...]
     random: float = 0.0
     scale: float = 1.0
+
+
+def mix_by_rule(rule: str, lost: int, num_stages: int, norms: Sequence[float] | None, power: float = 1.0) -> Mix:
+    """What a rule makes a lost stage of.
+
+    Args:
+        rule: one of `RULES`.
+        lost: the stage.
+        num_stages: S.
+        norms: of the gradients of all stages, for `checkfree` and `checkfree_plus`.
+        power: see `norm_weights`.
+
+    Raises:
+        ConfigError: a rule that does not fit the stage's place, or norms that are no norms.
+    """
+    beside = neighbours(lost, num_stages)
+    if rule == "random":
+        return Mix((0.0,) * len(beside), 1.0)
+    if rule == "checkfree" and len(beside) == 1:
+        raise ConfigError(
+            f"`operator.rule` is `checkfree`, which rebuilds inner stages, and stage {lost} is at an end. Take "
+            "`checkfree_plus`, which copies its neighbour, for a model that was trained with swapped stages."
+        )
+    if rule in ("copy_previous", "copy_next"):
+        source = lost - 1 if rule == "copy_previous" else lost + 1
+        if source not in beside:
+            raise ConfigError(f"`operator.rule` is `{rule}`, and stage {lost} has no such neighbour.")
+        return Mix(tuple(float(s == source) for s in beside))
+    by_norms = norms is not None and rule in ("checkfree", "checkfree_plus")
+    weights = norm_weights([norms[s] for s in beside] if by_norms and norms else [1.0] * len(beside), power)
+    return Mix(weights, 0.0, 0.0 if rule == "skip" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -94,3 +129,37 @@ class LostLayer:
 
     def _offset(self, role: str) -> float:
         return self.stages.offset(role, len(self.shapes[role]))
+
+
+def lost_layers(
+    stages: Stages,
+    lost: Sequence[int],
+    mixes: Sequence[Mix],
+    shapes: Mapping[str, tuple[int, ...]],
+    std: float,
+    seed: int,
+) -> Iterator[LostLayer]:
+    """The layers of lost stages.
+
+    Args:
+        stages: see `Stages`.
+        lost: stages.
+        mixes: one each.
+        shapes: of the tensors that are there, by name.
+        std: of new matrices.
+        seed: of new ones.
+
+    Raises:
+        BankError: layers of other tensors or shapes.
+    """
+    first = 0
+    for place, (stage, mix) in enumerate(zip(lost, mixes, strict=True)):
+        for t, layer in enumerate(stages.of(stage)):
+            beside = tuple(stages.layers[stages.of(s)[t]] for s in neighbours(stage, stages.num_stages))
+            like = {role: tuple(shapes[name]) for role, name in beside[0].items()}
+            for other in (*beside[1:], stages.layers[layer] or beside[0]):
+                if like != {role: tuple(shapes[name]) for role, name in other.items()}:
+                    raise BankError(f"layer {layer} and those it is rebuilt from differ in tensors or shapes.")
+            names = stages.layers[layer] or names_of(stages, layer)
+            yield LostLayer(place, first, layer, t, names, beside, like, mix, stages, std, seed)
+        first += len(mix.weights)

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lcsc.bank import CheckpointBank
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.export.transform import transform_model
-from lcsc.operators.neighbor_recovery import RULES, NeighborRecovery
+from lcsc.operators.neighbor_recovery import NeighborRecovery
+from lcsc.recycling.rebuild import RULES
 from lcsc.recycling.stages import FAMILIES, blended, neighbours, norm_weights, route
 
 SMALL = {"vocab_size": 24, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2}
