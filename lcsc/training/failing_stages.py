@@ -180,12 +180,13 @@ class _Losing:
         for name, tensor in made.items():
             named[name].copy_(tensor)
             self.optimizer.state.pop(named[name], None)
+        self.curve.norms[lost] = 0.0  # it has no gradient yet
         rate = self.schedule.base_lrs[-1] * self.recovery.lr_factor
         self.schedule.base_lrs[lost] = self.optimizer.param_groups[lost]["lr"] = rate
 
 
 def _callback(
-    losing: _Losing, dies: Mapping[int, int], evaluate: Callable[[nn.Module], float], every: int
+    losing: _Losing, dies: Sequence[Failure], evaluate: Callable[[nn.Module], float], every: int
 ) -> TrainerCallback:
     from transformers import TrainerCallback
 
@@ -195,8 +196,9 @@ def _callback(
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.micro_batch = 0
             losing.set_order(0)
-            if (lost := dies.get(state.global_step)) is not None:
-                losing.lose(lost, state.global_step)
+            for failure in dies:
+                if failure.step == state.global_step:
+                    losing.lose(failure.stage, failure.step)
 
         def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.micro_batch += 1
@@ -247,7 +249,7 @@ def train_failing(
     optimizer = adam(groups, trainer.learning_rate)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     losing = _Losing(net, stages, recovery, optimizer, constant, groups, Curve())
-    callback = _callback(losing, {f.step: f.stage for f in failures}, evaluate, evaluate_every)
+    callback = _callback(losing, failures, evaluate, evaluate_every)
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         arguments = _arguments(trainer, recovery, windows.seed)
