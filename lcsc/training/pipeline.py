@@ -36,11 +36,15 @@ MOST_VAIN = 20
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL for the process of a stage, `delay_seconds` after it began a step for the first time."""
+    """SIGKILL for the process of a stage, `delay_seconds` after it began a step for the first time.
+
+    With `hang` it is SIGSTOP instead: the process does not die, it says nothing more.
+    """
 
     step: int
     stage: int
     delay_seconds: float = 0.0
+    hang: bool = False
 
 
 @dataclass
@@ -110,7 +114,7 @@ class _Supervisor:
         self._context.set_forkserver_preload([main.__module__, "transformers.models.llama.modeling_llama"])
         self._generation, self._agreed, self._died, self._began = 0, 0, {}, time.perf_counter()
         self._last_word: str | None = None
-        self._broken_since: float | None = None
+        self._since, self._broken_since = self._began, None
         self._due: dict[Kill, float] = {}
         self._events: list[dict[str, Any]] = []
         self._store.set("generation", "0")
@@ -158,12 +162,17 @@ class _Supervisor:
             if kill not in self._due and at is not None and at >= kill.step:
                 self._due[kill] = now + kill.delay_seconds
             if kill in self._due and now >= self._due[kill]:
-                os.kill(self._processes[kill.stage].pid, signal.SIGKILL)
+                os.kill(self._processes[kill.stage].pid, signal.SIGSTOP if kill.hang else signal.SIGKILL)
                 self._died.setdefault(self._generation + 1, now)
                 self._kills.remove(kill)
 
     def _replace(self, now: float) -> bool:
         """Start fresh processes for the dead, and the next generation."""
+        if self._generation and now - self._since > self._plan.patience_seconds:
+            for s in range(self._S):  # who has not come by now hangs
+                if self._value(f"{self._generation}/here/{s}") is None and self._processes[s].is_alive():
+                    self._processes[s].kill()
+                    self._processes[s].join()
         dead = [s for s, process in enumerate(self._processes) if not process.is_alive()]
         if (said := self._value(f"broken/{self._generation}")) is not None and self._broken_since is None:
             self._broken_since, self._last_word = now, said
@@ -174,18 +183,15 @@ class _Supervisor:
             self._store.delete_key(f"final/{s}")
             self._store.delete_key(f"step/{s}")
             self._processes[s] = self._start(s, blank=True)
-        self._generation, self._broken_since = self._generation + 1, None
+        self._generation, self._broken_since, self._since = self._generation + 1, None, now
         self._died.setdefault(self._generation, now)
         self._store.set("generation", str(self._generation))
         return True
 
     def _note_agreement(self, now: float) -> None:
-        if self._generation > len(self._events) and (said := self._value(f"{self._generation}/agreed")):
-            told = json.loads(said) | {"seconds": now - self._died[self._generation]}
-            self._events += [{}] * (
-                self._generation - 1 - len(self._events)
-            )  # generations that ended before they agreed
-            self._events.append(told)
+        if self._generation > self._agreed and (said := self._value(f"{self._generation}/agreed")):
+            self._events.append(json.loads(said) | {"seconds": now - self._died[self._generation]})
+            self._agreed = self._generation
 
     def story(self) -> Story:
         """What happened, of a pipeline that is done."""

@@ -23,9 +23,10 @@ STEPS = 24
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore")]
 
 
-def plan(folder, strategy, *, swapped=False, steps=STEPS):
+def plan(folder, strategy, *, swapped=False, steps=STEPS, patience=20):
     recovery = Recovery(STAGES, "checkfree_plus", swapped)
-    return Plan(ARCH, windows(steps), trainer(steps), recovery, strategy, folder, period=5, seed=5, patience_seconds=20)
+    how = {"period": 5, "seed": 5, "patience_seconds": patience}
+    return Plan(ARCH, windows(steps), trainer(steps), recovery, strategy, folder, **how)
 
 
 def random_kills(seed, num=4):
@@ -63,6 +64,14 @@ def test_stages_that_die_together_end_the_training_with_a_sentence(tmp_path):
             with pytest.raises(RunError, match=r"stages \[1, 2\] died together"):
                 run_pipeline(plan(tmp_path / strategy, strategy), kills)
         assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_hangs_is_replaced(tmp_path):
+    told = plan(tmp_path / "work", "redundant", patience=4)
+    story = run_pipeline(told, [Kill(6, 2, hang=True)])
+    assert [event["lost"] for event in story.events] == [[2]]
+    wanted, _ = unsplit(told.recovery, STEPS, [])
+    assert all(torch.equal(story.tensors[name], wanted[name]) for name in wanted)
 
 
 def supervise(folder):
