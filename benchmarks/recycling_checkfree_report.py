@@ -25,8 +25,8 @@ from lcsc.recycling.failures import (
 STEP_SECONDS, STAGES, HOURLY = 91.3, 6, (5, 10, 16)
 #: seconds that the paper's table does not tell, assumed: 1 GB a stage at 50 MB/s, and its recovery of about 30 s
 PAPER_SAVE, PAPER_RECOVER = 20.0, 30.0
-#: the loss to be reached is that of a training without failures after this share of its steps
-SHARE = 0.5
+#: the loss to be reached is that of a training without failures after these shares of its steps
+SHARES = (0.5, 0.75)
 FREQUENCIES = (100, 10)
 
 
@@ -50,10 +50,13 @@ def report(args) -> dict:
     # forward and backward of a training that never goes back; redundancy adds a forward, 2 of 6
     found = {"seeds_done": seeds, "parameters": size, "tokens": tokens, "flops": 6 * size * tokens}
     found |= {"final_loss": finals(runs, seeds), "repair": repaired(repairs), "search": searched(args, seeds)}
-    found["steps_to_loss"] = {str(s): to_loss(runs, s, args.steps) for s in seeds}
-    found["hours_paper_seconds"] = hours(found["steps_to_loss"], paper_parts, seeds, args.steps)
-    if parts:
-        found["seconds_measured"] = hours(found["steps_to_loss"], lambda _: Parts(**parts), seeds, args.steps, unit=1.0)
+    for share in SHARES:
+        goal = int(args.steps * share)
+        rows = {str(s): to_loss(runs, s, args.steps, goal) for s in seeds}
+        table = {"steps": rows, "hours_paper_seconds": hours(rows, paper_parts, seeds, args.steps, goal)}
+        if parts:
+            table["seconds_measured"] = hours(rows, lambda _: Parts(**parts), seeds, args.steps, goal, unit=1.0)
+        found[f"to_loss_of_step_{goal}"] = table
     found["targets"] = targets(found)
     found["curves"] = {f"{arm}-{seed}": run["losses"] for (arm, seed), run in runs.items()}
     return found
@@ -106,10 +109,9 @@ def crossing(losses: dict, wanted: float) -> float | None:
     return None
 
 
-def to_loss(runs: dict, seed: int, steps: int) -> dict:
-    """Real steps until the loss of a training without failures at its middle, by rate and method."""
+def to_loss(runs: dict, seed: int, steps: int, goal: int) -> dict:
+    """Real steps until the loss that a training without failures has after `goal` steps, by rate and method."""
     base, rows = runs["none", seed]["losses"], {}
-    goal = int(steps * SHARE)
     wanted = base[str(goal)]
     for rate in HOURLY:
         horizon = 60 * steps
@@ -129,29 +131,30 @@ def paper_parts(rate: int) -> Parts:
     return Parts(step, PAPER_STEP["redundant"][rate], PAPER_SAVE, PAPER_RECOVER, 0.0)
 
 
-def hours(rows: dict, parts_of, seeds: list[int], steps: int, unit: float = 3600.0) -> dict:
-    """Time to the loss by rate and method, mean over seeds; None where a seed did not get there."""
+def hours(rows: dict, parts_of, seeds: list[int], steps: int, goal: int, unit: float = 3600.0) -> dict:
+    """Time to the loss by rate and method, mean over seeds; no mean where a seed did not get there."""
     table: dict = {}
     for rate in HOURLY:
         parts, row = parts_of(rate), {}
-        # a step starts over with the probability that one of the stages dies in it
-        q = 1 - (1 - per_step(rate / 100, STEP_SECONDS)) ** STAGES
-        tuned = best_period(
-            step_seconds=parts.step,
-            save_seconds=parts.save,
-            failure_probability=q,
-            restart_seconds=parts.restart,
-            most=500,
-        )
+        tuned = tuned_period(parts, rate)
         for method in ("checkfree", "checkfree_plus", "redundant", *FREQUENCIES, "tuned"):
-            times = [time_to(rows[str(s)][str(rate)], s, method, parts, tuned, rate, steps) for s in seeds]
+            times = [time_to(rows[str(s)][str(rate)], s, method, parts, tuned, rate, steps, goal) for s in seeds]
             name = f"checkpoint_{method}" if isinstance(method, int) else method
-            row[name] = None if None in times else mean_se([t / unit for t in times])
+            there = [t / unit for t in times if t is not None]
+            row[name] = mean_se(there) if len(there) == len(seeds) else {"mean": None, "reached_by_seeds": len(there)}
         table[str(rate)] = row | {"tuned_period": tuned}
     return table
 
 
-def time_to(row: dict, seed: int, method, parts: Parts, tuned: int, rate: int, steps: int) -> float | None:
+def tuned_period(parts: Parts, rate: int) -> int:
+    """The best period of checkpoints where a step starts over as soon as one of the stages dies in it."""
+    q = 1 - (1 - per_step(rate / 100, STEP_SECONDS)) ** STAGES
+    return best_period(
+        step_seconds=parts.step, save_seconds=parts.save, failure_probability=q, restart_seconds=parts.restart, most=500
+    )
+
+
+def time_to(row: dict, seed: int, method, parts: Parts, tuned: int, rate: int, steps: int, goal: int) -> float | None:
     """Seconds to the loss in one seed."""
     horizon = 60 * steps
     dead = draw_failures(per_step(rate / 100, STEP_SECONDS), horizon, STAGES, seed)
@@ -159,7 +162,7 @@ def time_to(row: dict, seed: int, method, parts: Parts, tuned: int, rate: int, s
         period, num = None, row[method]
     else:
         period = tuned if method == "tuned" else method
-        num = steps_to_reach(int(steps * SHARE), dead, horizon, period)
+        num = steps_to_reach(goal, dead, horizon, period)
     if num is None:
         return None
     count = sum(failure.step < num for failure in dead)
@@ -233,7 +236,7 @@ def draw(result: dict, to: Path) -> None:
         }
         for name, (losses, seconds) in lines.items():
             axis.plot([int(t) * seconds / 3600 for t in losses], list(losses.values()), label=name)
-        tuned = result["hours_paper_seconds"][str(rate)]["tuned_period"]
+        tuned = tuned_period(parts, rate)
         for period, name in ((100, "checkpoints, 100"), (10, "checkpoints, 10"), (tuned, f"tuned, {tuned}")):
             curve = progress_curve(none, dead, steps, period)
             died = [sum(f.step <= t for f in dead) for t in range(steps)]

@@ -36,8 +36,9 @@ def test_a_search_repairs_a_model_and_a_transform_does_it_once(here, lcsc):
     assert not any(AutoModelForCausalLM.from_pretrained(best, output_loading_info=True)[1].values())
 
     words = ["operator=neighbor_recovery", f"model={model}", "to=out", "operator.lost=2"]
-    code, _, err = lcsc("transform", *words, "operator.grad_norms=[1,2,3,4]", "operator.rule=checkfree")
+    code, out, err = lcsc("transform", *words, "operator.grad_norms=[1,2,3,4]", "operator.rule=checkfree")
     assert code == 0, err
+    assert "to train on: a fresh optimizer and 1.1 times the learning rate for layers [2]" in out
     made = load_file(here / "out" / "model.safetensors")
     for name in (n for n in old if "layers.2." in n):
         before, after = (old[name.replace("layers.2.", f"layers.{i}.")].double() for i in (1, 3))
@@ -47,7 +48,8 @@ def test_a_search_repairs_a_model_and_a_transform_does_it_once(here, lcsc):
     assert (recipe["rule"], recipe["lost"], recipe["grad_norms"]) == ("checkfree", [2], [1.0, 2.0, 3.0, 4.0])
     assert recipe["train_on"] == {"fresh_optimizer_for_layers": [2], "lr_factor": 1.1}
     assert "| lost | [2] |" in (here / "out" / "README.md").read_text()
-    code, _, err = lcsc("transform", *words[:2], "to=no", "operator.lost=7")
-    assert code == 2
-    assert "the model has stages 0 to 3" in err
-    assert err.count("\n") == 1
+    for more, text in ((("operator.lost=7",), "the model has stages 0 to 3"), ((), "`operator.lost` is not set")):
+        code, _, err = lcsc("transform", *words[:2], "to=no", *more)
+        assert code == 2
+        assert text in err
+        assert err.count("\n") == 1
