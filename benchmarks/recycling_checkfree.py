@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=20)
     parser.add_argument("--num-blocks", type=int, default=64)
     parser.add_argument("--trials", type=int, default=40)
-    parser.add_argument("--search-stages", type=int, nargs="*", default=[1, 2, 3, 4])
+    parser.add_argument("--search-stages", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--parts", type=Path, default=Path("benchmarks/results/recycling_pipeline.json"))
     parser.add_argument("--to", type=Path)
     args = parser.parse_args()

@@ -261,5 +261,64 @@ def draw(result: dict, to: Path) -> None:
     figure.savefig(to, dpi=80)
 
 
+# ------------------------------------------------------------------------------------------------------ the tables
+
+BEGIN, END = "<!-- tables of recycling_checkfree_report.py -->", "<!-- end of tables -->"
+METHODS = {
+    "checkfree": "CheckFree",
+    "checkfree_plus": "CheckFree+",
+    "redundant": "redundant computation",
+    "checkpoint_100": "checkpoint every 100",
+    "checkpoint_10": "checkpoint every 10",
+    "tuned": "checkpoint, best period",
+}
+LOST = ("random", "skip", "copy_previous", "copy_next", "average", "checkfree_plus")
+
+
+def said(row: dict | None, digits: int = 3) -> str:
+    """A mean with its standard error."""
+    if row is None:
+        return "-"
+    if row["mean"] is None:
+        return f"{row['reached_by_seeds']} seeds only"
+    return f"{row['mean']:.{digits}f}" + ("" if row["se"] is None else f" ± {row['se']:.{digits}f}")
+
+
+def tables(result: dict) -> str:
+    """The page's tables as markdown."""
+    lines = ["| training | failures by seed | loss after all steps | above no failures |", "|---|---|---|---|"]
+    for arm, row in sorted(result["final_loss"].items(), key=lambda item: item[1]["loss"]["mean"]):
+        dead = ", ".join(map(str, row["failures"]))
+        lines.append(f"| `{arm}` | {dead} | {said(row['loss'])} | {said(row['above_none'])} |")
+    for key in [key for key in result if key.startswith("to_loss_of_step")]:
+        for unit, name in (("hours_paper_seconds", "hours, the paper's seconds"), ("seconds_measured", "our seconds")):
+            if unit not in result[key]:
+                continue
+            lines += ["", f"To the loss of a training without failures at step {key.rpartition('_')[2]}, {name}:", ""]
+            lines += ["| | 5 % an hour | 10 % | 16 % |", "|---|---|---|---|"]
+            rates = [result[key][unit][str(rate)] for rate in HOURLY]
+            for method, title in METHODS.items():
+                lines.append(f"| {title} | " + " | ".join(said(rate[method], 2) for rate in rates) + " |")
+    for arm, name in (("none", "in order"), ("none_swapped", "with swapped orders")):
+        lines += ["", f"Loss that one lost stage adds, right after its repair, in a model trained {name}:", ""]
+        lines += ["| stage | " + " | ".join(f"`{rule}`" for rule in LOST) + " |", "|---" * (len(LOST) + 1) + "|"]
+        rows = result["repair"][arm]
+        lines += [f"| {s} | " + " | ".join(said(rows.get(f"{s}/{r}")) for r in LOST) + " |" for s in range(STAGES)]
+    lines += ["", "Report loss of rules above that of the searched weights, model trained in order:", ""]
+    lines += ["| stage | " + " | ".join(f"`{rule}`" for rule in LOST) + " |", "|---" * (len(LOST) + 1) + "|"]
+    for lost, row in result["search"].items():
+        lines.append(f"| {lost} | " + " | ".join(said(row["gain_over"].get(rule), 4) for rule in LOST) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Draw, and fill the page."""
+    result, page = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[3])
+    draw(result, Path(sys.argv[2]))
+    before, _, rest = page.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text(f"{before}{BEGIN}\n\n{tables(result)}\n\n{END}{after}")
+
+
 if __name__ == "__main__":
-    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    main()

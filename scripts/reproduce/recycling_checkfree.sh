@@ -7,6 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
 PYTHON=${PYTHON:-python} FOLDER=${1:-runs/recycling_checkfree}
-"$PYTHON" benchmarks/recycling_pipeline.py --to benchmarks/results/recycling_pipeline.json
-"$PYTHON" benchmarks/recycling_checkfree.py --seeds 0 1 2 --folder "$FOLDER" --to benchmarks/results/recycling_checkfree.json
-"$PYTHON" benchmarks/recycling_checkfree_report.py benchmarks/results/recycling_checkfree.json docs/images/recycling_checkfree.png
+results=benchmarks/results
+"$PYTHON" benchmarks/recycling_pipeline.py --to $results/recycling_pipeline.json
+"$PYTHON" benchmarks/recycling_checkfree.py --seeds 0 1 2 --folder "$FOLDER" --to $results/recycling_checkfree.json
+"$PYTHON" benchmarks/recycling_checkfree_report.py $results/recycling_checkfree.json \
+    docs/images/recycling_checkfree.png docs/recycling_checkfree.md
