@@ -45,7 +45,8 @@ def report(args) -> dict:
             runs[told["arm"], told["seed"]] = told
     seeds = [seed for seed in args.seeds if all((arm, seed) in runs for arm in {arm for arm, _ in runs})]
     parts = json.loads(args.parts.read_text())["parts_seconds"] if args.parts.is_file() else None
-    repairs = {s: json.loads((args.folder / f"repairs-{s}.json").read_text()) for s in seeds}
+    repairs = {s: path for s in seeds if (path := args.folder / f"repairs-{s}.json").is_file()}
+    repairs = {s: json.loads(path.read_text()) for s, path in repairs.items()}
     size, tokens = runs["none", seeds[0]]["parameters"], args.steps * args.batch_size * args.block_length
     # forward and backward of a training that never goes back; redundancy adds a forward, 2 of 6
     found = {"seeds_done": seeds, "parameters": size, "tokens": tokens, "flops": 6 * size * tokens}
@@ -89,7 +90,8 @@ def searched(args, seeds: list[int]) -> dict:
     """Report losses of the searched weights, the rules', and their differences, by lost stage."""
     rows = {}
     for lost in args.search_stages:
-        told = [json.loads((args.folder / f"search-{lost}-{s}.json").read_text())["report"] for s in seeds]
+        paths = [args.folder / f"search-{lost}-{s}.json" for s in seeds]
+        told = [json.loads(path.read_text())["report"] for path in paths if path.is_file()]
         best = [report["best"]["value"] for report in told]
         rules = {rule: [report["baselines"][rule]["value"] for report in told] for rule in told[0]["baselines"]}
         gains = {rule: mean_se([v - b for v, b in zip(values, best, strict=True)]) for rule, values in rules.items()}
