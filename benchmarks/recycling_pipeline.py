@@ -94,7 +94,7 @@ def measure(args, name: str) -> dict:
 
 
 def parts(runs: dict) -> dict:
-    """What the cost model takes, in seconds. Of runs whose steps are alike the fastest counts: others were disturbed."""
+    """What the cost model takes, in seconds; of runs whose steps are alike the fastest, as others were disturbed."""
     back = [event["seconds"] for name in ("checkfree", "checkfree_plus") for event in runs[name]["events"]]
     return {
         "step": min(runs[name]["step_seconds"] for name in ("quiet", "checkfree", "checkpointing")),
