@@ -117,7 +117,7 @@ def _only(bank: CheckpointBank, row: int) -> dict[str, Any]:
 
 def planned_model(bank: CheckpointBank, plan: Plan) -> Model:
     """Tensors and configuration of the new model: the checkpoint's, but for what the plan changes."""
-    model, gone = Model.of(bank, "same"), plan.reads
+    model, gone = Model.of(bank, "same"), plan.gone
     dtypes = {spec.name: spec.dtype for spec in model.specs}
     specs = [spec for spec in model.specs if spec.name not in gone]
     for piece in plan.pieces:

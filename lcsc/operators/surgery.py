@@ -71,13 +71,13 @@ class Plan:
     recipe: Mapping[str, Any]
 
     @property
-    def reads(self) -> set[str]:
-        """Names of all tensors that are remade."""
-        return {name for piece in self.pieces for name in piece.reads}
+    def gone(self) -> set[str]:
+        """Names of the checkpoint's tensors that are not copied: read by a piece, or written by one."""
+        return {name for piece in self.pieces for name in (*piece.reads, *piece.writes)}
 
     def shapes(self, before: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Shapes of the new model's tensors, by name, from those of the checkpoint."""
-        gone = self.reads
+        gone = self.gone
         kept = {name: shape for name, shape in before.items() if name not in gone}
         return kept | {name: tuple(shape) for piece in self.pieces for name, shape in piece.writes.items()}
 
