@@ -35,11 +35,10 @@ def carry_moments(plan: Plan, states: Mapping[str, State]) -> dict[str, dict[str
             f"the moments of an optimizer are carried to copies alone, and this plan has {odd or 'other tensors'}. "
             "Begin with a new optimizer."
         )
-    gone = plan.reads
-    if missing := sorted(gone - set(states)):
+    if missing := sorted({name for piece in plan.pieces for name in piece.reads} - set(states)):
         raise ConfigError(f"the optimizer has no state of `{missing[0]}`. Give those of all parameters by their names.")
     made: dict[str, dict[str, Any]] = {
-        name: copy.deepcopy(dict(state)) for name, state in states.items() if name not in gone
+        name: copy.deepcopy(dict(state)) for name, state in states.items() if name not in plan.gone
     }
     for piece in plan.pieces:
         first = states[piece.reads[0]]
