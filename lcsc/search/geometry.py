@@ -63,8 +63,8 @@ def geometry(
     # LoRA factors: the same update has many factors, so their distance says nothing
     if bank.kind != "lora" and (found := _distances(bank, operator, space, records, rival)) is not None:
         distances, way_P = found
-        section |= bank_shape(bank, way_P)
-        unit = section["bank"]["last_to_mean"]
+        section |= bank_shape(bank, way_P) if bank.num_checkpoints > 1 else {}  # one alone has no directions
+        unit = section["bank"]["last_to_mean"] if "bank" in section else 0.0
         for who, exact in distances.items():
             distance = exact if exact > ROUNDING * unit else 0.0
             points[who] |= {"from_last": distance, "from_last_relative": distance / unit if unit else None}

@@ -112,6 +112,10 @@ def test_a_single_checkpoint_spans_no_direction(tiny_bank):
     assert (shape["bank"]["num_directions"], shape["bank"]["spread"]) == (0, [])
     assert (shape["bank"]["last_to_mean"], shape["bank"]["effective_rank"]) == (0.0, 0.0)
     assert shape["way"]["outside"] == 1.0
+    reports = [record("best", [2.5]), record("last", [0.0])]
+    found = geometry(bank, Shifted(Linear()), reports, [], "last")
+    assert list(found) == ["points"]  # nothing is said of directions that are not there
+    assert found["points"]["best"]["from_last"] == pytest.approx(2.5, rel=1e-6)
 
 
 def test_what_no_combination_reaches_is_outside_and_operators_without_coefficients_have_no_sizes(bank):
