@@ -5,8 +5,9 @@
 A Mixtral of bytes is trained first; its checkpoints after a quarter, a half and all of the steps are the bases (the
 sunk cost). Every arm then trains as many further steps on the same windows with a new optimizer: grown models, the
 base itself, and the same larger mixture from scratch. The base goes on to as many floating-point operations as its
-deeper child took. Losses are nats a byte on the text's report half. What lies in `--folder` is gone on with; the
-results file is written after every seed.
+deeper child took. The two ways to deepen are compared in the first steps from a base that was trained on. Losses are
+nats a byte on the text's report half. What lies in `--folder` is gone on with; the results file is written after every
+seed.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ GROWTHS: dict[str, dict[str, Any]] = {
 LAST: dict[str, dict[str, Any]] = {
     "stack": {"axis": "depth", "copies": 2, "method": "stack"},
     "zeroed": {"axis": "depth", "copies": 2, "method": "interposition", "copy_scale": 0.0},
-    "depth x4": {"axis": "depth", "copies": 4, "method": "interposition"},
-    "stack x4": {"axis": "depth", "copies": 4, "method": "stack"},
     "no noise": {"axis": "width", "noise": 0.0, "scale_top_k": True},
     "top-k kept": {"axis": "width", "noise": 0.01, "scale_top_k": False},
 }
+#: of a base that was trained on: both methods with as many copies, and with the first and last layer once
+ONCE = {"keep_first": 1, "keep_last": 1}
+COPIES: dict[str, dict[str, Any]] = {"x2": {"copies": 2}, "x4": {"copies": 4}, "x2, edges once": {"copies": 2, **ONCE}}
+METHODS = ("interposition", "stack")
 #: steps after which arms of the last base are measured, as far as they go; the others at their end
 MARKS = (10, 25, 50)
 
@@ -84,19 +87,19 @@ class Runs:
             start=None if start is None else str(start),
         )
         seed = self.seed if name == "base" else 1000 + self.seed
-        out = self.folder / name.replace(" ", "-")
+        out = self.folder / name.replace(" ", "-").replace(",", "")
         return trainer.train(arch=arch, model=None, dataset=self.dataset, out=out, seed=seed, progress=False)
 
-    def grow(self, name: str, base: int, settings: Mapping[str, Any]) -> Path:
+    def grow(self, name: str, step: int, settings: Mapping[str, Any], base: str = "base") -> Path:
         """The operator's folder for the base after so many steps."""
         from lcsc.bank import CheckpointBank
         from lcsc.core.registry import build
         from lcsc.export.transform import transform_model
 
-        to = self.folder / f"start-{name.replace(' ', '-')}"
+        to = self.folder / f"start-{name.replace(' ', '-').replace(',', '')}"
         if not to.exists():
-            bank = CheckpointBank.open(self.folder / "base", storage="streamed")
-            transform_model(bank, build("operator", "orthogonal_growth", step=base, seed=self.seed, **settings), to)
+            bank = CheckpointBank.open(self.folder / base, storage="streamed")
+            transform_model(bank, build("operator", "orthogonal_growth", step=step, seed=self.seed, **settings), to)
         return to
 
     def loss(self, folder: Path) -> float:
@@ -174,16 +177,25 @@ def measure(runs: Runs) -> dict[str, Any]:
         bank = runs.train(f"{growth} from scratch", arch, added, added)
         losses[f"{growth} from scratch"] = {str(added): runs.loss(bank / f"checkpoint-{added:06d}")}
     for name in args.arms:
-        steps = max(MARKS) if "x4" in name or name == "zeroed" else added
+        steps = max(MARKS) if name == "zeroed" else added
         marks = tuple(sorted({*MARKS, steps}))
         losses[name] = runs.arm(name, runs.grow(name, points[-1], LAST[name]), steps, 5, marks)
+    longer = args.converged - args.steps
+    bank = runs.train("converged", runs.arch, longer, longer, base / f"checkpoint-{args.steps:06d}")
+    losses["converged"] = {"0": runs.loss(bank / f"checkpoint-{longer:06d}")}
+    for name, copies in COPIES.items():
+        for method in METHODS:
+            own = f"converged {method} {name}"
+            start = runs.grow(own, longer, {"axis": "depth", "method": method, **copies}, "converged")
+            losses[own] = runs.arm(own, start, max(MARKS), 5, MARKS)
     return {
         "seed": runs.seed,
         "points": points,
         "losses": losses,
         "flops_per_token": flops,
         "base_steps_at_equal_flops": {"exact": added * flops["depth"] / flops["base"], "measured": same},
-        "norms": [fact["norm"] for fact in recipe_of(runs.folder / f"start-depth-from-{points[-1]}")["pieces"]],
+        "norms": norms_of(runs.folder / f"start-depth-from-{points[-1]}"),
+        "norms_converged": norms_of(runs.folder / "start-converged-stack-x2"),
         **({"searched": searched(runs, points[-1])} if args.with_search else {}),
     }
 
@@ -205,6 +217,11 @@ def searched(runs: Runs, point: int) -> dict[str, Any]:
         start = runs.grow(own, point, {"axis": "depth", "method": "interposition", "copies": copies})
         rows[name] = {"copies": copies, "losses": runs.arm(own, start, added, added, (added,))}
     return rows
+
+
+def norms_of(folder: Path) -> list[float]:
+    """Norm of the experts of each layer of a base, by what was grown of it."""
+    return [fact["norm"] for fact in recipe_of(folder)["pieces"]]
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:
@@ -246,12 +263,12 @@ def summary(rows: list[dict[str, Any]], added: int) -> dict[str, Any]:
     same = str(first["base_steps_at_equal_flops"]["measured"])
     grown, base = f"depth from {points[-1]}", f"base from {points[-1]}"
     against["depth - base continued, equal FLOPs, last base"] = less((grown, end), (base, same))
-    for own, other in ((grown, "stack"), ("depth x4", "stack x4")):
-        if other in first["losses"]:
-            for mark in ("0", *map(str, MARKS)):
-                against[f"{other.replace('stack', 'interposition')} - {other} after {mark}"] = less(
-                    (own, mark), (other, mark)
-                )
+    pairs = {f"converged {name}": [f"converged {method} {name}" for method in METHODS] for name in COPIES}
+    if "stack" in first["losses"]:
+        pairs = {f"from {points[-1]} x2": [grown, "stack"], **pairs}
+    for name, (interposed, stacked) in pairs.items():
+        for mark in ("0", *map(str, MARKS)):
+            against[f"interposition - stack, {name}, after {mark}"] = less((interposed, mark), (stacked, mark))
     if all("searched" in row for row in rows):
         for rule in ("spread", "first", "last"):
             each = [row["searched"]["searched"]["losses"][end] - row["searched"][rule]["losses"][end] for row in rows]
@@ -277,28 +294,20 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
         left.axhline(value, color="0.5", ls=style, label=f"{growth} from scratch")
     left.set(xlabel="sunk steps", ylabel=f"held-out loss after {end} more, nats a byte")
     left.legend(frameon=False, fontsize=7)
-    for name, label in ((f"depth from {points[-1]}", "interposition x2"), ("stack", "stack x2")):
-        curve(middle, table, name, label)
-    for name, label in (("depth x4", "interposition x4"), ("stack x4", "stack x4")):
-        curve(middle, table, name, label)
+    for name in COPIES:
+        for method, style in zip(METHODS, ("-", "--"), strict=True):
+            rows = [table[f"converged {method} {name}"][mark] for mark in ("0", *map(str, MARKS))]
+            means, errors = [r["mean"] for r in rows], [r["se"] or 0 for r in rows]
+            middle.errorbar((0, *MARKS), means, errors, ls=style, marker="o", ms=3, label=f"{method} {name}")
     middle.set(xlabel="steps after growth", ylabel="held-out loss")
     middle.legend(frameon=False, fontsize=7)
     for row in result["runs"]:
-        right.plot(row["norms"], marker="o", ms=3, label=f"seed {row['seed']}")
-    right.set(xlabel="layer of the last base", ylabel="norm of the experts")
+        right.plot(row["norms_converged"], marker="o", ms=3, label=f"seed {row['seed']}")
+    right.set(xlabel="layer of the base that was trained on", ylabel="norm of the experts")
     right.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     to.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(to, metadata={"Date": None})
-
-
-def curve(axes: Any, table: Mapping[str, Any], name: str, label: str) -> None:
-    """Losses in the first steps, where the arm was trained."""
-    if name in table:
-        rows = [table[name][mark] for mark in ("0", *map(str, MARKS))]
-        axes.errorbar(
-            (0, *MARKS), [r["mean"] for r in rows], [r["se"] or 0 for r in rows], marker="o", ms=3, label=label
-        )
 
 
 def main() -> None:
@@ -308,6 +317,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a text file; without it the text of dataset=text")
     parser.add_argument("--num-layers", type=int, default=6)
     parser.add_argument("--steps", type=int, default=1200, help="of the base; a multiple of 4")
+    parser.add_argument("--converged", type=int, default=2400, help="steps of the base that was trained on")
     parser.add_argument("--added", type=int, default=150, help="steps of every arm; a multiple of 25, at least 50")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--warmup-steps", type=int, default=5, help="of arms that begin with trained weights")
@@ -325,7 +335,7 @@ def main() -> None:
         folder, rows = (args.folder or Path(spare)).resolve(), []
         for seed in args.seeds:
             rows.append(measure(Runs(args, seed, folder)))
-            names = ("num_layers", "steps", "learning_rate", "warmup_steps", "num_blocks")
+            names = ("num_layers", "steps", "converged", "learning_rate", "warmup_steps", "num_blocks")
             result = {
                 **circumstances(),
                 "seeds": [row["seed"] for row in rows],
@@ -333,7 +343,7 @@ def main() -> None:
                 **{key: getattr(args, key) for key in names},
                 "batch_tokens": BLOCK * BATCH,
                 "added_steps": args.added,
-                "settings": {**GROWTHS, **{name: LAST[name] for name in args.arms}},
+                "settings": {**GROWTHS, **{name: LAST[name] for name in args.arms}, "converged": COPIES},
             }
             result |= {**summary(rows, args.added), "runs": rows}
             args.to.write_text(json.dumps(result, indent=2) + "\n")
