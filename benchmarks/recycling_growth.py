@@ -129,7 +129,11 @@ class Runs:
         run = self.folder / "search"
         words = ["search", "operator=orthogonal_growth", "experiment=growth_small", "quiet=true", *self.args.search]
         words += [f"seed={self.seed}", f"bank.path={self.folder / 'base'}", f"run_dir={run}"]
-        words += [f"operator.num_layers={3 * self.args.num_layers // 2}", "operator.method=interposition"]
+        words += [
+            f"operator.num_layers={3 * self.args.num_layers // 2}",
+            "operator.method=interposition",
+            "operator.copy_scale=1",
+        ]
         if self.args.text is not None:
             words += [f"dataset.path={self.args.text}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

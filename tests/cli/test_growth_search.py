@@ -19,7 +19,13 @@ TINY = [
     *("operator=orthogonal_growth", "experiment=growth_small", "train_if_missing=true", "run_dir=run", "quiet=true"),
     *(f"network.config.{key}={value}" for key, value in {**SIZES, "num_key_value_heads": 2}.items()),
     *("trainer.num_steps=4", "trainer.save_every=4", "trainer.block_length=16", "objective.block_length=16"),
-    *("objective.num_steps=1", "operator.num_layers=4", "search.num_trials=2", "search.batch_size=2"),
+    *(
+        "objective.num_steps=1",
+        "operator.num_layers=4",
+        "operator.copy_scale=1",
+        "search.num_trials=2",
+        "search.batch_size=2",
+    ),
     *("operator.method=interposition", "trainer.batch_size=2", "objective.train_batch_size=2"),
     *("search.num_finalists=1", "search.num_images=4", "search.num_images_select=6", "search.num_images_report=8"),
 ]
