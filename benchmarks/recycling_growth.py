@@ -82,7 +82,7 @@ class Runs:
             block_length=BLOCK,
             learning_rate=self.args.learning_rate,
             schedule="constant_with_warmup",
-            warmup_steps=self.args.warmup_steps if start else 0,
+            warmup_steps=0 if name == "base" else self.args.warmup_steps,
             save_every=every,
             start=None if start is None else str(start),
         )
@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--converged", type=int, default=2400, help="steps of the base that was trained on")
     parser.add_argument("--added", type=int, default=150, help="steps of every arm; a multiple of 25, at least 50")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--warmup-steps", type=int, default=5, help="of arms that begin with trained weights")
+    parser.add_argument("--warmup-steps", type=int, default=5, help="of every arm")
     parser.add_argument("--num-blocks", type=int, default=256, help="of the report half that a loss is measured on")
     parser.add_argument("--arms", nargs="*", default=list(LAST), choices=LAST, help="of the last base")
     parser.add_argument("--with-search", action="store_true", help="also search which half of the layers to copy")
