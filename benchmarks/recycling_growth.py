@@ -296,7 +296,7 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
     for growth, style in (("depth", "--"), ("width", ":")):
         value = table[f"{growth} from scratch"][end]["mean"]
         left.axhline(value, color="0.5", ls=style, label=f"{growth} from scratch")
-    left.set(xlabel="sunk steps", ylabel=f"held-out loss after {end} more, nats a byte")
+    left.set(xlabel="sunk steps", ylabel=f"loss after {end} more, nats a byte")
     left.legend(frameon=False, fontsize=7)
     for name in COPIES:
         for method, style in zip(METHODS, ("-", "--"), strict=True):
