@@ -30,6 +30,7 @@ from lcsc.operators.base import Candidate
 
 #: Network evaluations that a window costs in training; a backward pass counts two.
 FORWARDS = 3
+DEVICES = ("auto", "cpu", "cuda", "cuda:0")
 
 
 @register("objective", "uptrained_loss", source="lcsc; uptraining of arXiv:2305.13245 and arXiv:2212.05055")
@@ -76,6 +77,11 @@ class UptrainedLoss(LanguageModeling):
         for name, least in (("num_steps", 0), ("train_batch_size", 1), ("keep", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"`objective.{name}` is {getattr(self, name)}; it must be at least {least}.")
+        if self.device not in DEVICES:
+            raise ConfigError(
+                f"`objective.device` is `{self.device}`, and transformers trains on the first GPU that it sees. Use "
+                f"one of {', '.join(DEVICES)}, and CUDA_VISIBLE_DEVICES to choose."
+            )
         _ = SeedRange(self.train_seed, Purpose.TRAIN)  # checks it
         self.__dict__["_trained"] = OrderedDict()
 

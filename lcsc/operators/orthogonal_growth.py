@@ -131,7 +131,9 @@ class OrthogonalGrowth:
         return space
 
     def baselines(self, bank: CheckpointBank) -> list[Baseline]:
-        """The paper's choices, as far as they are free: both methods, copies of all layers or by a rule, top-k kept."""
+        """The paper's choices, as far as they are free: both methods, copies of all layers or by a rule, zeroed or not,
+        and top-k kept.
+        """
         space, found = self.space(bank), self._decoder(bank)
         names, rows = {box.name for box in space.boxes}, []
 
@@ -151,6 +153,9 @@ class OrthogonalGrowth:
                     values["copies"] = self._by_rule(found, rule)
                 growth = "width" if self.axis == "width" else method
                 add(growth if rule is None else f"{growth} {rule}", **values)
+        for rule in rules if "damping" in names else ():
+            where = {} if rule is None else {"copies": self._by_rule(found, rule)}
+            add("zeroed" if rule is None else f"zeroed {rule}", damping=1.0, **where)
         if "top_k" in names:
             add("top-k kept", top_k=1.5)
         return rows if space.size else []

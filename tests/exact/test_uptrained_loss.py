@@ -27,7 +27,7 @@ ASKED = {"seed": 5, "purpose": Purpose.SEARCH, "images": range(6)}
 
 
 def uptrained(**settings):
-    return UptrainedLoss(**SETTINGS, **{"num_steps": 2, "train_batch_size": 3, "learning_rate": 0.01, **settings})
+    return UptrainedLoss(**{**SETTINGS, "num_steps": 2, "train_batch_size": 3, "learning_rate": 0.01, **settings})
 
 
 def candidates(tmp_path, arch=LLAMA, num=2):
@@ -143,6 +143,7 @@ def test_circumstances_tell_the_training():
         ({"learning_rate": 0.0}, "`objective.learning_rate`, `weight_decay` are 0.0, 0.0"),
         ({"schedule": "cubic"}, "`objective.schedule` is `cubic`"),
         ({"keep": 0}, "`objective.keep` is 0"),
+        ({"device": "cuda:3"}, "`objective.device` is `cuda:3`, and transformers trains on the first GPU"),
     ],
 )
 def test_refused(settings, message):

@@ -245,8 +245,12 @@ def test_space_and_baselines(tmp_path):
         "stack spread, 4 layers": [0, 1, 2, 0],
         "stack first, 4 layers": [0, 1, 2, 0],
         "stack last, 4 layers": [0, 1, 2, 2],
+        "zeroed spread, 4 layers": [0, 0, 1, 2],
+        "zeroed first, 4 layers": [0, 0, 1, 2],
+        "zeroed last, 4 layers": [0, 1, 2, 2],
         "top-k kept, 4 layers": [0, 0, 1, 2],
     }
+    assert rows["zeroed last, 4 layers"]["copy_scale"] == [0.0, 0.0, 0.0]
     assert rows["top-k kept, 4 layers"]["num_experts_per_tok"] == 2
     point = space.to_point(np.zeros(space.size))
     point["noise"][:], point["damping"][1], point["copies"][:] = -1.0, 0.25, (-0.5, 0.5, 0.0)
