@@ -50,6 +50,23 @@ class Shifted:
         return []
 
 
+class Moved:
+    """A move of one weight of the last checkpoint."""
+
+    def space(self, bank):
+        return SearchSpace((Box("shift", 1),))
+
+    def apply(self, bank, point):
+        def write(theta_P):
+            theta_P.copy_(bank.matrix()[-1])
+            theta_P[7] += float(point["shift"][0])
+
+        return Candidate(bank.arch, bank.layout, write, {"operator": "moved"})
+
+    def baselines(self, bank):
+        return []
+
+
 def record(who, vector, **more):
     return {"who": who, "vector": list(map(float, vector)), **more}
 
@@ -113,7 +130,7 @@ def test_a_single_checkpoint_spans_no_direction(tiny_bank):
     assert (shape["bank"]["last_to_mean"], shape["bank"]["effective_rank"]) == (0.0, 0.0)
     assert shape["way"]["outside"] == 1.0
     reports = [record("best", [2.5]), record("last", [0.0])]
-    found = geometry(bank, Shifted(Linear()), reports, [], "last")
+    found = geometry(bank, Moved(), reports, [], "last")
     assert list(found) == ["points"]  # nothing is said of directions that are not there
     assert found["points"]["best"]["from_last"] == pytest.approx(2.5, rel=1e-6)
 
