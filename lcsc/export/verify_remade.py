@@ -41,12 +41,13 @@ def compare_remade(bank: CheckpointBank, model: Exported) -> None:
     facts: list[dict[str, Any]] = []
     same = model.recipe.get("dtype") == "same"
     kinds, tensors = (_streamed if same else _in_memory)(bank, plan, model, facts)
-    twins = {name: twin for name, twin in bank.layout.ties.items() if name not in model.sources}
-    check_tensors(model, kinds, bank.layout.ties)
+    ties = plan.ties(bank)
+    twins = {name: twin for name, twin in ties.items() if name not in model.sources}
+    check_tensors(model, kinds, ties)
     check_metadata(model, twins)
     for name, tensor in tensors:
         wanted = bits_of(tensor).tobytes()
-        for twin in (name, *(t for t, of in bank.layout.ties.items() if of == name)):
+        for twin in (name, *(t for t, of in ties.items() if of == name)):
             if twin in model.sources and wanted != read_source(model.files, model.sources[twin]).tobytes():
                 raise BankError(difference(model, twin))
     _check_recipe(model, {"pieces": facts})
