@@ -49,3 +49,30 @@ def live(candidate: Candidate) -> Any:
     found = LiveModel(candidate.arch, candidate.layout, candidate.constants, torch.device("cpu"))
     found.fill(candidate.write)
     return found.net
+
+
+def hollow(folder: Path, arch: str, config: dict[str, Any]) -> Path:
+    """A model of any size in float16 whose file is a hole: names and shapes as transformers saves them, all zeros."""
+    import json
+
+    import transformers
+
+    cls = getattr(transformers, arch)
+    with torch.device("meta"):
+        net = cls(cls.config_class(**config))
+    ties = net.all_tied_weights_keys
+    table, at = {}, 0
+    for name, tensor in net.state_dict().items():
+        if name not in ties:
+            end = at + 2 * tensor.numel()
+            table[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [at, end]}
+            at = end
+    head = json.dumps({"__metadata__": {"format": "pt"}, **table}).encode()
+    head += b" " * (-len(head) % 8)
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        file.truncate(8 + len(head) + at)
+    settings = {**net.config.to_dict(), "architectures": [arch]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +25,7 @@ from lcsc.export.folder import (
     NOT_SETTINGS,
     RECIPE_KEY,
     USE_MIXED,
+    USE_SHARED,
     Model,
     bank_config,
     make_metadata,
@@ -103,7 +104,7 @@ def transform_model(
         recipe = json.loads(metadata[RECIPE_KEY])
         assert model.config is not None, "a model that an operator knows has a configuration"
         (folder / model.config_name).write_bytes(model.config)
-        companions = _companions(bank, folder, plan.files)
+        companions = _companions(bank, plan, folder)
         for name, text in plan.files.items():
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(transform_card(to.name, recipe, model.library, command), encoding="utf-8")
@@ -224,17 +225,20 @@ def bits_of(tensor: Tensor) -> Any:
     return (tensor.view(by_size[tensor.itemsize]) if tensor.itemsize in by_size else tensor).numpy()
 
 
-def _companions(bank: CheckpointBank, folder: Path, own: Container[str]) -> tuple[str, ...]:
-    """Copy the model's other files, such as the tokenizer's, but for its `own`; returns their names."""
-    last, names = bank.rows[-1], []
-    for path in sorted(last.files[0].parent.iterdir()) if bank.path.is_dir() else []:
-        if not COMPANIONS.fullmatch(path.name) or path.name in own or not path.is_file():
-            continue
-        with open_regular(path) as (fd, size):
-            if size > MAX_COMPANION:
-                raise BankError(f"`{path}` has {size} bytes; at most {MAX_COMPANION} are copied. Move it away.")
-            (folder / path.name).write_bytes(read_range(fd, 0, size, path))
-        names.append(path.name)
+def _companions(bank: CheckpointBank, plan: Plan, folder: Path) -> tuple[str, ...]:
+    """Copy the models' other files, such as the tokenizer's; returns their names."""
+    own = {"": bank.rows[-1].files[0].parent} if bank.path.is_dir() else {}
+    names = []
+    for below, source in (plan.folders or own).items():
+        for path in sorted(source.iterdir()) if source.is_dir() else []:
+            if not COMPANIONS.fullmatch(path.name) or path.name in plan.files or not path.is_file():
+                continue
+            with open_regular(path) as (fd, size):
+                if size > MAX_COMPANION:
+                    raise BankError(f"`{path}` has {size} bytes; at most {MAX_COMPANION} are copied. Move it away.")
+                (folder / below).mkdir(exist_ok=True)
+                (folder / below / path.name).write_bytes(read_range(fd, 0, size, path))
+            names.append(f"{below}/{path.name}" if below else path.name)
     return tuple(names)
 
 
@@ -252,6 +256,9 @@ def _card_lines(name: str, recipe: Mapping[str, Any], library: str, command: str
     yield from (f"| {key} | {plain_text(value)} |" for key, value in recipe.items() if key not in NOT_SETTINGS)
     files = ", ".join(f"`{plain_text(file)}`" for file in parent["files"])
     yield from ("", f"Made of {files}, step {parent['step']}, content `{parent['content'][:16]}`.", "")
+    for tag, other in recipe.get("sources", {}).items():
+        what = f"The {plain_text(tag).replace('_', ' ')} is of `{plain_text(other['path'])}`"
+        yield from (f"{what}, step {other['step']}, content `{other['content'][:16]}`.", "")
     yield from ("## How it was made", "", f"    {command or 'lcsc.export.transform.transform_model(...)'}", "")
     yield f"lcsc {recipe['lcsc_version']}, Python {platform.python_version()}, torch {torch.__version__}. The weight"
     yield from ("files carry the full recipe in their headers.", "")
@@ -259,4 +266,6 @@ def _card_lines(name: str, recipe: Mapping[str, Any], library: str, command: str
 
 def _use(recipe: Mapping[str, Any]) -> list[str]:
     """How to load it, where that is not the library's usual way."""
+    if recipe.get("share", "none") != "none":
+        return ["## Use", "", USE_SHARED, ""]
     return ["## Use", "", USE_MIXED, ""] if isinstance(recipe.get("stored_kv_heads"), list) else []

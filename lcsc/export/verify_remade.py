@@ -37,6 +37,7 @@ def compare_remade(bank: CheckpointBank, model: Exported) -> None:
         plan = operator.plan(bank, model.recipe["point"] or None)
     except (LcscError, KeyError, ValueError, IndexError) as error:
         raise BankError(f"the recipe of `{model.folder}` cannot be carried out again: {error}") from error
+    _check_others(model, plan)
     _check_recipe(model, plan.recipe)
     facts: list[dict[str, Any]] = []
     same = model.recipe.get("dtype") == "same"
@@ -89,6 +90,18 @@ def _in_memory(bank: CheckpointBank, plan: Plan, model: Exported, facts: list[di
     weights = made.weights()
     kinds = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in weights.items()}
     return kinds, iter(weights.items())
+
+
+def _check_others(model: Exported, plan: Plan) -> None:
+    """Raise BankError where a further checkpoint that the model was made of is another one by now."""
+    recorded = model.recipe.get("sources")
+    for tag, (other, row) in plan.others.items():
+        was = recorded.get(tag) if isinstance(recorded, dict) else None
+        if isinstance(was, dict) and was.get("content") != other.parent(row)["content"]:
+            raise BankError(
+                f"the checkpoint of step {other.steps[row]}, `{other.rows[row].path}`, changed since `{model.folder}` "
+                "was made of it. Restore it, or make the model again."
+            )
 
 
 def _check_recipe(model: Exported, wanted: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -68,6 +69,7 @@ class Plan:
         others: further checkpoints that pieces read, by what they are called there: a bank and a row of it.
         whole: the pieces are the whole model; nothing is copied beside them, and the network ties what it ties.
         files: texts to write beside the weights, by name.
+        folders: where tokenizers and the like lie, by the folder below the new one; empty for the bank's own alone.
         settled: the operator without settings that depend on which other steps the bank holds; None where it has none.
     """
 
@@ -78,6 +80,7 @@ class Plan:
     others: Mapping[str, tuple[CheckpointBank, int]] = field(default_factory=dict)
     whole: bool = False
     files: Mapping[str, str] = field(default_factory=dict)
+    folders: Mapping[str, Path] = field(default_factory=dict)
     settled: object | None = None
 
     @property

@@ -23,7 +23,7 @@ from lcsc.operators.linear import need_arch
 from lcsc.operators.surgery import Piece, row_of
 from lcsc.recycling.families import FAMILIES, Family, find_family
 from lcsc.recycling.growth import filled_config
-from lcsc.recycling.vocabulary import find_vocabulary
+from lcsc.recycling.vocabulary import Vocabulary, find_vocabulary, overlap
 from lcsc.recycling.warm_start import Origin, Side, Target, find_origin, projection, shared, side_targets
 
 #: which layers are taken where a number of them is set: rules for the baselines
@@ -159,6 +159,29 @@ def differ(a: Found, b: Found) -> bool:
 def norm_of(origin: Origin) -> str:
     """A small tensor that every checkpoint has."""
     return next(key for name, key in origin.names.items() if name in ("embeddings.LayerNorm.bias", "ln_f.bias"))
+
+
+def need_vocabulary(place: str | None) -> Vocabulary:
+    """The tokens of the folder that `operator.vocabulary` names; raises ConfigError where no file lists them."""
+    new = find_vocabulary(Path(str(place)))
+    if new is None:
+        raise ConfigError(
+            f"`operator.vocabulary` is `{place}`, which has no tokenizer.json, vocab.json or vocab.txt. Give a folder "
+            "with one of them."
+        )
+    return new
+
+
+def token_rows(found: Found, role: str, new: Vocabulary) -> tuple[np.ndarray, np.ndarray] | None:
+    """Tokens of a new vocabulary that a source has too, by their numbers in both; None for a random side."""
+    if found.random:
+        return None
+    if (old := find_vocabulary(found.folder)) is None:
+        raise ConfigError(
+            f"`operator.{role}_embeddings` is `overlap`, and `{found.folder}` has no tokenizer.json, vocab.json or "
+            "vocab.txt to compare with. Put it there."
+        )
+    return overlap(old, new)
 
 
 def all_targets(sides: Mapping[str, Side], seeds: SeedRange, share: str, cross: str | None) -> list[Target]:

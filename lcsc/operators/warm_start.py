@@ -27,15 +27,17 @@ from lcsc.operators.warm_sources import (
     by_rule,
     differ,
     dtype_of,
+    need_vocabulary,
     norm_of,
     pick,
     pieces_of,
     provenance_csv,
     tensors_told,
+    token_rows,
 )
 from lcsc.recycling.composite import COMBINATIONS, composite_config, find_tokens, part_config
 from lcsc.recycling.families import FAMILIES
-from lcsc.recycling.vocabulary import Vocabulary, find_vocabulary, overlap
+from lcsc.recycling.vocabulary import find_vocabulary
 from lcsc.recycling.warm_start import CROSS, EMBEDDINGS, SHARES, Side, totals
 
 
@@ -192,7 +194,9 @@ class WarmStart:
     def other_checkpoints(self, bank: CheckpointBank) -> dict[str, str]:
         """See `lcsc.operators.base.ReadsMore`."""
         folders = {role: found for role in self._roles() if (found := self._found(bank, role, None)).bank is not bank}
-        words = {} if self.vocabulary is None else {"vocabulary": value_digest(dict(self._vocabulary().ids))}
+        words = (
+            {} if self.vocabulary is None else {"vocabulary": value_digest(dict(need_vocabulary(self.vocabulary).ids))}
+        )
         return {role: found.bank.digest for role, found in folders.items()} | words
 
     # -------------------------------------------------------------------------------------------------- models
@@ -233,11 +237,25 @@ class WarmStart:
         files["provenance.csv"] = provenance_csv(targets, {"": (bank, row), **others})
         like = norm_of(self._sources.origin(bank, ""))
         pieces = tuple(pieces_of(targets, like))
-        fixed = {f"{r}_step": f.bank.steps[f.row] for r, f in found.items() if not f.random}
-        settled = replace(self, **fixed, **({"share": share} if len(found) > 1 else {}))
-        return Plan(row, arch, pieces, recipe, others, whole=True, files=files, settled=settled)
+        how = {"files": files, "folders": self._folders(found), "settled": self._settled(found, share)}
+        return Plan(row, arch, pieces, recipe, others, whole=True, **how)
 
     # ------------------------------------------------------------------------------------------------- details
+
+    def _settled(self, found: Mapping[str, Found], share: str) -> WarmStart:
+        """What makes the same model where the bank holds no step but the plan's own, from any folder."""
+        fixed: dict[str, Any] = {f"{r}_step": f.bank.steps[f.row] for r, f in found.items() if not f.random}
+        for name in ("encoder", "decoder", "vocabulary"):
+            if (place := getattr(self, name)) not in (None, "random", "none"):
+                fixed[name] = str(Path(place).absolute())
+        return replace(self, **fixed, **({"share": share} if len(found) > 1 else {}))
+
+    def _folders(self, found: Mapping[str, Found]) -> dict[str, Path]:
+        """Where the tokenizers of the new model are: the encoder's, and the decoder's where it is another."""
+        overlaps = {role: getattr(self, f"{role}_embeddings") == "overlap" for role in found}
+        places = {r: Path(str(self.vocabulary)) if overlaps[r] else f.folder for r, f in found.items()}
+        first = next(iter(places.values()))
+        return {"": first} | ({"decoder": places["decoder"]} if places["decoder"] != first else {})
 
     @property
     def _sources(self) -> Sources:
@@ -290,15 +308,8 @@ class WarmStart:
         stem = f"{role}." if "encoder" in self._roles() else ""
         embeddings, rows = getattr(self, f"{role}_embeddings"), None
         if embeddings == "overlap":
-            new = self._vocabulary()
-            sizes["V"] = new.size
-            old = None if found.random else find_vocabulary(found.folder)
-            if old is None and not found.random:
-                raise ConfigError(
-                    f"`operator.{role}_embeddings` is `overlap`, and `{found.folder}` has no tokenizer.json, "
-                    "vocab.json or vocab.txt to compare with. Put it there."
-                )
-            rows = overlap(old, new) if old else None
+            new = need_vocabulary(self.vocabulary)
+            sizes["V"], rows = new.size, token_rows(found, role, new)
         std = float(found.config.get("initializer_range") or 0.02)
         side = Side(stem, family, sizes, layers, None, embeddings=embeddings, rows=rows, std=std)
         if found.random:
@@ -331,14 +342,6 @@ class WarmStart:
                 second = self._sources.find(bank, getattr(self, role), role, step, None, False)
                 out[f"{role}_other"] = (second.bank, second.row)
         return out
-
-    def _vocabulary(self) -> Vocabulary:
-        new = find_vocabulary(Path(str(self.vocabulary)))
-        if new is None:
-            raise ConfigError(
-                f"`operator.vocabulary` is `{self.vocabulary}`, which has no tokenizer.json, vocab.json or vocab.txt."
-            )
-        return new
 
     def _shares(self, bank: CheckpointBank) -> tuple[str, ...]:
         """What the two sides can share, the default first; what is set, where it is."""
@@ -383,7 +386,7 @@ class WarmStart:
         if alone:
             return {"class": "GPT2LMHeadModel", "config": {**parts["decoder"], "dtype": dtype}}, {}
         f = found["decoder"]
-        known = self._vocabulary() if self.decoder_embeddings == "overlap" else find_vocabulary(f.folder)
+        known = need_vocabulary(self.vocabulary) if self.decoder_embeddings == "overlap" else find_vocabulary(f.folder)
         given = {"start": self.start_token, "end": self.end_token, "pad": self.pad_token}
         tokens = find_tokens(f.config, known, sides["decoder"].sizes["V"], given)
         name, config = composite_config(parts["encoder"], parts["decoder"], share, tokens, dtype)
