@@ -187,8 +187,8 @@ class WarmStart:
             if cross is not None:
                 point["cross_attention"][:] = crosses.index(cross) + 0.5
             said = [f"{rule} layers" if rule else None, f"share {share}" if share else None, cross]
-            label = ", ".join(filter(None, said)) or "warm start"
-            rows.append(Baseline(rule or share or cross or "warm start", label, point))
+            said = list(filter(None, said)) or ["warm start"]
+            rows.append(Baseline(said[0], ", ".join(said), point))
         return rows if space.size else []
 
     def other_checkpoints(self, bank: CheckpointBank) -> dict[str, str]:
