@@ -166,9 +166,7 @@ class Seed:
                         "evolution": self.uptrained(evolution, pooling),
                     }
                 )
-        decode = {str(groups): self.decode(groups) for groups in GROUPS}
-        seconds = time.perf_counter() - began
-        return {"seed": self.seed, "uniform": uniform, "searched": searched, "decode": decode, "seconds": seconds}
+        return {"seed": self.seed, "uniform": uniform, "searched": searched, "seconds": time.perf_counter() - began}
 
     def decode(self, groups: int) -> dict[str, Any]:
         """Speed with a long cache, and the bytes that the cache really holds for each token."""
@@ -214,6 +212,48 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"uniform": uniform, "targets": targets}
 
 
+def figure(result: dict[str, Any]) -> bytes:
+    """Loss against cache at once and after uptraining, mean ± SE over the seeds."""
+    from lcsc.report.style import FAINT, GROUP_COLORS, INK, new_figure, png, styled, subtitle
+
+    panels = {"loss_start": "at once", "loss_uptrained": f"after 5 % more steps ({result['steps'] // 20})"}
+
+    @styled
+    def draw() -> Any:
+        picture = new_figure(4.4, "Key/value heads of a multi-head model, pooled")
+        seeds, runs = len(result["runs"]), result["runs"]
+        subtitle(
+            picture, f"nats a byte on held-out text · mean ± SE of {seeds} seeds · stars: numbers by layer, searched"
+        )
+        for place, (when, title) in enumerate(panels.items()):
+            ax = picture.add_axes((0.075 + 0.49 * place, 0.135, 0.41, 0.665))
+            whole = result["uniform"][f"aligned-{HEADS}"][when]["mean"]
+            ax.axhline(whole, color=FAINT, linewidth=1, linestyle=":")
+            ax.text(GROUPS[-1], whole, "all 8 heads", fontsize=8, color=FAINT, va="bottom")
+            for pooling, color in zip(METHODS, GROUP_COLORS, strict=False):
+                cells = [result["uniform"][f"{pooling}-{groups}"][when] for groups in GROUPS[1:]]
+                means, errors = [cell["mean"] for cell in cells], [cell["se"] for cell in cells]
+                ax.errorbar(GROUPS[1:], means, errors, fmt="o-", color=color, capsize=3, label=pooling)
+                for mean in MEANS if pooling in POOLINGS else ():
+                    parts = [
+                        p for row in runs for p in row["searched"] if (p["pooling"], p["mean_heads"]) == (pooling, mean)
+                    ]
+                    star = mean_se([part["additive"][when] for part in parts])
+                    ax.errorbar(
+                        [mean], [star["mean"]], [star["se"]], fmt="*", color=color, markersize=13, mec=INK, mew=0.6
+                    )
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(GROUPS[1:], [str(groups) for groups in GROUPS[1:]])
+            ax.set_xlabel("key/value heads a layer, of 8 (mean over the layers)")
+            ax.set_title(title, fontsize=10)
+            ax.grid(axis="y")
+        picture.axes[0].set_ylabel("loss")
+        picture.axes[0].legend(frameon=False, fontsize=9, loc=(0.04, 0.12))
+        return picture
+
+    return png(draw())
+
+
 def main() -> None:
     """Measure, then write the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -228,6 +268,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens in the cache when the speed is measured")
     parser.add_argument("--folder", type=Path, help="keeps models and runs, and goes on with what is there")
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results/recycling_gqa.json"))
+    parser.add_argument("--figure", type=Path, help="a PNG of the means")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as spare:
@@ -238,9 +279,14 @@ def main() -> None:
                 row = Seed(args, seed, folder).row()
                 done.write_text(json.dumps(row, indent=2))
             rows.append(json.loads(done.read_text()))
-    settings = {key: value for key, value in vars(args).items() if key not in ("folder", "to")}
-    result = {**circumstances(), "threads": torch.get_num_threads(), **settings, **tables(rows), "runs": rows}
+        first = Seed(args, args.seeds[0], folder)
+        decode = {str(groups): first.decode(groups) for groups in GROUPS}
+    settings = {key: value for key, value in vars(args).items() if key not in ("folder", "to", "figure")}
+    result = {**circumstances(), "threads": torch.get_num_threads(), **settings, **tables(rows), "decode": decode}
+    result["runs"] = rows
     args.to.write_text(json.dumps(result, indent=2) + "\n")
+    if args.figure:
+        args.figure.write_bytes(figure(result))
     print(json.dumps(result["targets"], indent=2))
 
 

@@ -28,12 +28,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import ROOT, circumstances
 
 BLOCK, BATCH, EXPERTS, TOP_K = 64, 16, 4, 2
-#: arm -> settings of the operator; `searched` takes the layers that the search found
+#: arm -> settings of the operator; those of `SEARCHES` take the layers that their search found
 MIXTURES: dict[str, dict[str, Any]] = {
     "all": {"layers": "all"},
     "alternate": {"layers": "alternate"},
     "last_half": {"layers": "last_half"},
     "searched": {},
+    "searched_any": {},
     "slices": {"layers": "all", "groups": 2, "num_experts": 2 * EXPERTS},
     "drop": {"layers": "all", "drop": 0.5},
 }
@@ -44,6 +45,17 @@ def dense_arch() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "conf" / "network" / "qwen3_tiny.yaml").read_text())
 
 
+#: arm -> settings of its search: of the experiment with more of everything; and of any number of layers, scored behind
+#: as many steps as the arms take
+SEARCHES = {
+    "searched": ["objective.num_steps=75", "search.num_trials=24", "search.num_images=384"],
+    "searched_any": [
+        "operator.num_sparse=null",
+        "objective.num_steps=375",
+        "search.num_trials=8",
+        "search.num_images=384",
+    ],
+}
 RULES = ("all", "alternate", "last_half")
 
 
@@ -100,12 +112,12 @@ class Runs:
         images = range(self.args.num_blocks)
         return self.objective(candidate, seed=0, purpose=Purpose.REPORT, images=images).value
 
-    def search(self) -> list[int]:
-        """The layers that the search of the experiment finds, with as many of them as the two rules take."""
-        run = self.folder / "search"
+    def search(self, arm: str) -> list[int]:
+        """The layers that the search of an arm finds."""
+        run = self.folder / arm.replace("searched", "search")
         words = ["search", "operator=sparse_upcycling", "experiment=upcycling_small", "quiet=true"]
         words += [f"seed={self.seed}", f"bank.path={self.folder / 'base'}", f"run_dir={run}"]
-        words += [f"operator.num_experts={EXPERTS}", *self.args.search]
+        words += [f"operator.num_experts={EXPERTS}", *getattr(self.args, arm)]
         if self.args.text is not None:
             words += [f"dataset.path={self.args.text}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -146,8 +158,8 @@ def measure(runs: Runs) -> dict[str, Any]:
     layers: dict[str, list[int]] = {}
     for name in args.arms:
         settings = MIXTURES[name]
-        if name == "searched":
-            settings = {"layers": runs.search()}
+        if name in SEARCHES:
+            settings = {"layers": runs.search(name)}
         start = runs.upcycle(name, settings)
         own = config_of(start)
         layers[name] = [
@@ -203,7 +215,7 @@ def summary(rows: list[dict[str, Any]], last: str) -> dict[str, Any]:
             for arm in mixtures
         },
         "all - scratch": less(end["all"], end["scratch"]),
-        **{f"searched - {arm}": less(end["searched"], end[arm]) for arm in RULES if "searched" in end},
+        **{f"{arm} - {rule}": less(end[arm], end[rule]) for arm in SEARCHES if arm in end for rule in RULES},
     }
     started = {arm: max(abs(row["losses"][arm]["0"] - row["losses"]["base"]["0"]) for row in rows) for arm in mixtures}
     return {"loss_nats": table, "differences_nats": against, "largest_change_at_start": started}
@@ -233,13 +245,15 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
         left.errorbar(x, y, se, marker="o", ms=3, capsize=2, label=arm)
     left.set(xlabel="added training, 10^12 floating-point operations", ylabel="held-out loss, nats a byte")
     left.legend(frameon=False)
-    arms = ("dense", *(name for name in MIXTURES if name in result["loss_nats"]), "scratch")
-    last = str(result["added_steps"])
-    ends = [result["loss_nats"][arm][last] for arm in arms]
-    right.barh(
-        arms[::-1], [row["mean"] for row in ends[::-1]], xerr=[row["se"] or 0 for row in ends[::-1]], color="0.7"
-    )
-    right.set(xlabel=f"loss after {last} steps", xlim=(min(row["mean"] for row in ends) * 0.97, None))
+    arms = [name for name in MIXTURES if name in result["loss_nats"]][::-1]
+    for kind, shift, color in (("steps", 0.15, "tab:blue"), ("FLOPs", -0.15, "tab:red")):
+        rows = [result["differences_nats"][f"{arm} - dense, equal {kind}"] for arm in arms]
+        places = [at + shift for at in range(len(arms))]
+        errors = [row["se"] or 0 for row in rows]
+        right.errorbar([row["mean"] for row in rows], places, xerr=errors, fmt="o", ms=3, color=color, label=kind)
+    right.axvline(0, color="0.7", lw=1, zorder=0)
+    right.set(xlabel="loss less that of dense, at equal", yticks=range(len(arms)), yticklabels=arms)
+    right.legend(frameon=False)
     figure.tight_layout()
     to.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(to, metadata={"Date": None})
@@ -257,11 +271,16 @@ def main() -> None:
     parser.add_argument(
         "--arms", nargs="+", default=list(MIXTURES), choices=MIXTURES, help="`all` has to be among them"
     )
-    parser.add_argument("--search", nargs="*", default=[], help="settings of the search")
+    for arm, words in SEARCHES.items():
+        parser.add_argument(f"--{arm}", nargs="*", default=words, help="settings of its search")
     parser.add_argument("--folder", type=Path, help="keeps banks and runs, and goes on with what is there")
     parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "results" / "recycling_upcycling.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "images" / "recycling_upcycling.svg")
+    parser.add_argument("--redraw", action="store_true", help="only the figure, from the results file")
     args = parser.parse_args()
+    if args.redraw:
+        draw(json.loads(args.to.read_text()), args.figure)
+        return
     if args.text is not None:
         args.text = args.text.resolve()
     with tempfile.TemporaryDirectory() as spare:
@@ -277,6 +296,7 @@ def main() -> None:
                 "batch_tokens": BLOCK * BATCH,
                 "added_steps": math.ceil(args.steps // 2 / args.save_every) * args.save_every,
                 "operator": {"num_experts": EXPERTS, "top_k": TOP_K, "router_std": 0.02},
+                "search": {arm: getattr(args, arm) for arm in SEARCHES},
             }
             result |= {**summary(rows, str(result["added_steps"])), "runs": rows}
             args.to.write_text(json.dumps(result, indent=2) + "\n")

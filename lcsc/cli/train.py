@@ -18,15 +18,26 @@ def main(words: Sequence[str]) -> None:
 
 def train(config: Mapping[str, Any]) -> Path:
     """Train the experiment's network and return the folder of its checkpoints."""
-    if config["network"] is None:
-        raise ConfigError(
-            "`network` is not set, so there is nothing to train. Choose an experiment with `experiment=...`."
-        )
     return registry.build("trainer", config["trainer"]).train(
-        arch=config["network"],
+        arch=config["network"] or _arch_of_start(config["trainer"].get("start")),
         model=registry.build("model", config["model"]),
         dataset=registry.build("dataset", config["dataset"]),
         out=Path(config["bank"]["path"]),
         seed=config["seed"],
         progress=False if config["quiet"] else None,
     )
+
+
+def _arch_of_start(start: str | None) -> Mapping[str, Any]:
+    """The architecture of the model that a training begins with, which need not be written out again."""
+    if start is None:
+        raise ConfigError(
+            "`network` is not set, so there is nothing to train. Choose an experiment with `experiment=...`, or begin "
+            "with a model by `trainer.start=FOLDER`."
+        )
+    from lcsc.bank import CheckpointBank
+
+    arch = CheckpointBank.open(Path(start)).arch
+    if arch is None:
+        raise ConfigError(f"`trainer.start` is `{start}`, which has no config.json of a network. Set `network` too.")
+    return arch

@@ -58,7 +58,10 @@ class TextDataset(Protocol):
         ...
 
     def byte_counts(self, part: TextPart) -> Tensor:
-        """Bytes of the text that each of these tokens stands for, shape (S, L), int64; their sum is exact."""
+        """Bytes of the text that each of these tokens stands for, shape (S, L), int64; their sum is exact.
+
+        A text may lack this method; then there are no bits per byte.
+        """
         ...
 
 

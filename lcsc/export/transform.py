@@ -19,7 +19,7 @@ from lcsc.bank import CheckpointBank, Layout, Selection
 from lcsc.bank.extents import Source, read_source
 from lcsc.bank.shard_index import open_regular, read_range
 from lcsc.bank.storage import as_tensor
-from lcsc.core.errors import BankError, NonFiniteError
+from lcsc.core.errors import BankError, ConfigError, NonFiniteError
 from lcsc.core.files import new_directory, writing
 from lcsc.export.folder import (
     NOT_SETTINGS,
@@ -34,6 +34,7 @@ from lcsc.export.folder import (
 )
 from lcsc.export.oneshot import check_target
 from lcsc.export.stream import ModelWriter, Spec, parse_size, plan_files
+from lcsc.models.causal_lm import CAUSAL_LMS
 from lcsc.operators.surgery import Plan, Transforms, told
 
 #: files beside the weights that belong to the model whatever its architecture: tokenizer and generation settings
@@ -134,6 +135,11 @@ def planned_model(bank: CheckpointBank, plan: Plan) -> Model:
     if plan.whole:
         text = json.dumps({"architectures": [plan.arch["class"]], **plan.arch["config"]}, indent=2, ensure_ascii=False)
         return replace(model, specs=tuple(specs), config=(text + "\n").encode())
+    if plan.arch["config"].get("per_layer_config") and plan.arch["class"] not in CAUSAL_LMS:
+        raise ConfigError(
+            f"layers of different heads cannot be written for a `{plan.arch['class']}`, which lcsc does not run and "
+            "transformers would not open. Leave `operator.repeat_heads=false` out."
+        )
     before, after = (bank.arch or {})["config"], plan.arch["config"]
     kept = {key: value for key, value in (model_config(bank) or {}).items() if key in after or key not in before}
     changed = {key: value for key, value in after.items() if before.get(key) != value}

@@ -32,10 +32,11 @@ def compare_remade(bank: CheckpointBank, model: Exported) -> None:
         ConfigError: the operator is not lcsc's own, or makes nothing of one checkpoint.
     """
     check_parents(bank, model)  # first, because a changed parent explains all else
-    operator = _operator(model)
+    _refuse_foreign(model)
     try:
+        operator = registry.build("operator", {**model.recipe["settings"], "name": model.recipe["operator"]})
         plan = operator.plan(bank, model.recipe["point"] or None)
-    except (LcscError, KeyError, ValueError, IndexError) as error:
+    except (LcscError, KeyError, TypeError, ValueError, IndexError) as error:
         raise BankError(f"the recipe of `{model.folder}` cannot be carried out again: {error}") from error
     _check_others(model, plan)
     _check_recipe(model, plan.recipe)
@@ -54,8 +55,8 @@ def compare_remade(bank: CheckpointBank, model: Exported) -> None:
     _check_recipe(model, {"pieces": facts})
 
 
-def _operator(model: Exported) -> Transforms:
-    """The recipe's operator with its settings; none of a package that a stranger's file names."""
+def _refuse_foreign(model: Exported) -> None:
+    """Raise ConfigError for an operator of a package that a stranger's file names, or one that plans nothing."""
     settings = model.recipe["settings"]
     cls = registry.part("operator", str(settings["name"])).cls
     if cls.__module__.partition(".")[0] != "lcsc" or not issubclass(cls, Transforms):
@@ -63,7 +64,6 @@ def _operator(model: Exported) -> Transforms:
             f"`{model.folder}` was made by the operator `{shown(settings['name'])}` of `{cls.__module__}`, which is "
             "not made again here; operators of lcsc that make a model of one checkpoint are."
         )
-    return registry.build("operator", settings)  # type: ignore[no-any-return]
 
 
 Made = tuple[Mapping[str, tuple[str, tuple[int, ...]]], Iterator[tuple[str, Tensor]]]

@@ -40,10 +40,10 @@ class LanguageModeling(MeanLoss):
     comes up once before any comes up again. All candidates see the same blocks. The standard error takes blocks of one
     stretch together, because neighbours are alike.
 
-    Full scores also hold `bits_per_byte` (of the bytes that the tokens stand for), `parameters` (tied ones once), of a
-    mixture of experts `active_parameters` (those that a token uses) and, where the config tells, `kv_cache_bytes`: what
-    one more token takes in the cache of keys and values in float32. After a search the speed of writing is measured,
-    which is no part of a score.
+    Full scores also hold `bits_per_byte` (where the text says which bytes its tokens are), `parameters` (tied ones
+    once), of a mixture of experts `active_parameters` (those that a token uses) and, where the config tells,
+    `kv_cache_bytes`: what one more token takes in the cache of keys and values in float32. After a search the speed of
+    writing is measured, which is no part of a score.
 
     Args:
         dataset: the text.
@@ -106,9 +106,12 @@ class LanguageModeling(MeanLoss):
     def _others(
         self, live: LiveModel, purpose: Purpose, rows_N: np.ndarray, value: float, se: float | None
     ) -> Mapping[str, Mapping[str, float]]:
-        bytes_NT = self._in_blocks(self.dataset.byte_counts(_part(purpose)))[torch.from_numpy(rows_N), self._first :]
-        bits = bytes_NT.numel() / float(bytes_NT.sum()) / math.log(2)
-        found = {"bits_per_byte": {"value": value * bits, **({} if se is None else {"se": se * bits})}}
+        found: dict[str, dict[str, float]] = {}
+        if hasattr(self.dataset, "byte_counts"):
+            bytes_BT = self._in_blocks(self.dataset.byte_counts(_part(purpose)))
+            bytes_NT = bytes_BT[torch.from_numpy(rows_N), self._first :]
+            bits = bytes_NT.numel() / float(bytes_NT.sum()) / math.log(2)
+            found["bits_per_byte"] = {"value": value * bits, **({} if se is None else {"se": se * bits})}
         sizes = {"parameters": sum(parameter.numel() for parameter in live.net.parameters())}
         if (active := active_parameters(live.net)) != sizes["parameters"]:
             sizes["active_parameters"] = active

@@ -42,6 +42,8 @@ CHOICES = ("all", "alternate", "last_half")
 #: numbers of experts that a search tries, and the one without a search
 NUMBERS = (2, 4, 8, 16, 32)
 NUM_EXPERTS = 8
+#: floats of the rules' layers, on both sides of 0 and near it: a search that begins there soon tries other layers
+NEAR = 0.1
 #: most noise that is searched, in standard deviations of an expert's tensors
 MAX_NOISE = 0.5
 
@@ -135,12 +137,12 @@ class SparseUpcycling:
             if found.kind == "t5":
                 if rule == "last_half":
                     continue
-                point["layers"][:] = 0.0 if rule == "all" else -0.5
+                point["layers"][:] = 0.0 if rule == "all" else -NEAR
             elif self.num_sparse not in (None, len(chosen)) or not chosen:
                 continue
             else:
-                point["layers"][:] = -0.5
-                point["layers"][list(chosen)] = 0.5
+                point["layers"][:] = -NEAR
+                point["layers"][list(chosen)] = NEAR
             rows.append(Baseline(rule, f"{rule}, {len(chosen)} of {len(found.stems)} layers", point))
         return rows
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lcsc.core.errors import BankError, ConfigError, did_you_mean
+from lcsc.core.errors import BankError, ConfigError, MissingExtraError, did_you_mean
 from lcsc.recycling.experts import expert_names, router_name
 
 Shape = tuple[int, ...]
@@ -247,8 +247,17 @@ def mixture_config(
         mixture: the class.
         old: configuration of the dense model.
         changes: what is said of the experts.
+
+    Raises:
+        MissingExtraError: transformers, whose defaults they are, is not installed.
     """
-    from transformers import AutoConfig
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the defaults of `{mixture.name}` are those of transformers, which is not here. Install it with: pip "
+            "install 'lcsc[lm]'"
+        ) from error
 
     def filled(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         kept = {k: v for k, v in settings.items() if k not in ("model_type", "architectures", "transformers_version")}

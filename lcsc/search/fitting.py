@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lcsc.core.words import words_of
 from lcsc.objectives.base import Objective
 from lcsc.searchers.base import Proposal, Searcher
 
@@ -33,8 +34,9 @@ def fitting_note(
     if num >= need:
         return None
     advice = "raise `search.num_images`" + (" or `searcher.num_blocks`" if rotating else "")
+    items = words_of(objective.circumstances()).many
     return (
-        f"note: trials share the noise of {num:,} images for {num_coefficients} coefficients, so their scores flatter "
+        f"note: trials share the noise of {num:,} {items} for {num_coefficients} coefficients, so their scores flatter "
         f"(the report's do not); {advice} until there are {need:,}, or descend on fresh noise (`searcher=gradient`) "
         "where there is a derivative"
     )

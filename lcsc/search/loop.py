@@ -108,7 +108,7 @@ class Search:
 
     def say_fitting(self, proposal: Proposal) -> None:
         """Once, that trials like this one share the noise of too few images."""
-        if not self._told_fitting:
+        if not self._told_fitting and not any(box.choices for box in self.space.boxes):  # few choices fit no noise
             problem, num = self.problem, self.problem.budget.num_images
             text = fitting_note(problem.searcher, problem.objective, proposal, num, self.space.size)
             if text:

@@ -20,7 +20,7 @@ TINY = [
     *("network.config.num_key_value_heads=4", "trainer.num_steps=2", "trainer.save_every=2", "trainer.batch_size=2"),
     *("trainer.block_length=32", "objective.block_length=32", "objective.decode_tokens=2", "operator.max_kv_heads=4"),
     *("search.num_trials=9", "search.num_images=8", "search.num_finalists=2", "search.num_images_select=8"),
-    *("search.num_images_report=8", "train_if_missing=true", "quiet=true"),
+    *("search.num_images_report=8", "train_if_missing=true"),
 ]
 
 
@@ -31,8 +31,9 @@ def records(run):
 
 @pytest.mark.slow
 def test_train_search_stop_continue_report_export_verify(here, lcsc):
-    code, _, err = lcsc("search", *TINY, "run_dir=run")
+    code, out, err = lcsc("search", *TINY, "run_dir=run")
     assert code == 0, err
+    assert "share the noise" not in out + err
     run = here / "run"
     trials = [record for record in records(run) if record["kind"] == "trial"]
     heads = [trial["num_kv_heads"] for trial in trials]

@@ -195,3 +195,16 @@ def test_layers_keep_their_own_heads_where_asked(here, lcsc, model):
     ids = torch.arange(12)[None]
     torch.testing.assert_close(own(ids).logits, repeated(ids).logits, rtol=0, atol=1e-6)
     assert "from lcsc.models.network import load_network" in (here / "out" / "README.md").read_text()
+
+
+def test_what_was_made_is_trained_on_without_being_described_again(here, lcsc):
+    llama(vocab_size=256).save_pretrained(here / "model")
+    ok(lcsc, "model=model", "to=out", "operator.num_kv_heads=[1,4]", "operator.repeat_heads=false")
+    small = ["trainer.num_steps=1", "trainer.save_every=1", "trainer.batch_size=1", "trainer.block_length=8"]
+    words = ["trainer=causal_lm", "trainer.start=out", "dataset=text", "name=more", "bank.path=bank", "quiet=true"]
+    code, _, err = lcsc("train", *words, *small)
+    assert code == 0, err
+    before, after = load_network(here / "out"), load_network(here / "bank" / "checkpoint-000001")
+    assert [layer.self_attn.k_proj.weight.shape[0] for layer in after.model.layers] == [8, 32]
+    moved = [(a - b).abs().max() for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert 0 < max(moved) <= 1.1e-3  # one step of AdamW at a rate of 1e-3

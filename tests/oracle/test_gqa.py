@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from lcsc.bank import CheckpointBank
 from lcsc.core.errors import BankError, ConfigError
+from lcsc.export.transform import transform_model
+from lcsc.models.flat import LiveModel
 from lcsc.operators.gqa import METHODS, Gqa, fill
 from lcsc.recycling.attention import FAMILIES
 
@@ -118,6 +120,25 @@ def test_turned_heads_are_merged_exactly_in_every_family(kind, tmp_path):
     paper = Gqa(num_kv_heads=2, pooling="mean", grouping="order")
     other = logits(opened(paper.apply(bank, {}), tmp_path / "paper"))
     assert (other - wanted).abs().max() > 20 * (found - wanted).abs().max()
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_layers_with_heads_of_their_own_compute_what_repeated_ones_do(kind, tmp_path):
+    bank = saved(build(kind), tmp_path / "net")
+    settings = {"num_kv_heads": [1, 4], "pooling": "aligned", "grouping": "order"}
+    wanted = logits(opened(Gqa(**settings).apply(bank, {}), tmp_path / "repeated"))
+    own = Gqa(**settings, repeat_heads=False)
+    if kind == "gemma3_text":  # a class that lcsc does not run
+        streamed = CheckpointBank.open(tmp_path / "net", storage="streamed")
+        with pytest.raises(ConfigError, match="layers of different heads cannot be written for a `Gemma3ForCausalLM`"):
+            transform_model(streamed, own, tmp_path / "own")
+        return
+    made = own.apply(bank, {})
+    net = LiveModel(made.arch, made.layout, made.constants, "cpu")
+    net.fill(made.write)
+    d = made.recipe["stored_cache_bytes_per_token"] // (2 * 5 * 4)
+    assert [layer.self_attn.k_proj.weight.shape[0] for layer in net.net.model.layers] == [d, 4 * d]
+    torch.testing.assert_close(logits(net.net), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,11 +14,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lcsc.bank import CheckpointBank
 from lcsc.core.errors import BankError, ConfigError
+from lcsc.core.registry import build
 from lcsc.export.transform import transform_model
 from lcsc.models.network import build_network, load_network
 from lcsc.operators.moments import carry_moments
 from lcsc.operators.sparse_upcycling import MAX_NOISE, SparseUpcycling
 from lcsc.recycling.dense import VIT, find_dense, names_of
+from lcsc.searchers.base import Start, Task
 
 SMALL = {
     **{"vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -273,6 +275,14 @@ def test_a_search_varies_layers_experts_noise_and_drop(tmp_path):
     assert [b.family for b in half.baselines(bank)] == ["alternate", "last_half"]
     assert [half.plan(bank, b.point).recipe["layers"] for b in half.baselines(bank)] == [[1, 3], [2, 3]]
     assert half.plan(bank, {"layers": np.array([0.3, -0.1, 0.2, 0.25])}).recipe["layers"] == [0, 3]
+    begin = half.space(bank).to_vector(half.baselines(bank)[0].point)
+    session = build("searcher", "cma").start(Task(half.space(bank), 12, 0, (Start(begin, 1.0, "alternate"),)))
+    tried = []
+    for _ in range(12):
+        proposal = session.ask()
+        tried.append(tuple(half.plan(bank, half.space(bank).to_point(proposal.vector)).recipe["layers"]))
+        session.tell(proposal.uid, 1.0)
+    assert len(set(tried)) >= 4  # of 6: it does not stay where it began
     # a search over a Llama stays in one class, whichever layers it tries
     llama = saved(language_model("llama"), tmp_path / "llama")
     classes = {free.apply(llama, {**point, "layers": np.full(4, x)}).arch["class"] for x in (-0.5, 0.5)}
