@@ -177,7 +177,7 @@ def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
 def _part(role: str, config: Any) -> dict[str, Any]:
     """The configuration of an encoder or decoder; raises ConfigError for a kind that none is made of here."""
     kind = config.get("model_type") if isinstance(config, Mapping) else config
-    if kind not in FAMILIES or config.get("quantization_config") is not None:
+    if not isinstance(config, Mapping) or kind not in FAMILIES or config.get("quantization_config") is not None:
         raise ConfigError(f"the {role} is `{kind}`, or quantized; plain ones of {', '.join(FAMILIES)} are built.")
     return _kept(config)
 

@@ -248,7 +248,9 @@ class WarmStart:
         for name in ("encoder", "decoder", "vocabulary"):
             if (place := getattr(self, name)) not in (None, "random", "none"):
                 fixed[name] = str(Path(place).absolute())
-        return replace(self, **fixed, **({"share": share} if len(found) > 1 else {}))
+        settled = replace(self, **fixed, **({"share": share} if len(found) > 1 else {}))
+        settled.__dict__["_sources"] = self._sources  # which are open, and have their digests
+        return settled
 
     def _folders(self, found: Mapping[str, Found]) -> dict[str, Path]:
         """Where the tokenizers of the new model are: the encoder's, and the decoder's where it is another."""
