@@ -34,12 +34,10 @@ class Origin:
     Args:
         tag: what it is called where tensors are read (`lcsc.operators.surgery.Plan`); empty for the plan's own.
         names: name in its files of each tensor that it has, by the family's name.
-        num_layers: that it has.
     """
 
     tag: str
     names: Mapping[str, str]
-    num_layers: int
 
     def read(self, name: str) -> str:
         """What a piece reads."""
@@ -67,7 +65,7 @@ def find_origin(family: Family, sizes: Mapping[str, int], shapes: Mapping[str, S
             )
         if key is not None:
             names[name] = key
-    return Origin(tag, names, sizes["layers"])
+    return Origin(tag, names)
 
 
 #: of an encoder as transformers builds it; a decoder does not read it

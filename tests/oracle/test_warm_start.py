@@ -350,3 +350,15 @@ def test_decoders_that_cannot_attend_are_refused_by_name(tmp_path, folders):
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         WarmStart(**settings)
+
+
+def test_another_second_model_is_another_search(tmp_path, folders):
+    bank = CheckpointBank.open(folders / "bert")
+    digests = []
+    for seed in (1, 2):
+        saved(model("gpt2", seed), tmp_path / str(seed))
+        operator = WarmStart(decoder=str(tmp_path / str(seed)))
+        digests.append(operator.other_checkpoints(bank))
+    assert digests[0] == {"decoder": CheckpointBank.open(tmp_path / "1").digest}
+    assert digests[0] != digests[1]
+    assert WarmStart().other_checkpoints(bank) == {}
