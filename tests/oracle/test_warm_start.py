@@ -11,10 +11,11 @@ import torch
 from helpers_warm import GPT, SIZES, live, model, saved
 from safetensors.torch import load_file, save_file
 
-from lcsc.bank import CheckpointBank
+from lcsc.bank import CheckpointBank, Selection
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.models.flat import distinct_tensors
 from lcsc.models.network import load_network, save_network
+from lcsc.operators.surgery import candidate
 from lcsc.operators.warm_start import WarmStart
 from lcsc.recycling.composite import COMBINATIONS
 
@@ -362,3 +363,23 @@ def test_another_second_model_is_another_search(tmp_path, folders):
     assert digests[0] == {"decoder": CheckpointBank.open(tmp_path / "1").digest}
     assert digests[0] != digests[1]
     assert WarmStart().other_checkpoints(bank) == {}
+
+
+def test_every_point_is_planned_again_from_its_own_step_alone(tmp_path):
+    for step in (10, 20, 30):
+        model("bert", step).save_pretrained(tmp_path / f"checkpoint-{step}")
+    bank, rng = CheckpointBank.open(tmp_path), np.random.default_rng(0)
+    for settings in ({"num_encoder_layers": 2}, {"num_decoder_layers": 1, "decoder_other": 10}, {"encoder_other": 20}):
+        operator = WarmStart(**settings)
+        space, seen = operator.space(bank), set()
+        for _ in range(8):
+            point = space.to_point(rng.uniform(space.lower, space.upper))
+            plan = operator.plan(bank, point)
+            (step,) = plan.recipe["steps"]
+            alone = CheckpointBank.open(tmp_path, select=Selection(step, step))
+            again = plan.settled.plan(alone, point)
+            assert (again.recipe, again.arch, again.files) == (plan.recipe, plan.arch, plan.files)
+            weights = candidate(again, alone).weights()
+            assert all(torch.equal(weights[n], t) for n, t in operator.apply(bank, point).weights().items())
+            seen.add((plan.recipe["encoder_step"], plan.recipe["decoder_step"], plan.recipe["share"]))
+        assert len(seen) > 3
