@@ -172,6 +172,19 @@ def need_vocabulary(place: str | None) -> Vocabulary:
     return new
 
 
+def mix_of(given: Any, role: str, L: int, point: Point | None) -> tuple[float, ...]:
+    """Shares of the second checkpoint of a side, L + 1 numbers; as set, at a point, or none."""
+    if given is None:
+        given = 0.0 if point is None or f"{role}_mix" not in point else tuple(map(float, point[f"{role}_mix"]))
+    if not isinstance(given, tuple):
+        return (float(given),) * (L + 1)
+    if len(given) != L + 1:
+        raise ConfigError(
+            f"`operator.{role}_mix` has {len(given)} numbers for {L} layers; give one each and one for all else."
+        )
+    return tuple(map(float, given))
+
+
 def token_rows(found: Found, role: str, new: Vocabulary) -> tuple[np.ndarray, np.ndarray] | None:
     """Tokens of a new vocabulary that a source has too, by their numbers in both; None for a random side."""
     if found.random:

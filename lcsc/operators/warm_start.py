@@ -27,6 +27,7 @@ from lcsc.operators.warm_sources import (
     by_rule,
     differ,
     dtype_of,
+    mix_of,
     need_vocabulary,
     norm_of,
     pick,
@@ -66,6 +67,7 @@ class WarmStart:
         encoder_embeddings, decoder_embeddings: `copy`, `random`, or `overlap` with the tokens of `vocabulary`.
         vocabulary: folder of the tokenizer that the new model has where embeddings are `overlap`.
         start_token, end_token, pad_token: of the decoder; null finds them.
+        try_random: whether a search may also draw a side that the bank gives, as if that were one more checkpoint.
         seed: of what is drawn.
     """
 
@@ -90,6 +92,7 @@ class WarmStart:
     start_token: int | None = None
     end_token: int | None = None
     pad_token: int | None = None
+    try_random: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -153,8 +156,9 @@ class WarmStart:
         for role in self._roles():
             found = self._found(bank, role, None)
             warm = not found.random
-            if warm and getattr(self, f"{role}_step") is None and found.bank.num_checkpoints > 1:
-                boxes.append(Box(f"{role}_step", 1, 0.0, float(found.bank.num_checkpoints), scale=0.5))
+            num = found.bank.num_checkpoints + (self.try_random and getattr(self, role) is None)
+            if warm and getattr(self, f"{role}_step") is None and num > 1:
+                boxes.append(Box(f"{role}_step", 1, 0.0, float(num), scale=0.5))
             if warm and getattr(self, f"num_{role}_layers") is not None:
                 boxes.append(Box(f"{role}_layers", found.sizes["layers"], -1.0, 1.0, scale=0.5))
             if warm and getattr(self, f"{role}_other") is not None and getattr(self, f"{role}_mix") is None:
@@ -228,7 +232,8 @@ class WarmStart:
         arch, files = self._arch(found, sides, share, dtype)
         others = self._others(bank, row, found)
         recipe: dict[str, Any] = {"operator": "warm_start", "steps": [bank.steps[row]]}
-        recipe |= {"combination": self.combination, "share": share, "cross_attention": cross, "seed": self.seed}
+        settled = self._settled(found, share, cross)
+        recipe |= {"combination": settled.combination, "share": share, "cross_attention": cross, "seed": self.seed}
         for role, side in sides.items():
             step = None if found[role].random else found[role].bank.steps[found[role].row]
             recipe |= {f"{role}_step": step, f"{role}_layers": list(side.layers) if side.origin else len(side.layers)}
@@ -237,18 +242,21 @@ class WarmStart:
         files["provenance.csv"] = provenance_csv(targets, {"": (bank, row), **others})
         like = norm_of(self._sources.origin(bank, ""))
         pieces = tuple(pieces_of(targets, like))
-        how = {"files": files, "folders": self._folders(found), "settled": self._settled(found, share)}
+        how = {"files": files, "folders": self._folders(found), "settled": settled}
         return Plan(row, arch, pieces, recipe, others, whole=True, **how)
 
     # ------------------------------------------------------------------------------------------------- details
 
-    def _settled(self, found: Mapping[str, Found], share: str) -> WarmStart:
+    def _settled(self, found: Mapping[str, Found], share: str, cross: str | None) -> WarmStart:
         """What makes the same model where the bank holds no step but the plan's own, from any folder."""
         fixed: dict[str, Any] = {f"{r}_step": f.bank.steps[f.row] for r, f in found.items() if not f.random}
+        if any(f.random and "random" not in (getattr(self, r), self._kind(r)) for r, f in found.items()):
+            fixed |= {"combination": None} | {r: "random" for r, f in found.items() if f.random}
+            fixed |= {} if "encoder" in found else {"encoder": "none"}
         for name in ("encoder", "decoder", "vocabulary"):
             if (place := getattr(self, name)) not in (None, "random", "none"):
                 fixed[name] = str(Path(place).absolute())
-        settled = replace(self, **fixed, **({"share": share} if len(found) > 1 else {}))
+        settled = replace(self, **fixed, **({"share": share, "cross_attention": cross} if len(found) > 1 else {}))
         settled.__dict__["_sources"] = self._sources  # which are open, and have their digests
         return settled
 
@@ -287,7 +295,8 @@ class WarmStart:
                 f"{self.combination or 'encoder=none'}` it is a {kind or 'gpt2'}. Give such a model, with model=DIR or "
                 f"operator.{role}=DIR."
             )
-        return found
+        drawn = at is not None and place is None and float(at.reshape(-1)[0]) >= found.bank.num_checkpoints
+        return replace(found, random=True) if drawn and self.try_random else found
 
     def _layers(self, found: Found, role: str, point: Point | None) -> tuple[int, ...]:
         L, given, num = found.sizes["layers"], getattr(self, f"{role}_layers"), getattr(self, f"num_{role}_layers")
@@ -318,19 +327,9 @@ class WarmStart:
             return replace(side, pad=found.config.get("pad_token_id"))
         origin = self._sources.origin(found.bank, "" if (found.bank, found.row) == (bank, row) else role)
         other = None if getattr(self, f"{role}_other") is None else replace(origin, tag=f"{role}_other")
-        return replace(side, origin=origin, other=other, mix=self._mix(role, len(layers), point))
-
-    def _mix(self, role: str, L: int, point: Point | None) -> tuple[float, ...]:
-        given = getattr(self, f"{role}_mix")
-        if given is None:
-            given = 0.0 if point is None or f"{role}_mix" not in point else tuple(map(float, point[f"{role}_mix"]))
-        if not isinstance(given, tuple):
-            return (float(given),) * (L + 1)
-        if len(given) != L + 1:
-            raise ConfigError(
-                f"`operator.{role}_mix` has {len(given)} numbers for {L} layers; give one each and one for all else."
-            )
-        return tuple(map(float, given))
+        return replace(
+            side, origin=origin, other=other, mix=mix_of(getattr(self, f"{role}_mix"), role, len(layers), point)
+        )
 
     def _others(self, bank: CheckpointBank, row: int, found: Mapping[str, Found]) -> dict[str, tuple[Any, int]]:
         """Checkpoints beside the plan's own, by what they are called in it."""

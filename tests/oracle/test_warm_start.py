@@ -369,7 +369,11 @@ def test_every_point_is_planned_again_from_its_own_step_alone(tmp_path):
     for step in (10, 20, 30):
         model("bert", step).save_pretrained(tmp_path / f"checkpoint-{step}")
     bank, rng = CheckpointBank.open(tmp_path), np.random.default_rng(0)
-    for settings in ({"num_encoder_layers": 2}, {"num_decoder_layers": 1, "decoder_other": 10}, {"encoder_other": 20}):
+    for settings in (
+        {"num_encoder_layers": 2},
+        {"num_decoder_layers": 1, "decoder_other": 10},
+        {"combination": "bert2bert", "encoder_other": 20, "try_random": True},
+    ):
         operator = WarmStart(**settings)
         space, seen = operator.space(bank), set()
         for _ in range(8):
@@ -383,3 +387,5 @@ def test_every_point_is_planned_again_from_its_own_step_alone(tmp_path):
             assert all(torch.equal(weights[n], t) for n, t in operator.apply(bank, point).weights().items())
             seen.add((plan.recipe["encoder_step"], plan.recipe["decoder_step"], plan.recipe["share"]))
         assert len(seen) > 3
+        drawn = any(None in steps for steps in seen)
+        assert drawn == ("try_random" in settings)
