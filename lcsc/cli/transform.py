@@ -58,10 +58,15 @@ def _operator(name: str, words: Sequence[str]) -> Any:
 
 
 def _facts(recipe: Mapping[str, Any]) -> list[str]:
-    """What a user of the model has to know: how to train on, the sizes of its cache."""
+    """What a user of the model has to know: where its tensors are from, how to train on, the sizes of its cache."""
     if how := recipe.get("train_on"):
         layers, factor = how["fresh_optimizer_for_layers"], how["lr_factor"]
         return [f"to train on: a fresh optimizer and {factor} times the learning rate for layers {layers}"]
+    if "counts" in recipe:
+        counts = dict(recipe["counts"])
+        total = counts.pop("parameters")
+        said = ", ".join(f"{count:,} {way}" for way, count in counts.items() if count)
+        return [f"parameters: {total:,} ({said}); provenance.csv says where each tensor is from"]
     if "cache_bytes_per_token" not in recipe:
         return []
     need, stored = recipe["cache_bytes_per_token"], recipe["stored_cache_bytes_per_token"]

@@ -39,12 +39,22 @@ from lcsc.models.network import load_network
 
 net = load_network(Path("path/to/this/folder"))
 ```"""
+#: how to load an encoder-decoder whose sides share tensors
+USE_SHARED = """Encoder and decoder share tensors, which transformers alone would draw anew:
+
+```python
+from lcsc.models.encoder_decoder import SharedEncoderDecoderModel
+
+net = SharedEncoderDecoderModel.from_pretrained("path/to/this/folder").eval()
+```"""
 #: what a recipe holds that is no decision about the model
 NOT_SETTINGS = (
     *(
         "operator",
         "settings",
         "pieces",
+        "sources",
+        "tensors",
         "kind",
         "rate",
         "dtype",

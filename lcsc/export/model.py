@@ -111,7 +111,8 @@ def _plan_again(bank: CheckpointBank, operator: Operator, point: Point) -> dict[
     """What the recipe of a model says that is no combination of checkpoints, so that it can be made again."""
     if not isinstance(operator, Transforms):
         return {}
-    return told(operator, {box.name: point[box.name] for box in operator.space(bank).boxes})
+    own = {box.name: point[box.name] for box in operator.space(bank).boxes}
+    return told(operator, own, operator.plan(bank, own))
 
 
 def _origin(bank: CheckpointBank, recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from lcsc.export.folder import (
     NOT_SETTINGS,
     RECIPE_KEY,
     USE_MIXED,
+    USE_SHARED,
     Model,
     bank_config,
     make_metadata,
@@ -85,26 +86,28 @@ def transform_model(
     plan = operator.plan(bank)
     if plan.row != bank.num_checkpoints - 1:
         bank = CheckpointBank.open(bank.path, **_only(bank, plan.row))
-        plan = operator.plan(bank)
-    plan = replace(plan, recipe={**plan.recipe, **told(operator, None)})
+        plan = (plan.settled or operator).plan(bank)  # type: ignore[attr-defined]
+    plan = replace(plan, recipe={**plan.recipe, **told(operator, None, plan)})
     model = planned_model(bank, plan)
     check_target(bank, to, sum(spec.nbytes for spec in model.specs))
     files = plan_files(model.specs, model.stem, max_shard_bytes)
     parent = bank.parent(plan.row)
     with writing(to), new_directory(to) as folder:
         longest = [dict(piece.longest) for piece in plan.pieces]
-        rough = make_metadata(_recipe(bank, plan, model, parent, longest), model, bank.layout.ties)
+        rough = make_metadata(_recipe(bank, plan, model, parent, longest), model, plan.ties(bank))
         writer = ModelWriter(folder, files, Layout(()), {}, rough)  # tensors are written whole
         try:
             facts = _pour(bank, plan, model, writer, progress)
-            metadata = make_metadata(_recipe(bank, plan, model, parent, facts), model, bank.layout.ties)
+            metadata = make_metadata(_recipe(bank, plan, model, parent, facts), model, plan.ties(bank))
             writer.finish(metadata)
         finally:
             writer.close()
         recipe = json.loads(metadata[RECIPE_KEY])
         assert model.config is not None, "a model that an operator knows has a configuration"
         (folder / model.config_name).write_bytes(model.config)
-        companions = _companions(bank, folder)
+        companions = _companions(bank, plan, folder)
+        for name, text in plan.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(transform_card(to.name, recipe, model.library, command), encoding="utf-8")
     return Transformed(to, writer.nbytes, recipe, companions)
 
@@ -118,8 +121,10 @@ def _only(bank: CheckpointBank, row: int) -> dict[str, Any]:
 def planned_model(bank: CheckpointBank, plan: Plan) -> Model:
     """Tensors and configuration of the new model: the checkpoint's, but for what the plan changes."""
     model, gone = Model.of(bank, "same"), plan.gone
-    dtypes = {spec.name: spec.dtype for spec in model.specs}
-    specs = [spec for spec in model.specs if spec.name not in gone]
+    dtypes = kinds_of(bank) | {spec.name: spec.dtype for spec in model.specs}
+    for tag, (other, _) in plan.others.items():
+        dtypes |= {f"{tag}:{name}": dtype for name, dtype in kinds_of(other).items()}
+    specs = [spec for spec in model.specs if spec.name not in gone and not plan.whole]
     for piece in plan.pieces:
         kinds = {dtypes[name] for name in piece.reads}
         for name, shape in piece.writes.items():
@@ -127,6 +132,9 @@ def planned_model(bank: CheckpointBank, plan: Plan) -> Model:
             if own is None and len(kinds) > 1:
                 raise BankError(f"`{name}` is made of tensors of {sorted(kinds)}; save the model in one dtype first.")
             specs.append(Spec(name, own or min(kinds), tuple(shape)))
+    if plan.whole:
+        text = json.dumps({"architectures": [plan.arch["class"]], **plan.arch["config"]}, indent=2, ensure_ascii=False)
+        return replace(model, specs=tuple(specs), config=(text + "\n").encode())
     if plan.arch["config"].get("per_layer_config") and plan.arch["class"] not in CAUSAL_LMS:
         raise ConfigError(
             f"layers of different heads cannot be written for a `{plan.arch['class']}`, which lcsc does not run and "
@@ -158,6 +166,11 @@ def _recipe(
     }
 
 
+def kinds_of(bank: CheckpointBank) -> dict[str, str]:
+    """Dtype of each combined tensor, tied names beside their twins."""
+    return bank.dtypes | {name: bank.dtypes[twin] for name, twin in bank.layout.ties.items()}
+
+
 def _sources(bank: CheckpointBank, row: int) -> dict[str, Source]:
     """Where each tensor lies, tied names beside their twins."""
     table = dict(bank.rows[row].table)
@@ -185,10 +198,13 @@ def _pour(
 def remade(bank: CheckpointBank, plan: Plan, model: Model, facts: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the new model in their dtypes, one piece after the other; `facts` is filled on the way."""
     row, sources = bank.rows[plan.row], _sources(bank, plan.row)
+    others = {tag: (other.rows[k], _sources(other, k)) for tag, (other, k) in plan.others.items()}
     made_of_pieces = {name for piece in plan.pieces for name in piece.writes}
 
     def read(name: str) -> Tensor:
-        return as_tensor(read_source(row.files, sources[name], row.base), sources[name].dtype)
+        tag, _, inner = name.partition(":")
+        at, table, key = (*others[tag], inner) if tag in others else (row, sources, name)
+        return as_tensor(read_source(at.files, table[key], at.base), table[key].dtype)
 
     for spec in model.specs:
         if spec.name in made_of_pieces:
@@ -215,17 +231,20 @@ def bits_of(tensor: Tensor) -> Any:
     return (tensor.view(by_size[tensor.itemsize]) if tensor.itemsize in by_size else tensor).numpy()
 
 
-def _companions(bank: CheckpointBank, folder: Path) -> tuple[str, ...]:
-    """Copy the model's other files, such as the tokenizer's; returns their names."""
-    last, names = bank.rows[-1], []
-    for path in sorted(last.files[0].parent.iterdir()) if bank.path.is_dir() else []:
-        if not COMPANIONS.fullmatch(path.name) or not path.is_file():
-            continue
-        with open_regular(path) as (fd, size):
-            if size > MAX_COMPANION:
-                raise BankError(f"`{path}` has {size} bytes; at most {MAX_COMPANION} are copied. Move it away.")
-            (folder / path.name).write_bytes(read_range(fd, 0, size, path))
-        names.append(path.name)
+def _companions(bank: CheckpointBank, plan: Plan, folder: Path) -> tuple[str, ...]:
+    """Copy the models' other files, such as the tokenizer's; returns their names."""
+    own = {"": bank.rows[-1].files[0].parent} if bank.path.is_dir() else {}
+    names = []
+    for below, source in (plan.folders or own).items():
+        for path in sorted(source.iterdir()) if source.is_dir() else []:
+            if not COMPANIONS.fullmatch(path.name) or path.name in plan.files or not path.is_file():
+                continue
+            with open_regular(path) as (fd, size):
+                if size > MAX_COMPANION:
+                    raise BankError(f"`{path}` has {size} bytes; at most {MAX_COMPANION} are copied. Move it away.")
+                (folder / below).mkdir(exist_ok=True)
+                (folder / below / path.name).write_bytes(read_range(fd, 0, size, path))
+            names.append(f"{below}/{path.name}" if below else path.name)
     return tuple(names)
 
 
@@ -243,6 +262,9 @@ def _card_lines(name: str, recipe: Mapping[str, Any], library: str, command: str
     yield from (f"| {key} | {plain_text(value)} |" for key, value in recipe.items() if key not in NOT_SETTINGS)
     files = ", ".join(f"`{plain_text(file)}`" for file in parent["files"])
     yield from ("", f"Made of {files}, step {parent['step']}, content `{parent['content'][:16]}`.", "")
+    for tag, other in recipe.get("sources", {}).items():
+        what = f"The {plain_text(tag).replace('_', ' ')} is of `{plain_text(other['path'])}`"
+        yield from (f"{what}, step {other['step']}, content `{other['content'][:16]}`.", "")
     yield from ("## How it was made", "", f"    {command or 'lcsc.export.transform.transform_model(...)'}", "")
     yield f"lcsc {recipe['lcsc_version']}, Python {platform.python_version()}, torch {torch.__version__}. The weight"
     yield from ("files carry the full recipe in their headers.", "")
@@ -250,4 +272,6 @@ def _card_lines(name: str, recipe: Mapping[str, Any], library: str, command: str
 
 def _use(recipe: Mapping[str, Any]) -> list[str]:
     """How to load it, where that is not the library's usual way."""
+    if recipe.get("share", "none") != "none":
+        return ["## Use", "", USE_SHARED, ""]
     return ["## Use", "", USE_MIXED, ""] if isinstance(recipe.get("stored_kv_heads"), list) else []

@@ -38,16 +38,18 @@ def compare_remade(bank: CheckpointBank, model: Exported) -> None:
         plan = operator.plan(bank, model.recipe["point"] or None)
     except (LcscError, KeyError, TypeError, ValueError, IndexError) as error:
         raise BankError(f"the recipe of `{model.folder}` cannot be carried out again: {error}") from error
+    _check_others(model, plan)
     _check_recipe(model, plan.recipe)
     facts: list[dict[str, Any]] = []
     same = model.recipe.get("dtype") == "same"
     kinds, tensors = (_streamed if same else _in_memory)(bank, plan, model, facts)
-    twins = {name: twin for name, twin in bank.layout.ties.items() if name not in model.sources}
-    check_tensors(model, kinds, bank.layout.ties)
+    ties = plan.ties(bank)
+    twins = {name: twin for name, twin in ties.items() if name not in model.sources}
+    check_tensors(model, kinds, ties)
     check_metadata(model, twins)
     for name, tensor in tensors:
         wanted = bits_of(tensor).tobytes()
-        for twin in (name, *(t for t, of in bank.layout.ties.items() if of == name)):
+        for twin in (name, *(t for t, of in ties.items() if of == name)):
             if twin in model.sources and wanted != read_source(model.files, model.sources[twin]).tobytes():
                 raise BankError(difference(model, twin))
     _check_recipe(model, {"pieces": facts})
@@ -88,6 +90,18 @@ def _in_memory(bank: CheckpointBank, plan: Plan, model: Exported, facts: list[di
     weights = made.weights()
     kinds = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in weights.items()}
     return kinds, iter(weights.items())
+
+
+def _check_others(model: Exported, plan: Plan) -> None:
+    """Raise BankError where a further checkpoint that the model was made of is another one by now."""
+    recorded = model.recipe.get("sources")
+    for tag, (other, row) in plan.others.items():
+        was = recorded.get(tag) if isinstance(recorded, dict) else None
+        if isinstance(was, dict) and was.get("content") != other.parent(row)["content"]:
+            raise BankError(
+                f"the checkpoint of step {other.steps[row]}, `{other.rows[row].path}`, changed since `{model.folder}` "
+                "was made of it. Restore it, or make the model again."
+            )
 
 
 def _check_recipe(model: Exported, wanted: Mapping[str, Any]) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from lcsc.core.errors import ConfigError
 from lcsc.models.mixed_heads import mixed_class
+from lcsc.recycling.composite import SHARED, STOCK
 from lcsc.recycling.experts import MIXTURES
+from lcsc.recycling.families import FAMILIES
 
 #: Classes of transformers that are built and loaded, whose forward pass takes `input_ids` and gives `logits`.
 CAUSAL_LMS = (
@@ -27,7 +29,7 @@ CAUSAL_LMS = (
 BYTES, SPARE_TOKENS = 256, 1024
 
 #: Settings of a config.json that fetch and run kernels from a hub, or say what we say ourselves.
-_LEFT_OUT = ("attn_implementation", "experts_implementation", "dtype", "torch_dtype")
+_LEFT_OUT = ("attn_implementation", "experts_implementation", "dtype", "torch_dtype", "auto_map")
 
 #: Settings that classes read without declaring them, or that transformers translates.
 _READ = ("head_dim", "per_layer_config", "rope_scaling", "rope_theta", "torch_dtype")
@@ -162,8 +164,22 @@ def check_text(config: Any, vocab_size: int, length: int) -> None:
 
 
 def _config(cls: Any, config: Mapping[str, Any]) -> Any:
-    kept = {key: value for key, value in config.items() if not key.startswith("_") and key not in _LEFT_OUT}
+    kept = _kept(config)
+    if cls.__name__ in (STOCK[0], SHARED[0]):
+        kept |= {role: _part(role, config.get(role)) for role in ("encoder", "decoder")}
     return cls.config_class(**kept)
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in _LEFT_OUT}
+
+
+def _part(role: str, config: Any) -> dict[str, Any]:
+    """The configuration of an encoder or decoder; raises ConfigError for a kind that none is made of here."""
+    kind = config.get("model_type") if isinstance(config, Mapping) else config
+    if not isinstance(config, Mapping) or kind not in FAMILIES or config.get("quantization_config") is not None:
+        raise ConfigError(f"the {role} is `{kind}`, or quantized; plain ones of {', '.join(FAMILIES)} are built.")
+    return _kept(config)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,7 @@ class Fit:
 
         with quiet(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            warnings.filterwarnings("ignore", message="Version v4.12.0 introduces")  # of encoder-decoders, at each step
             trainer = Trainer(
                 net, self.arguments(folder, windows.seed), train_dataset=windows, callbacks=list(callbacks)
             )

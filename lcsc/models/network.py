@@ -18,6 +18,7 @@ from torch import nn
 
 from lcsc.core.errors import BankError, ConfigError, LcscError, MissingExtraError, did_you_mean
 from lcsc.models import causal_lm
+from lcsc.recycling.composite import SHARED, STOCK
 
 #: class name -> module it comes from; nothing else is ever built or loaded.
 NETWORKS: dict[str, str] = {
@@ -32,7 +33,14 @@ NETWORKS: dict[str, str] = {
     "SD3Transformer2DModel": "diffusers",
     "FluxTransformer2DModel": "diffusers",
     **dict.fromkeys(causal_lm.CAUSAL_LMS, "transformers"),
+    STOCK[0]: "transformers",
+    SHARED[0]: "lcsc.models.encoder_decoder",
 }
+
+
+def library_of(name: str) -> str:
+    """The library whose class `name` is, or is made of."""
+    return "transformers" if name == SHARED[0] else NETWORKS[name]
 
 
 def network_class(name: str) -> Any:
@@ -44,7 +52,7 @@ def network_class(name: str) -> Any:
             return getattr(importlib.import_module(NETWORKS[name]), name)
     except ImportError as error:
         raise MissingExtraError(
-            f"network `{name}` needs {NETWORKS[name]}. Install it with: pip install 'lcsc[lm]'"
+            f"network `{name}` needs {library_of(name)}. Install it with: pip install 'lcsc[lm]'"
         ) from error
 
 
@@ -71,7 +79,7 @@ def build_network(arch: Mapping[str, Any] | None) -> nn.Module:
     _refuse_quantized(config, f"network `{name}`", ConfigError)
     try:
         with _quiet(name):
-            if NETWORKS[name] == "transformers":
+            if library_of(name) == "transformers":
                 return causal_lm.build_causal_lm(cls, config)
             _check_arguments(name, config, [key for key in inspect.signature(cls.__init__).parameters if key != "self"])
             return cls(**config)
@@ -84,7 +92,7 @@ def build_network(arch: Mapping[str, Any] | None) -> nn.Module:
 def check_typed(arch: Mapping[str, Any]) -> None:
     """Raise ConfigError for an argument that a class of transformers does not know and would keep without a word."""
     name = str(arch.get("class"))
-    if NETWORKS.get(name) == "transformers":
+    if name in NETWORKS and library_of(name) == "transformers":
         unknown, known = causal_lm.unknown_settings(network_class(name), arch.get("config") or {})
         _check_arguments(name, unknown, known)
 
@@ -111,7 +119,7 @@ def load_network(folder: Path) -> nn.Module:
     _refuse_quantized(config, f"`{path}`", BankError)
     try:
         with _quiet(name):
-            if NETWORKS[name] == "transformers":
+            if library_of(name) == "transformers":
                 net, info = causal_lm.load_causal_lm(cls, folder, config)
             else:
                 net, info = cls.from_pretrained(
@@ -151,7 +159,7 @@ def save_network(net: nn.Module, folder: Path, max_shard_size: str = "5GB") -> N
     if not isinstance(net, cls):
         raise ConfigError(f"network `{name}` is not {NETWORKS[name]}.{name}; only those can be saved and loaded again.")
     with _quiet(name):
-        if NETWORKS[name] == "transformers":
+        if library_of(name) == "transformers":
             causal_lm.save_causal_lm(cls, net, folder, max_shard_size)
             return
         cls.save_pretrained(net, str(folder), safe_serialization=True, max_shard_size=max_shard_size)
@@ -163,10 +171,10 @@ def _quiet(name: str) -> Iterator[None]:
 
     A network of our own does without both, which take seconds to import.
     """
-    if NETWORKS[name] not in ("diffusers", "transformers"):
+    if (library := library_of(name)) not in ("diffusers", "transformers"):
         yield
         return
-    with causal_lm.quiet(NETWORKS[name]):
+    with causal_lm.quiet(library):
         yield
 
 

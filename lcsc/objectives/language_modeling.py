@@ -61,6 +61,8 @@ class LanguageModeling(MeanLoss):
 
     name: ClassVar[str] = "language_modeling"
     forwards: ClassVar[tuple[int, int]] = (1, 3)
+    #: classes that it runs
+    classes: ClassVar[tuple[str, ...]] = CAUSAL_LMS
 
     def __post_init__(self) -> None:
         need_text(self.dataset, f"objective `{self.name}`")
@@ -106,8 +108,8 @@ class LanguageModeling(MeanLoss):
     ) -> Mapping[str, Mapping[str, float]]:
         found: dict[str, dict[str, float]] = {}
         if hasattr(self.dataset, "byte_counts"):
-            # of the tokens that a loss is of: all but the first of a block
-            bytes_NT = self._in_blocks(self.dataset.byte_counts(_part(purpose)))[torch.from_numpy(rows_N), 1:]
+            bytes_BT = self._in_blocks(self.dataset.byte_counts(_part(purpose)))
+            bytes_NT = bytes_BT[torch.from_numpy(rows_N), self._first :]
             bits = bytes_NT.numel() / float(bytes_NT.sum()) / math.log(2)
             found["bits_per_byte"] = {"value": value * bits, **({} if se is None else {"se": se * bits})}
         sizes = {"parameters": sum(parameter.numel() for parameter in live.net.parameters())}
@@ -116,6 +118,11 @@ class LanguageModeling(MeanLoss):
         if (cache := kv_cache_bytes(live.net.config)) is not None:
             sizes["kv_cache_bytes"] = cache
         return found | {name: {"value": float(size), "se": 0.0} for name, size in sizes.items()}
+
+    @property
+    def _first(self) -> int:
+        """The first token of a block that a loss is of; those before it are given."""
+        return 1
 
     def speed(self, candidate: Candidate) -> Mapping[str, Any] | None:
         """See `Timed.speed`; the prompts are blocks of the search half, short enough to leave room for the rest."""
@@ -144,14 +151,18 @@ class LanguageModeling(MeanLoss):
 
     def _live(self, candidate: Candidate) -> LiveModel:
         arch = candidate.arch
-        if arch is not None and arch.get("class") not in CAUSAL_LMS:
+        if arch is not None and arch.get("class") not in self.classes:
             raise ConfigError(
                 f"objective `{self.name}` runs language models of transformers, and the checkpoints hold "
-                f"`{arch.get('class')}`. Use one of: {', '.join(CAUSAL_LMS)}."
+                f"`{arch.get('class')}`. Use one of: {', '.join(self.classes)}."
             )
         live = super()._live(candidate)
-        check_text(live.net.config, self.dataset.vocab_size, self.block_length)
+        self._check_tokens(live.net.config)
         return live
+
+    def _check_tokens(self, config: Any) -> None:
+        """Raise ConfigError where a network of this configuration does not read the text's tokens, or fewer at once."""
+        check_text(config, self.dataset.vocab_size, self.block_length)
 
 
 def _part(purpose: Purpose) -> TextPart:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcsc.core.digests import value_digest
 from lcsc.core.errors import ConfigError
@@ -121,9 +121,7 @@ class UptrainedLoss(LanguageModeling):
     @property
     def no_gradient(self) -> str | None:
         """See `Differentiable.no_gradient`."""
-        return (
-            "objective `uptrained_loss` is behind a training, which has no derivative here" if self.num_steps else None
-        )
+        return f"objective `{self.name}` is behind a training, which has no derivative here" if self.num_steps else None
 
     def circumstances(self) -> dict[str, Any]:
         """What `language_modeling` says, and the training."""
@@ -136,9 +134,7 @@ class UptrainedLoss(LanguageModeling):
     def _others(
         self, live: LiveModel, purpose: Purpose, rows_N: np.ndarray, value: float, se: float | None
     ) -> Mapping[str, Mapping[str, float]]:
-        tokens = self.fit.tokens
-        flops = training_flops(live.net, tokens, self.block_length)
-        costs = {"trained_tokens": tokens, "training_flops": flops}
+        costs = {"trained_tokens": self.fit.tokens, "training_flops": self._training_flops(live.net)}
         return {
             **super()._others(live, purpose, rows_N, value, se),
             **{name: {"value": float(cost), "se": 0.0} for name, cost in costs.items()},
@@ -162,10 +158,17 @@ class UptrainedLoss(LanguageModeling):
             kept.popitem(last=False)
         return live
 
+    def _training_flops(self, net: nn.Module) -> int:
+        return training_flops(net, self.fit.tokens, self.block_length)
+
+    def _windows(self, net: nn.Module, seeds: SeedRange) -> Windows:
+        """What it trains on."""
+        return Windows(self.dataset.tokens(TextPart.TRAIN), self.fit, seeds)
+
     def _train(self, live: LiveModel) -> LiveModel:
         """The network trained in place."""
         seeds = SeedRange(self.train_seed, Purpose.TRAIN)
-        windows = Windows(self.dataset.tokens(TextPart.TRAIN), self, seeds)
+        windows = self._windows(live.net, seeds)
         live.net.requires_grad_(True)
         with own_randomness(), torch.enable_grad(), tempfile.TemporaryDirectory(prefix="lcsc-") as folder:
             self.fit.run(live.net, windows, Path(folder))

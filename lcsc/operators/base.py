@@ -118,6 +118,15 @@ class Notes(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsMore(Protocol):
+    """What an operator offers beside `Operator` when it reads what is not the bank's, such as a second model."""
+
+    def other_checkpoints(self, bank: CheckpointBank) -> Mapping[str, str]:
+        """Digest of each by what it is for; searches with others are other searches."""
+        ...
+
+
 def notes_of(operator: Operator, bank: CheckpointBank) -> list[str]:
     """The lines to print before a search with `operator`; none for operators that have nothing to say."""
     return [f"note: {note}" for note in operator.notes(bank)] if isinstance(operator, Notes) else []

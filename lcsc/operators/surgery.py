@@ -1,13 +1,15 @@
 """Operators that make another architecture of one checkpoint, piece by piece. P = flat parameters.
 
-A plan says which tensors are remade together and how; all others are copied. It is carried out in memory for a search
-(`candidate`), or one piece at a time from files to files (`lcsc.export.transform`), so that both give the same model.
+A plan says which tensors are remade together and how; all others are copied, unless the pieces are the whole model. It
+is carried out in memory for a search (`candidate`), or one piece at a time from files to files
+(`lcsc.export.transform`), so that both give the same model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,7 +32,8 @@ class Piece:
     """Tensors that are remade together, such as a layer's attention.
 
     Args:
-        reads: their names in the checkpoint; those that are not written again are dropped.
+        reads: their names in the checkpoint; those that are not written again are dropped. Names of another checkpoint
+            of the plan begin with what it is called there and a colon.
         writes: shapes by name in the new model.
         make: gives the written tensors, in the dtypes of those read, and facts for the recipe (plain values).
         longest: facts that take at least as many characters as any that `make` may give.
@@ -61,14 +64,24 @@ class Plan:
     Args:
         row: the checkpoint's row in the bank.
         arch: `{"class", "config"}` of the new model.
-        pieces: what is remade; no tensor is in two of them.
+        pieces: what is remade; no tensor is written by two of them.
         recipe: plain values; the pieces' facts join it as `pieces`.
+        others: further checkpoints that pieces read, by what they are called there: a bank and a row of it.
+        whole: the pieces are the whole model; nothing is copied beside them, and the network ties what it ties.
+        files: texts to write beside the weights, by name.
+        folders: where tokenizers and the like lie, by the folder below the new one; empty for the bank's own alone.
+        settled: the operator without settings that depend on which other steps the bank holds; None where it has none.
     """
 
     row: int
     arch: Mapping[str, Any]
     pieces: tuple[Piece, ...]
     recipe: Mapping[str, Any]
+    others: Mapping[str, tuple[CheckpointBank, int]] = field(default_factory=dict)
+    whole: bool = False
+    files: Mapping[str, str] = field(default_factory=dict)
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    settled: object | None = None
 
     @property
     def gone(self) -> set[str]:
@@ -78,8 +91,12 @@ class Plan:
     def shapes(self, before: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Shapes of the new model's tensors, by name, from those of the checkpoint."""
         gone = self.gone
-        kept = {name: shape for name, shape in before.items() if name not in gone}
+        kept = {name: shape for name, shape in before.items() if name not in gone and not self.whole}
         return kept | {name: tuple(shape) for piece in self.pieces for name, shape in piece.writes.items()}
+
+    def ties(self, bank: CheckpointBank) -> Mapping[str, str]:
+        """Further names of the new model's tensors in files; see `lcsc.bank.Layout`."""
+        return {} if self.whole else bank.layout.ties
 
 
 @runtime_checkable
@@ -91,19 +108,26 @@ class Transforms(Protocol):
         ...
 
 
-def told(operator: object, point: Point | None) -> dict[str, Any]:
+def told(operator: object, point: Point | None, plan: Plan) -> dict[str, Any]:
     """What a recipe says beside a plan's own: the operator's settings and the point, enough to plan it again."""
+    operator = operator if plan.settled is None else plan.settled
     floats = {name: np.asarray(x, np.float64).tolist() for name, x in (point or {}).items()}
     return {"settings": plain(describe("operator", operator)), "point": floats}
 
 
-def row_of(bank: CheckpointBank, step: int | None) -> int:
-    """The bank's row of a training step, the last for None; raises ConfigError for a step that it lacks."""
+def row_of(bank: CheckpointBank, step: int | None, name: str = "step") -> int:
+    """The bank's row of a training step, the last for None; raises ConfigError for a step that it lacks.
+
+    Args:
+        bank: any.
+        step: as it was set.
+        name: of the setting, for the message.
+    """
     if step is None:
         return bank.num_checkpoints - 1
     if step not in bank.steps:
         raise ConfigError(
-            f"`operator.step` is {step}; the bank `{bank.path}` has steps {bank.steps[0]} to {bank.steps[-1]}, of "
+            f"`operator.{name}` is {step}; the bank `{bank.path}` has steps {bank.steps[0]} to {bank.steps[-1]}, of "
             f"which {min(bank.steps, key=lambda s: abs(s - step))} is nearest. Take one of them."
         )
     return bank.steps.index(step)
@@ -133,6 +157,8 @@ def _row(bank: CheckpointBank, k: int) -> Tensor:
 def candidate(plan: Plan, bank: CheckpointBank) -> Candidate:
     """The planned model in memory, float32."""
     old = bank.layout.views(_row(bank, plan.row))
+    for tag, (other, row) in plan.others.items():
+        old |= {f"{tag}:{name}": tensor for name, tensor in other.layout.views(_row(other, row)).items()}
     made: dict[str, Tensor] = {}
     facts = []
     for piece in plan.pieces:
@@ -140,9 +166,10 @@ def candidate(plan: Plan, bank: CheckpointBank) -> Candidate:
         made |= tensors
         facts.append(fact)
     own = {entry.name: entry.shape for entry in bank.layout.entries}
-    layout = Layout.of(plan.shapes(own), bank.layout.ties)
+    layout = Layout.of(plan.shapes(own), plan.ties(bank))
 
     def write(out_P: Tensor) -> None:
         layout.flatten({**old, **made}, out_P)
 
-    return Candidate(plan.arch, layout, write, {**plan.recipe, "pieces": facts}, bank.constants)
+    constants = {} if plan.whole else bank.constants
+    return Candidate(plan.arch, layout, write, {**plan.recipe, "pieces": facts}, constants)

@@ -98,7 +98,7 @@ def find_decoder(arch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
             tensors that do not fit the configuration.
     """
     _check_family(arch, path)
-    config, full = arch["config"], _filled(arch["config"])
+    config, full = arch["config"], filled_config(arch["config"])
     found: dict[int, dict[str, str]] = {}
     stems: set[str] = set()
     for name in shapes:
@@ -132,7 +132,7 @@ def _check_family(arch: Mapping[str, Any], path: Any) -> None:
         raise BankError(f"{said}, and `{kind}` {reason}.{did_you_mean(str(kind), FAMILIES)}")
 
 
-def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
+def filled_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with the defaults of its class."""
     from transformers import AutoConfig
 

@@ -22,7 +22,10 @@ CAUSES = ("invalid", "error", "oom", "timeout", "killed", "crashed")
 
 
 #: What a row tells of a candidate's recipe.
-TOLD = ("coef", "num_kv_heads", "cache_bytes_per_token")
+TOLD = (
+    *("coef", "num_kv_heads", "cache_bytes_per_token"),
+    *("encoder_step", "decoder_step", "encoder_layers", "decoder_layers", "share", "cross_attention"),
+)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lcsc.core.errors import ConfigError
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.core.space import Box, Choices, SearchSpace
 from lcsc.objectives.base import Objective, joint_space, why_no_gradient
+from lcsc.operators.base import ReadsMore
 from lcsc.search.budget import Budget, check_budget
 from lcsc.search.problem import Problem
 from lcsc.searchers.base import Task
@@ -152,7 +153,7 @@ def describe_problem(problem: Problem) -> dict[str, Any]:
 
 
 def fingerprints(problem: Problem) -> dict[str, Any]:
-    """What must agree for two searches to be the same: bank contents, evaluator and library versions."""
+    """What must agree for two searches to be the same: contents of what is read, evaluator and library versions."""
     versions: dict[str, str | None] = {}
     for name in VERSIONS:
         try:
@@ -160,4 +161,6 @@ def fingerprints(problem: Problem) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     prints = {"bank": problem.bank.digest, "evaluator": problem.objective.circumstances(), "versions": versions}
-    return {**prints, "protocol": PROTOCOL}
+    operator = problem.operator
+    others = dict(operator.other_checkpoints(problem.bank)) if isinstance(operator, ReadsMore) else {}
+    return {**prints, **({"others": others} if others else {}), "protocol": PROTOCOL}

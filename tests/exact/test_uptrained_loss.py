@@ -149,3 +149,9 @@ def test_circumstances_tell_the_training():
 def test_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         uptrained(**settings)
+
+
+def test_the_size_of_a_scoring_batch_changes_no_training(tmp_path):
+    one, _ = candidates(tmp_path)
+    values = [uptrained(batch_size=size)(one, **ASKED).value for size in (1, 64)]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
