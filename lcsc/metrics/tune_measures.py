@@ -84,6 +84,12 @@ def measure_tunes(
     return found
 
 
+def need_measures() -> None:
+    """Raise MissingExtraError where rapidfuzz or sacrebleu is not installed."""
+    _rapidfuzz()
+    _bleu()
+
+
 def eds(tunes: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """1 - lev / max length of each pair, float64 (N,); 1 for equal texts, 0 for one that is empty.
 
