@@ -40,6 +40,7 @@ class _Bars:
     length: Fraction = Fraction(0)
     begins: str = ""
     number: int = 0
+    lines: int = 0
     notes: int = 0
     slurs: int = 0
     tuplet: tuple[int, Fraction] = (0, Fraction(1))
@@ -65,8 +66,7 @@ class _Bars:
         self.last, self.next_factor = None, after
 
     def bar(self, sign: str) -> None:
-        if self.length or self.number == 0:
-            self.number += 1
+        self.number += bool(self.length)
         if self.metre is not None and self.length:
             whole = self.begins == sign == "|"
             if self.length > self.metre or (whole and self.length < self.metre):
@@ -109,7 +109,7 @@ def problems(abc: str) -> list[str]:
         bars.problems.append("a slur is open")
     if bars.length:
         bars.bar("|]")
-    if not bars.notes or bars.number < 2:
+    if not bars.notes or not bars.lines:
         bars.problems.append("it has no bars")
     return bars.problems
 
@@ -127,8 +127,8 @@ def _read_line(line: str, bars: _Bars) -> int:
     while place < len(line) and (word := _WORDS.match(line, place)) is not None:
         place = word.end()
         if word["bar"]:
-            sign = word["bar"]
-            bars.bar(sign + (word["ending"] or ""))
+            bars.lines += 1
+            bars.bar(word["bar"] + (word["ending"] or ""))
         elif word["lone"]:
             bars.bar(word["lone"])
         elif word["note"]:

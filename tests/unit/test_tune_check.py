@@ -50,7 +50,7 @@ def test_what_can_be_played_has_no_problems(abc):
     [
         (tune("d2f e2c|d3 c2|d3 d3|"), "bar 2 is 5/8 long instead of 3/4"),
         (tune("d2f e2c|d3 c4|d3 d3|"), "bar 2 is 7/8 long instead of 3/4"),
-        (tune("|:d2f e2cd:|d6|"), "bar 2 is 7/8 long instead of 3/4"),
+        (tune("|:d2f e2cd:|d6|"), "bar 1 is 7/8 long instead of 3/4"),
         (tune("d3 e3|(3def e2|d6|", "4/4"), "bar 2 is 1/2 long instead of 1"),
         (tune("d3 e3|d>|d6|"), "bar 2 ends within a figure"),
         (tune(">d2e d3|d6|"), "`>` has no note before it"),
