@@ -126,6 +126,7 @@ class Music(MeanLoss):
             "detector": self.name,
             "detector_digest": value_digest({"name": self.name, **settings}),
             "nfe": self.forwards[0],
+            "items": "pairs",
             "dataset": repr(self.dataset),
             "data_digest": text_digest(self.dataset),
             **settings,
