@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,12 +84,24 @@ def sample(
         max_new_tokens=min(max_tokens, room), do_sample=False, eos_token_id=end, pad_token_id=pad, use_cache=True
     )
     processors = LogitsProcessorList([TopPLogitsWarper(top_p), TemperatureLogitsWarper(temperature), _drawn(rngs)])
-    with quiet():
+    with quiet(), _own_settings_aside(net):
         found_NT = net.generate(  # type: ignore[operator]
             ids_NT.to(device), attention_mask=mask_NT.to(device), generation_config=how, logits_processor=processors
         )
     texts = found_NT[:, width:].tolist()
     return [text[: text.index(end) + 1] if end in text else text for text in texts]
+
+
+@contextlib.contextmanager
+def _own_settings_aside(net: nn.Module) -> Iterator[None]:
+    """Without what a network's folder says of beams, penalties or words to avoid: the draws are what was asked for."""
+    from transformers import GenerationConfig
+
+    own, net.generation_config = net.generation_config, GenerationConfig()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        net.generation_config = own
 
 
 def _drawn(rngs: Sequence[np.random.Generator]) -> LogitsProcessor:

@@ -143,6 +143,11 @@ def test_a_text_does_not_depend_on_its_batch():
     assert together == write([0, 1, 2])
     assert [write([row])[0] for row in range(3)] == together
     assert all(len(text) == 12 or text[-1] == END for text in together)
+    own = net.generation_config
+    own.update(repetition_penalty=5.0, num_beams=3, suppress_tokens=together[0])  # as a folder may say
+    assert write([0, 1, 2]) == together
+    assert net.generation_config is own
+    assert own.num_beams == 3
     assert len(write([1], max_tokens=9999)[0]) <= 400 - len(prompts[1])
     with pytest.raises(ConfigError, match="a prompt has 401 tokens, and the network reads at most 400"):
         sample(net, [[5] * 401], [np.random.default_rng(0)], end=END, pad=PAD)
