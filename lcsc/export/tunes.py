@@ -91,7 +91,7 @@ def find_tunes(net: nn.Module, wish: Wish) -> tuple[list[Found], list[str]]:
     if kind not in CAUSAL_LMS:
         raise ConfigError(f"tunes are written by language models of transformers, and this is a `{kind}`.")
     prompt, seeds = prompt_tokens(wish.text), SeedRange(wish.seed, Purpose.FRESH)
-    check_text(net.config, VOCAB_SIZE, len(prompt) + 1)
+    check_text(net.config, VOCAB_SIZE, 2)
     missing, found = dict.fromkeys(range(wish.num), ""), []
     how = {key: getattr(wish, key) for key in ("top_p", "temperature", "max_tokens")}
     for turn in range(wish.tries):

@@ -229,7 +229,13 @@ class Music(MeanLoss):
                 f"`{arch.get('class')}`. Use one of: {', '.join(CAUSAL_LMS)}."
             )
         live = super()._live(candidate)
-        check_text(live.net.config, VOCAB_SIZE, self._longest)
+        check_text(live.net.config, VOCAB_SIZE, 2)
+        most = getattr(live.net.config, "max_position_embeddings", None)
+        if most is not None and self._longest > most:
+            raise ConfigError(
+                f"the longest held-out pair has {self._longest} tokens, and the network reads at most {most}. Set "
+                f"`dataset.longest` to {most}, or take a network with more `max_position_embeddings`."
+            )
         return live
 
     @functools.cached_property

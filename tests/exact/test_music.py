@@ -167,6 +167,16 @@ def test_what_does_not_fit_is_refused(settings, message):
         build("objective", "music", **{"dataset": DATA, "batch_size": 3, "max_tokens": 24, **settings})
 
 
+def test_networks_that_do_not_fit_are_refused(tmp_path):
+    arch = {**ARCH, "config": {**ARCH["config"], "max_position_embeddings": 99}}
+    short = CheckpointBank.open(language_bank(tmp_path / "short", arch))
+    with pytest.raises(ConfigError, match=r"held-out pair has [12]\d\d tokens, and the network reads at most 99"):
+        objective()(single(short), **GIVEN)
+    of_bytes = CheckpointBank.open(language_bank(tmp_path / "bytes"))
+    with pytest.raises(ConfigError, match="the network has 256 tokens, and the text 128"):
+        objective()(single(of_bytes), **GIVEN)
+
+
 def test_circumstances_tell_samplings_and_judges_apart(monkeypatch):
     first = objective().circumstances()
     assert first["checker"] == "lcsc"
