@@ -58,7 +58,7 @@ def compose(rng: np.random.Generator, number: int = 0) -> Tune:
 
     Args:
         rng: what the notes are drawn by.
-        number: of the title, one of 576.
+        number: of the tune; each has a title of its own.
     """
     dance = _DANCES[rng.integers(len(_DANCES))]
     letter, key = _KEYS[rng.integers(len(_KEYS))]
@@ -68,8 +68,10 @@ def compose(rng: np.random.Generator, number: int = 0) -> Tune:
     for lift in (0, int(rng.choice([2, 4, 4]))):
         chords = progressions[rng.integers(len(progressions))]
         parts.append(_part(dance, chords, tonic, lift, rng))
-    first, second = divmod(number, len(_SECOND))
-    title = f"The {_FIRST[first % len(_FIRST)]} {_SECOND[second]}"
+    turn, place = divmod(number, len(_FIRST) * len(_SECOND))
+    title = f"The {_FIRST[place // len(_SECOND)]} {_SECOND[place % len(_SECOND)]}" + (
+        f" No. {turn + 1}" if turn else ""
+    )
     return Tune(title, dance.name, "", dance.metre, "1/8", key, "\n".join(parts))
 
 

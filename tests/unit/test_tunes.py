@@ -83,6 +83,9 @@ def test_texts_are_made_of_the_headers():
     assert text_of(free).startswith("a jig in A dorian")
     tunes = [compose(np.random.default_rng(i), i) for i in range(40)]
     texts = [text_of(tune) for tune in tunes]
+    titles = {compose(np.random.default_rng(0), number).title for number in (0, 1, 24, 575, 576, 1152)}
+    assert {"The Amber Anchor", "The Amber Anchor No. 2", "The Yellow Zephyr"} <= titles
+    assert len(titles) == 6
     assert 10 <= sum(", called The " in text for text in texts) <= 30
     assert all(
         text.startswith(f"a {tune.rhythm} in {key_text(tune.key)}, {tune.metre}")
