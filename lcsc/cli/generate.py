@@ -10,7 +10,7 @@ from lcsc.core.errors import ConfigError, RunError, did_you_mean
 
 USAGE = 'Write: lcsc generate music "a jig in D, 6/8" to=out/'
 DEFAULTS: dict[str, str | None] = {
-    **{"to": None, "model": None, "num": "1", "seed": "0", "tries": "8", "top_p": "0.9", "temperature": "1.0"},
+    **{"to": None, "model": None, "num": "1", "seed": "0", "tries": "16", "top_p": "0.9", "temperature": "1.0"},
     **{"max_tokens": "1024", "device": "auto"},
 }
 #: Where the experiment's own models lie.
@@ -18,7 +18,7 @@ RUNS, BANK = Path("runs"), Path("banks/text_to_music_small")
 
 
 def main(words: Sequence[str]) -> None:
-    """`music TEXT to=DIR [model=DIR] [num=1] [seed=0] [tries=8] [top_p=0.9] [temperature=1.0] [max_tokens=1024]`."""
+    """`music TEXT to=DIR [model=DIR] [num=1] [seed=0] [tries=16] [top_p=0.9] [temperature=1.0] [max_tokens=1024]`."""
     if not words or words[0] != "music":
         given = f"`{words[0]}` cannot be generated.{did_you_mean(words[0], ['music'])} " if words else ""
         raise ConfigError(f"{given or 'nothing is asked for. '}{USAGE}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.models.causal_lm import CAUSAL_LMS, check_text
 from lcsc.models.sampling import check_sampling, sample
 from lcsc.music.abc import ascii_text
-from lcsc.music.check import problems
+from lcsc.music.check import UNFINISHED, problems
 from lcsc.music.files import (
     ENGRAVER,
     PACKAGES,
@@ -25,7 +25,7 @@ from lcsc.music.files import (
     picture,
     whole_abc,
 )
-from lcsc.music.tokens import END, PAD, VOCAB_SIZE, decode, prompt_tokens
+from lcsc.music.tokens import END, PAD, TOKENS, VOCAB_SIZE, decode, prompt_tokens
 
 #: Stream of the first try; each further one has the next.
 TRY = 16
@@ -50,7 +50,7 @@ class Wish:
     text: str
     num: int = 1
     seed: int = 0
-    tries: int = 8
+    tries: int = 16
     top_p: float = 0.9
     temperature: float = 1.0
     max_tokens: int = 1024
@@ -81,8 +81,9 @@ class Found:
 def find_tunes(net: nn.Module, wish: Wish) -> tuple[list[Found], list[str]]:
     """Valid tunes for a text, in their order, and why the last try of each missing one was refused.
 
-    A tune that is not valid is written again with other draws. Valid is what our own reading of notation and bars
-    accepts, and abc2midi too where it is installed.
+    A tune that is not valid is written again with other draws from its first wrong bar on, and where that does not get
+    further, from a bar earlier each time. Valid is what our own reading of notation and bars accepts, and abc2midi too
+    where it is installed.
 
     Raises:
         ConfigError: the network is no language model of these tokens, or reads too few.
@@ -92,25 +93,51 @@ def find_tunes(net: nn.Module, wish: Wish) -> tuple[list[Found], list[str]]:
         raise ConfigError(f"tunes are written by language models of transformers, and this is a `{kind}`.")
     prompt, seeds = prompt_tokens(wish.text), SeedRange(wish.seed, Purpose.FRESH)
     check_text(net.config, VOCAB_SIZE, 2)
-    missing, found = dict.fromkeys(range(wish.num), ""), []
+    drafts, found = {number: _Draft() for number in range(wish.num)}, []
     how = {key: getattr(wish, key) for key in ("top_p", "temperature", "max_tokens")}
     for turn in range(wish.tries):
-        numbers = sorted(missing)
+        numbers = sorted(drafts)
         rngs = [seeds.generator(number, TRY + turn) for number in numbers]
-        for number, tokens in zip(
-            numbers, sample(net, [prompt] * len(numbers), rngs, end=END, pad=PAD, **how), strict=True
-        ):
-            abc = decode(tokens)
-            wrong = problems(abc) if tokens[-1:] == [END] else [f"it has no end after {len(tokens)} tokens"]
-            wrong = wrong or (abc2midi_errors(abc) if abc2midi_version() else [])
-            if wrong:
-                missing[number] = wrong[0]
-            else:
-                del missing[number]
-                found.append(Found(number, abc, turn + 1))
-        if not missing:
+        prompts = [prompt + drafts[number].kept for number in numbers]
+        texts = sample(net, prompts, rngs, end=END, pad=PAD, **how)
+        for number, tokens in zip(numbers, texts, strict=True):
+            draft = drafts[number]
+            draft.judge(draft.kept + tokens, wish.max_tokens)
+            if not draft.wrong:
+                found.append(Found(number, decode(draft.tokens), turn + 1))
+                del drafts[number]
+        if not drafts:
             break
-    return sorted(found, key=lambda one: one.number), [missing[number] for number in sorted(missing)]
+    return sorted(found, key=lambda one: one.number), [drafts[number].wrong for number in sorted(drafts)]
+
+
+@dataclass
+class _Draft:
+    """A tune that is being written: its last try, what is wrong with it, and what the next one begins with."""
+
+    tokens: list[int] = field(default_factory=list)
+    wrong: str = ""
+    kept: list[int] = field(default_factory=list)
+    reached: int = 0
+    stuck: int = 0
+
+    def judge(self, tokens: list[int], most: int) -> None:
+        """Find what is wrong with a try, and how much of it to keep."""
+        self.tokens, abc = tokens, decode(tokens)
+        ended = tokens[-1:] == [END] and len(tokens) <= most + 1
+        wrong = problems(abc) if ended else [f"it has no end after {min(len(tokens), most)} tokens"]
+        wrong = wrong or (abc2midi_errors(abc) if abc2midi_version() else [])
+        self.wrong = wrong[0] if wrong else ""
+        if not wrong:
+            return
+        sound = [0]
+        for end in (place + 1 for place, token in enumerate(tokens[:most]) if "|" in TOKENS[token]):
+            if set(problems(decode(tokens[:end]))) - set(UNFINISHED):
+                break
+            sound.append(end)
+        self.stuck = 0 if sound[-1] > self.reached else self.stuck + 1
+        self.reached = max(self.reached, sound[-1])
+        self.kept = tokens[: sound[max(0, len(sound) - 1 - self.stuck)]]
 
 
 def write_tunes(net: nn.Module, wish: Wish, to: Path, model: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ _WORDS = re.compile(
         )
     )
 )
+#: Problems that what comes behind may mend.
+UNFINISHED = ("a slur is open", "it has no bars")
 _TIMES = {2: 3, 3: 2, 4: 3, 6: 2, 8: 3}
 
 
@@ -106,11 +108,11 @@ def problems(abc: str) -> list[str]:
         if (place := _read_line(line, bars)) < len(line):
             bars.problems.append(f"`{line[place : place + 8]}` in bar {bars.number + 1} is no notation")
     if bars.slurs:
-        bars.problems.append("a slur is open")
+        bars.problems.append(UNFINISHED[0])
     if bars.length:
         bars.bar("|]")
     if not bars.notes or not bars.lines:
-        bars.problems.append("it has no bars")
+        bars.problems.append(UNFINISHED[1])
     return bars.problems
 
 

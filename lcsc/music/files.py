@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lcsc.core.errors import EvaluationError
@@ -71,7 +74,8 @@ def midi_bytes(abc: str) -> bytes | None:
         from symusic import Score
     except ImportError:
         return None
-    score = Score.from_abc(whole_abc(abc, "tune"))
+    with _hushed():
+        score = Score.from_abc(whole_abc(abc, "tune"))
     if not score.note_num():
         return None
     with tempfile.TemporaryDirectory(prefix="lcsc-") as folder:
@@ -94,6 +98,23 @@ def picture(abc: str, title: str) -> str | None:
         pages = sorted(Path(folder).glob("tune*.svg"))
         # comments hold the command and the hour
         return re.sub(r"<!--.*?-->\n?", "", pages[0].read_text(), flags=re.S) if pages else None
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what compiled code prints; symusic's has abc2midi's warnings."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(fd) for fd in (1, 2)]
+    try:
+        with open(os.devnull, "w") as nothing:
+            for fd in (1, 2):
+                os.dup2(nothing.fileno(), fd)
+        yield
+    finally:
+        for fd, own in zip((1, 2), kept, strict=True):
+            os.dup2(own, fd)
+            os.close(own)
 
 
 def _run(words: Sequence[str], folder: Path) -> str:

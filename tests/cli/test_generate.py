@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
+from lcsc.export.tunes import _Draft
 from lcsc.models.network import build_network, save_network
 from lcsc.music.check import problems
 from lcsc.music.files import abc2midi_version
-from lcsc.music.tokens import END, VOCAB_SIZE, encode, prompt_tokens
+from lcsc.music.tokens import END, VOCAB_SIZE, decode, encode, prompt_tokens
 
 TEXT, TUNE = "a jig in D, 6/8", "M:6/8\nL:1/8\nK:D\n|:d2f efg|d3 A3:|\n"
 WIDTH = 128
@@ -89,6 +90,24 @@ def test_tunes_that_are_not_valid_are_written_again_or_refused(here, lcsc, no_to
     assert not (here / "none").exists()
 
 
+def test_a_draft_goes_on_from_its_first_wrong_bar(no_tools):
+    def kept(body, most=999):
+        draft.judge([*encode(f"M:6/8\nL:1/8\nK:D\n{body}"), END], most)
+        return decode(draft.kept).removeprefix("M:6/8\nL:1/8\nK:D\n")
+
+    draft = _Draft()
+    assert kept("|:d2f efg|d3 A3|d3 A2|d6:|") == "|:d2f efg|d3 A3|"
+    assert draft.wrong == "bar 3 is 5/8 long instead of 3/4"
+    # no further: a bar earlier each time, and from the last one again when it got further
+    assert kept("|:d2f efg|d3 A3|d3 A2|d6:|") == "|:d2f efg|"
+    assert kept("|:d2f efg|d3 A4|d3 A2|d6:|") == ""
+    assert kept("|:d2f efg|d3 A3|d3 A3|d5|d6:|") == "|:d2f efg|d3 A3|d3 A3|"
+    kept("|:d2f efg|d6|", most=20)
+    assert draft.wrong == "it has no end after 20 tokens"
+    kept("|:d2f efg|d3 A3:|\n")
+    assert draft.wrong == ""
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -101,7 +120,7 @@ def test_tunes_that_are_not_valid_are_written_again_or_refused(here, lcsc, no_to
         (("music", "é̃ゑ", "to=out"), "there is no model that writes tunes here yet. Give one with model=DIR, or make"),
         (("music", "ゑ", "to=out"), "has 0 characters in ASCII; it must have 1 to 400"),
         (("music", "a jig", "to=out", "num=x"), "`num` is `x`; it must be a whole number"),
-        (("music", "a jig", "to=out", "num=0"), "`num` is 0 and `tries` 8; they must be from 1 to 1000"),
+        (("music", "a jig", "to=out", "num=0"), "`num` is 0 and `tries` 16; they must be from 1 to 1000"),
         (("music", "a jig", "to=out", "top_p=nan"), "`top_p`, `temperature`, `max_tokens` are nan, 1.0, 1024"),
         (("music", "a jig", "to=out", "model=."), "`model` is `.`, which holds no network"),
     ],
