@@ -19,6 +19,7 @@ class Words:
         calls: a fact's name for the network calls of an item.
         whole: several items and what they are made of; empty where they are sampled and not read.
         drawn: what a standard error covers the choice of.
+        beside: what is said of the numbers beside a score where some are better when they are higher.
     """
 
     one: str
@@ -29,6 +30,7 @@ class Words:
     calls: str
     whole: str = ""
     drawn: str = ""
+    beside: str = ""
 
 
 IMAGES = Words(
@@ -48,6 +50,7 @@ PAIRS = Words(
     *("pair", "pairs", "read", "on a part of the tunes", "over tunes", "network calls a pair"),
     whole="pairs of text and tune",
     drawn="tunes",
+    beside=" in the first column; likeness (bleu, eds), validity, diversity and gap are better when higher",
 )
 
 

@@ -31,6 +31,8 @@ def test_train_search_report_export_and_ask(here, lcsc):
     assert 0 < others["eds_floor"]["value"] < 1
     page = (here / "runs" / "tunes" / "report" / "report.html").read_text()
     assert "conditioning_gap" in page
+    page = " ".join(page.split())
+    assert "Lower is better in the first column; likeness (bleu, eds), validity" in page
     assert "(over tunes), on a part of the tunes that neither" in page
     assert "network calls a pair" in page
     card = (here / "runs" / "tunes" / "best" / "README.md").read_text()
