@@ -25,6 +25,7 @@ VERBS = {
     "transform": "one model in another form: lcsc transform operator=gqa model=DIR to=OUT operator.num_kv_heads=2",
     "verify": "make an exported model again from its recipe and compare: lcsc verify out/ [bank=DIR]",
     "bank": "look at checkpoints, pack or convert them: lcsc bank scan DIR",
+    "generate": 'a tune for a text: lcsc generate music "a jig in D, 6/8" to=out/',
     "selftest": "try the promises out on a file system: lcsc selftest --dir PATH [seconds=60]",
     "list": "the parts lcsc knows, with their sources: lcsc list [searchers]",
 }

@@ -1,4 +1,4 @@
-"""What a score is made of, in the words of its evaluator: images, or blocks of text."""
+"""What a score is made of, in the words of its evaluator: images, blocks of text, or texts and tunes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ class Words:
         half: what the final scores are taken on, beside seeds.
         spread: what the standard error covers.
         calls: a fact's name for the network calls of an item.
+        whole: several items and what they are made of; empty where they are sampled and not read.
+        drawn: what a standard error covers the choice of.
+        beside: what is said of the numbers beside a score where some are better when they are higher.
     """
 
     one: str
@@ -25,6 +28,9 @@ class Words:
     half: str
     spread: str
     calls: str
+    whole: str = ""
+    drawn: str = ""
+    beside: str = ""
 
 
 IMAGES = Words(
@@ -36,10 +42,20 @@ IMAGES = Words(
     "NFE (network calls an image)",
 )
 BLOCKS = Words(
-    "block", "blocks", "read", "on a part of the text", "over stretches of the text", "network calls a block"
+    *("block", "blocks", "read", "on a part of the text", "over stretches of the text", "network calls a block"),
+    whole="blocks of text",
+    drawn="stretches of the text",
+)
+PAIRS = Words(
+    *("pair", "pairs", "read", "on a part of the tunes", "over tunes", "network calls a pair"),
+    whole="pairs of text and tune",
+    drawn="tunes",
+    beside=" in the first column; likeness (bleu, eds), validity, diversity and gap are better when higher",
 )
 
 
 def words_of(evaluator: Mapping[str, Any]) -> Words:
-    """The words for an objective's circumstances, as run.json has them; text is read in blocks."""
+    """The words for an objective's circumstances, as run.json has them; text is read in blocks or in pairs."""
+    if evaluator.get("items") == "pairs":
+        return PAIRS
     return BLOCKS if "block_length" in evaluator else IMAGES

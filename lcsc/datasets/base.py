@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lcsc.core.errors import ConfigError
+from lcsc.music.pairs import Pair
 
 
 class Dataset(Protocol):
@@ -65,6 +66,14 @@ class TextDataset(Protocol):
         ...
 
 
+class PairDataset(TextDataset, Protocol):
+    """Texts and their tunes, which also are a text: one pair after the other."""
+
+    def pairs(self, part: TextPart) -> tuple[Pair, ...]:
+        """The pairs of one part, in a fixed order; those of one group are all in one part."""
+        ...
+
+
 def need_images(dataset: object, who: str) -> None:
     """Raise ConfigError where `who`, such as "objective `x`", is given text."""
     if hasattr(dataset, "tokens"):
@@ -77,3 +86,10 @@ def need_text(dataset: object, who: str) -> None:
     if not hasattr(dataset, "tokens"):
         kind = type(dataset).__name__
         raise ConfigError(f"{who} reads text, and data set `{kind}` holds images. Choose dataset=text.")
+
+
+def need_pairs(dataset: object, who: str) -> None:
+    """Raise ConfigError where `who`, such as "objective `x`", is given anything but texts and their tunes."""
+    if not hasattr(dataset, "pairs"):
+        kind = type(dataset).__name__
+        raise ConfigError(f"{who} reads texts and their tunes; data set `{kind}` holds none. Choose dataset=tunes.")

@@ -125,8 +125,8 @@ def _scored(words: Words) -> list[str]:
             "same search seeds as the winner. The standard error covers the sampling of the generated images.",
         ]
     return [
-        "Scored on a part of the text that neither training nor search used; the baselines were tuned on the same",
-        f"{words.many} of text as the winner. The standard error covers which stretches of the text these are.",
+        f"Scored {words.half} that neither training nor search used; the baselines were tuned on the same",
+        f"{words.whole} as the winner. The standard error covers which {words.drawn} these are.",
     ]
 
 

@@ -65,9 +65,9 @@ are not those of the report seeds, and flatter whatever was chosen by them.</p>{
 
 <h2>Scores</h2>
 {% if scores %}{{ scores }}
-<p class="faint">Lower is better. Value ± one standard error ({{ words.spread }}), {{ words.half }} that neither the
-search nor the choice of the winner has seen. The ratio is to the best baseline; each baseline was tuned on the same
-search seeds.</p>
+<p class="faint">Lower is better{{ words.beside }}. Value ± one standard error ({{ words.spread }}),
+{{ words.half }} that neither the search nor the choice of the winner has seen. The ratio is to the best
+baseline; each baseline was tuned on the same search seeds.</p>
 {% else %}<p>The winner and the baselines are not scored on the report seeds yet.</p>{% endif %}
 {% for line in vetoes %}<p class="faint">{{ line }}</p>
 {% endfor %}

@@ -32,6 +32,7 @@ TINY = [
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_growth_is_searched_resumed_and_exported(here, lcsc):
     code, _, err = lcsc("search", *TINY)
     assert code == 0, err
