@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table and figure of docs/recycling_upcycling.md: about 30 minutes on one core. What is interrupted goes on when started
+# Table and figure of docs/recycling_upcycling.md: about 50 minutes on one core. What is interrupted goes on when started
 # again with the same FOLDER. TEXT is a text file; the results in benchmarks/ are those of tiny Shakespeare (1.1 MB), and
 # without one the text is that of dataset=text.
 #   scripts/reproduce/recycling_upcycling.sh [FOLDER] [TEXT]
