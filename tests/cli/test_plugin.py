@@ -68,7 +68,7 @@ def plugin(tmp_path):
     return site
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_foreign_operator_is_searched(plugin, tmp_path):
     words = ["search", *TOY, "operator=extrapolate", "operator.reach=3", "searcher=lcsc_evolution"]
     done = subprocess.run(

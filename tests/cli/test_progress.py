@@ -15,7 +15,7 @@ from lcsc.cli.passes import passing
 from lcsc.search.progress import Progress
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_terminal_shows_one_live_table(tmp_path):
     ours, theirs = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}

@@ -45,7 +45,7 @@ def test_wheel_holds_the_package_its_configuration_and_nothing_else(wheel):
     assert "lcsc/metrics/weights/digits.safetensors" in names
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_installed_wheel_searches_from_the_root_folder(wheel, tmp_path):
     """The environment holds lcsc from the wheel alone; its dependencies are lent by the tests' own environment."""
     venv = tmp_path / "venv"
