@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -31,6 +32,12 @@ def circumstances() -> dict[str, Any]:
 def spread(values: list[float]) -> dict[str, float]:
     """Median, smallest and largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def mean_se(values: list[float]) -> dict[str, float | None]:
+    """Mean over seeds and its standard error, None of one seed."""
+    se = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "se": se}
 
 
 def _lines(path: str) -> list[str]:

@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +27,7 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import ROOT, circumstances
+from machine import ROOT, circumstances, mean_se
 
 BLOCK, BATCH = 64, 8
 #: growth of every base, by its settings; `depth` and `width` have a model from scratch beside them
@@ -233,12 +231,6 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     from lcsc.export.weights import read_recipe
 
     return dict(read_recipe(folder))
-
-
-def mean_se(values: list[float]) -> dict[str, float | None]:
-    """Mean over seeds and its standard error."""
-    se = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "se": se}
 
 
 def summary(rows: list[dict[str, Any]], added: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import ROOT, circumstances
+from machine import ROOT, circumstances, mean_se
 
 BLOCK, BATCH, EXPERTS, TOP_K = 64, 16, 4, 2
 #: arm -> settings of the operator; those of `SEARCHES` take the layers that their search found
@@ -187,12 +186,6 @@ def measure(runs: Runs) -> dict[str, Any]:
         "flops_per_token": flops,
         "layers": layers,
     }
-
-
-def mean_se(values: list[float]) -> dict[str, float]:
-    """Mean over seeds and its standard error."""
-    se = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "se": se}
 
 
 def summary(rows: list[dict[str, Any]], last: str) -> dict[str, Any]:
