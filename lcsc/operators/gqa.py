@@ -21,7 +21,7 @@ from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.core.space import Box, Choices, Point, SearchSpace
 from lcsc.operators.base import Baseline, Candidate
 from lcsc.operators.linear import need_arch
-from lcsc.operators.surgery import Piece, Plan, candidate, refuse_ties, row_of
+from lcsc.operators.surgery import Piece, Plan, candidate, one_or_each, refuse_ties, row_of
 from lcsc.recycling.attention import Attention, find_attention, heads_settings
 from lcsc.recycling.heads import Pooling, regroup
 
@@ -69,13 +69,7 @@ class Gqa:
         for name, value, known in (("pooling", self.pooling, METHODS), ("grouping", self.grouping, GROUPINGS)):
             if value is not None and value not in known:
                 raise ConfigError(f"`operator.{name}` is `{value}`.{did_you_mean(str(value), known)}")
-        given = self.num_kv_heads
-        listed = isinstance(given, Sequence) and not isinstance(given, str)
-        numbers = list(given) if listed else [given]
-        if given is not None and not (numbers and all(type(n) is int and n > 0 for n in numbers)):
-            raise ConfigError(f"`operator.num_kv_heads` is `{given}`; give a number above 0, or a list of one a layer.")
-        if listed:
-            self.__dict__["num_kv_heads"] = tuple(given)  # equal and hashable, whatever kind of list it came as
+        self.__dict__["num_kv_heads"] = one_or_each("num_kv_heads", self.num_kv_heads)
         self._check_pairs()
         _ = SeedRange(self.seed, Purpose.TRAIN)  # checks it
 

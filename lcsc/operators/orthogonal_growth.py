@@ -21,7 +21,7 @@ from lcsc.core.space import Box, Point, SearchSpace
 from lcsc.operators.base import Baseline, Candidate
 from lcsc.operators.gqa import fill
 from lcsc.operators.linear import need_arch
-from lcsc.operators.surgery import Piece, Plan, candidate, refuse_ties, row_of
+from lcsc.operators.surgery import Piece, Plan, candidate, one_or_each, refuse_ties, row_of
 from lcsc.recycling.growth import (
     METHODS,
     Decoder,
@@ -92,13 +92,7 @@ class OrthogonalGrowth:
             value = getattr(self, name)
             if value not in known and (name != "method" or value is not None):
                 raise ConfigError(f"`operator.{name}` is `{value}`.{did_you_mean(str(value), known)}")
-        given = self.copies
-        listed = isinstance(given, Sequence) and not isinstance(given, str)
-        numbers = list(given) if listed else [given]
-        if given is not None and not (numbers and all(type(n) is int and n > 0 for n in numbers)):
-            raise ConfigError(f"`operator.copies` is `{given}`; give a number above 0, or a list of one a layer.")
-        if listed:
-            self.__dict__["copies"] = tuple(given)  # equal and hashable, whatever kind of list it came as
+        self.__dict__["copies"] = one_or_each("copies", self.copies)
         for name, least in (("max_copies", 2), ("expert_copies", 2), ("keep_first", 0), ("keep_last", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"`operator.{name}` is {getattr(self, name)}; it must be at least {least}.")

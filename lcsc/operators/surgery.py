@@ -7,7 +7,7 @@ is carried out in memory for a search (`candidate`), or one piece at a time from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -131,6 +131,21 @@ def row_of(bank: CheckpointBank, step: int | None, name: str = "step") -> int:
             f"which {min(bank.steps, key=lambda s: abs(s - step))} is nearest. Take one of them."
         )
     return bank.steps.index(step)
+
+
+def one_or_each(name: str, given: Any) -> Any:
+    """A setting that is null, one number above 0, or a list of one a layer; lists come back as tuples.
+
+    A tuple is equal and hashable, whatever kind of list it came as.
+
+    Raises:
+        ConfigError: naming the setting, for anything else.
+    """
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
+    numbers = list(given) if listed else [given]
+    if given is not None and not (numbers and all(type(n) is int and n > 0 for n in numbers)):
+        raise ConfigError(f"`operator.{name}` is `{given}`; give a number above 0, or a list of one a layer.")
+    return tuple(numbers) if listed else given
 
 
 def refuse_ties(bank: CheckpointBank, names: Collection[str]) -> None:
