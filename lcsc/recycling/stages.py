@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcsc.core.errors import BankError, ConfigError, did_you_mean
+from lcsc.core.errors import BankError, ConfigError
+from lcsc.recycling.kinds import known_kind
 
 #: model_type -> where its layers lie, and which of a layer's tensors write into the residual stream
 _O, _EXPERTS = r"self_attn\.o_proj\.(weight|bias)", r"mlp\.(shared_expert\.|experts\.(\d+\.)?)?down_proj(\.weight)?"
@@ -82,12 +83,7 @@ def find_stages(
         ConfigError: stages that cannot be equal.
     """
     config = arch["config"]
-    kind = str(config.get("model_type"))
-    if kind not in FAMILIES:
-        raise BankError(
-            f"`{path}` is a `{arch['class']}`, and `{kind}` is not among the models whose layers lcsc can tell apart."
-            f"{did_you_mean(kind, FAMILIES)}"
-        )
+    kind = known_kind(arch, path, FAMILIES, {}, "is not among the models whose layers lcsc can tell apart")
     if config.get("quantization_config") is not None:
         raise BankError(f"`{path}` holds quantized weights, whose layers cannot be averaged. Save it unquantized.")
     folder, outputs = FAMILIES[kind]
