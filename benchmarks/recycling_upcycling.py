@@ -174,7 +174,7 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
 
 def main() -> None:
     """Measure and draw; see `uptraining.results`."""
-    sizes = ["hidden_size=144", "head_dim=36", "intermediate_size=384"]
+    sizes = ["hidden_size=144", "head_dim=36", "intermediate_size=384", "initializer_range=0.05"]
     made = parser(__doc__, "recycling_upcycling", network=sizes, steps=500, num_blocks=384)
     made.add_argument("--save-every", type=int, default=25)
     made.add_argument("--arms", nargs="+", default=list(MIXTURES), choices=MIXTURES, help="`all` among them")
