@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lcsc.datasets.content import images_digest, text_digest
 from lcsc.models.causal_lm import CAUSAL_LMS, check_text
 from lcsc.models.fit import Fit, Windows, check_fit, own_randomness
 from lcsc.models.network import build_network, check_typed, load_network
+from lcsc.recycling.stages import NORMS, layer_names
 from lcsc.training.folder import BankFolder
 from lcsc.training.loop import INIT, LOG_EVERY, check_finite, check_numbers, checkpoint_steps
 from lcsc.training.progress import Report, reporter
@@ -29,6 +31,8 @@ from lcsc.training.progress import Report, reporter
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+#: Parameters by layer.
+Layers = list[list[nn.Parameter]]
 #: In a state of transformers: everything before was written to the end.
 COMPLETE = "complete"
 
@@ -54,6 +58,8 @@ class CausalLM:
         max_grad_norm: larger gradients are scaled down to it.
         mixed_precision: `no`, or `bf16` for matrix products in bfloat16; weights and optimizer stay float32.
         start: folder of a network whose weights are the first; None draws them. A new bank goes on from there.
+        gradient_norms: whether each checkpoint's folder gets the norms of its layers' gradients
+            (`lcsc.recycling.stages.NORMS`), which operator=neighbor_recovery weighs stages by.
     """
 
     num_steps: int = 1000
@@ -67,6 +73,7 @@ class CausalLM:
     max_grad_norm: float = 1.0
     mixed_precision: str = "no"
     start: str | None = None
+    gradient_norms: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -96,8 +103,9 @@ class CausalLM:
             net = build_network(arch)
             first = None if self.start is None else _start(net, Path(self.start))
             check_text(net.config, dataset.vocab_size, self.block_length)
+            layers = _layers(net, arch) if self.gradient_norms else None
             config = {
-                "trainer": describe("trainer", self) | ({} if first is None else {"start": first}),
+                "trainer": self._described() | ({} if first is None else {"start": first}),
                 "arch": plain(arch),
                 "dataset": {"name": dataset.name, "digest": text_digest(dataset)},
                 "seed": int(seed),
@@ -109,7 +117,7 @@ class CausalLM:
             with folder.lock():
                 folder.check()
                 folder.create()
-                self._fit(net, Windows(stretches_SL, self, seeds), folder, progress)
+                self._fit(net, Windows(stretches_SL, self, seeds), folder, layers, progress)
                 folder.close()
         return out
 
@@ -130,19 +138,41 @@ class CausalLM:
             )
         return stretches_SL
 
-    def _fit(self, net: nn.Module, windows: Windows, folder: BankFolder, progress: bool | None) -> None:
+    def _described(self) -> dict[str, Any]:
+        """What `train.json` says of it; norms that are not asked for are left out, as they were before they existed."""
+        said = describe("trainer", self)
+        return said if self.gradient_norms else {key: value for key, value in said.items() if key != "gradient_norms"}
+
+    def _fit(
+        self, net: nn.Module, windows: Windows, folder: BankFolder, layers: Layers | None, progress: bool | None
+    ) -> None:
         """Hand the rest of the training to transformers."""
         states = folder.state_path.parent
         begun, step = _last_state(states)
         show = reporter("training", step, self.num_steps, progress=progress)
         with folder.open_log(step) as log, show as report:
-            keeper = _keeper(self, folder, net, log, report)
+            keeper = _keeper(self, folder, net, layers, log, report)
             # transformers would take a mixture's experts apart and not find them again when it goes on
             save = functools.partial(_save_state, net)
             self.fit.run(net, windows, states, callbacks=[keeper], save=save, begun=begun)
 
 
-def _keeper(trainer: CausalLM, folder: BankFolder, net: nn.Module, log: TextIO, report: Report) -> TrainerCallback:
+def _layers(net: Any, arch: Mapping[str, Any]) -> Layers:
+    """The parameters of each layer; raises BankError for networks whose layers cannot be told apart."""
+    named = dict(net.named_parameters())
+    told = {**arch, "config": net.config.to_dict()}
+    return [[named[name] for name in names] for names in layer_names(told, list(named), "the network")]
+
+
+def _gradient_norms(layers: Layers) -> list[float]:
+    """L2 norm of each layer's gradient, summed in float64."""
+    grads = [[parameter.grad for parameter in layer if parameter.grad is not None] for layer in layers]
+    return [math.sqrt(sum(float(grad.double().square().sum()) for grad in layer)) for layer in grads]
+
+
+def _keeper(
+    trainer: CausalLM, folder: BankFolder, net: nn.Module, layers: Layers | None, log: TextIO, report: Report
+) -> TrainerCallback:
     """What saves the bank and the log; each checkpoint is there before the state that goes on behind it."""
     import json
 
@@ -151,12 +181,19 @@ def _keeper(trainer: CausalLM, folder: BankFolder, net: nn.Module, log: TextIO, 
     steps = set(folder.steps)
 
     class Keeper(TrainerCallback):
+        beside: Mapping[str, Any] = {}
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            step = state.global_step + 1
+            if layers is not None and step in steps:
+                self.beside = {NORMS: {"step": step, "layers": _gradient_norms(layers)}}
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             step = state.global_step
             control.should_save = step in steps
             control.should_log = step in steps or step % LOG_EVERY == 0
             if control.should_save:
-                folder.write_checkpoint(net, step)
+                folder.write_checkpoint(net, step, self.beside)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             if "loss" in (logs or {}):

@@ -125,11 +125,19 @@ class BankFolder:
         if not (self.path / "train.json").exists():
             write_json(self.path / "train.json", {"schema": SCHEMA, "config": self.config})
 
-    def write_checkpoint(self, net: nn.Module, step: int) -> None:
-        """Save the network under the name of `step`, atomically; nothing happens when it is there."""
+    def write_checkpoint(self, net: nn.Module, step: int, beside: Mapping[str, Any] | None = None) -> None:
+        """Save the network under the name of `step`, atomically; nothing happens when it is there.
+
+        Args:
+            net: the network.
+            step: optimizer steps behind it.
+            beside: plain values for JSON files in the checkpoint's folder, by name.
+        """
         if not self.has(step):
             with new_directory(self.path / checkpoint_name(step)) as folder:
                 save_network(net, folder / self.component)
+                for name, values in (beside or {}).items():
+                    write_json(folder / name, values)
 
     @contextlib.contextmanager
     def open_log(self, step: int) -> Iterator[TextIO]:
