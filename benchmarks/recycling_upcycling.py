@@ -78,7 +78,8 @@ def measure(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]
         start = runs.change(name, settings[name])
         own = config_of(start)
         flops[name], sizes[name] = flops_per_token(own, args.block_length), parameters_of(own)
-        losses[name] = runs.arm(name, start, added, every, marks)
+        twin = next(arm for arm in settings if arm == name or runs.same(f"start-{arm}", f"start-{name}"))
+        losses[name] = runs.arm(twin, start, added, every, marks)
         if name == "all":
             bank = runs.train("scratch", own, added, every)
             losses["scratch"] = {str(m): runs.loss(bank / at(m, every)) for m in marks}
@@ -175,10 +176,10 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
 def main() -> None:
     """Measure and draw; see `uptraining.results`."""
     sizes = ["hidden_size=144", "head_dim=36", "intermediate_size=384", "initializer_range=0.05"]
-    made = parser(__doc__, "recycling_upcycling", network=sizes, steps=500, num_blocks=384)
+    made = parser(__doc__, "recycling_upcycling", network=sizes, steps=400, num_blocks=256)
     made.add_argument("--save-every", type=int, default=25)
     made.add_argument("--arms", nargs="+", default=list(MIXTURES), choices=MIXTURES, help="`all` among them")
-    for arm, trials, steps in (("searched", 2, 125), ("searched_start", 5, 75)):
+    for arm, trials, steps in (("searched", 2, 100), ("searched_start", 4, 60)):
         made.add_argument(f"--trials-{arm}", type=int, default=trials, help="of its search")
         made.add_argument(f"--steps-{arm}", type=int, default=steps, help="that its candidates are trained for")
     results(made.parse_args(), measure, summary, draw)

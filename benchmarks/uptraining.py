@@ -150,6 +150,13 @@ class Runs:
             transform_model(bank, build("operator", self.operator, seed=self.seed, **settings), to)
         return to
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two folders hold the same weights, as where a search finds what a rule says."""
+        from safetensors.torch import load_file
+
+        a, b = (load_file(self.place(name) / "model.safetensors") for name in (one, other))
+        return set(a) == set(b) and all(bool((a[key] == b[key]).all()) for key in a)
+
     def loss(self, folder: Path) -> float:
         """Mean loss of the network in a folder on blocks of the report half; measured once."""
         from lcsc.bank import CheckpointBank
