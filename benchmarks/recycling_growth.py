@@ -178,8 +178,8 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
 def main() -> None:
     """Measure and draw; see `uptraining.results`."""
     sizes = ["hidden_size=128", "num_hidden_layers=6", "tie_word_embeddings=false", "initializer_range=0.05"]
-    made = parser(__doc__, "recycling_growth", network=sizes, steps=800, num_blocks=128)
-    made.add_argument("--added", type=int, default=60, help="steps of every arm; a multiple of 5, at least 50")
+    made = parser(__doc__, "recycling_growth", network=sizes, steps=600, num_blocks=128)
+    made.add_argument("--added", type=int, default=50, help="steps of every arm; a multiple of 5, at least 50")
     made.add_argument("--warmup-steps", type=int, default=5, help="of every arm")
     made.add_argument("--arms", nargs="*", default=list(LAST), choices=LAST, help="of the last base")
     made.add_argument("--trials", type=int, default=4, help="of the search")

@@ -176,10 +176,10 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
 def main() -> None:
     """Measure and draw; see `uptraining.results`."""
     sizes = ["hidden_size=144", "head_dim=36", "intermediate_size=384", "initializer_range=0.05"]
-    made = parser(__doc__, "recycling_upcycling", network=sizes, steps=320, num_blocks=192)
-    made.add_argument("--save-every", type=int, default=20)
+    made = parser(__doc__, "recycling_upcycling", network=sizes, steps=300, num_blocks=192)
+    made.add_argument("--save-every", type=int, default=25)
     made.add_argument("--arms", nargs="+", default=list(MIXTURES), choices=MIXTURES, help="`all` among them")
-    for arm, trials, steps in (("searched", 2, 60), ("searched_start", 4, 60)):
+    for arm, trials, steps in (("searched", 2, 50), ("searched_start", 4, 50)):
         made.add_argument(f"--trials-{arm}", type=int, default=trials, help="of its search")
         made.add_argument(f"--steps-{arm}", type=int, default=steps, help="that its candidates are trained for")
     results(made.parse_args(), measure, summary, draw)
