@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -130,9 +129,7 @@ class LanguageTrainer:
         show = reporter("training", step, self.num_steps, progress=progress)
         with folder.open_log(step) as log, show as report:
             keeper = _keeper(self, folder, net, log, report)
-            # transformers would take a mixture's experts apart and not find them again when it goes on
-            save = functools.partial(_save_state, net)
-            self.fit.run(net, windows, states, callbacks=[keeper], save=save, begun=begun)
+            self.fit.run(net, windows, states, callbacks=[keeper], begun=begun)
 
 
 def _keeper(
@@ -165,13 +162,6 @@ def _keeper(
             write_bytes(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, b"")
 
     return Keeper()
-
-
-def _save_state(net: nn.Module, folder: Path) -> None:
-    from safetensors.torch import save_model
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(net, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def _last_state(states: Path) -> tuple[str | None, int]:
