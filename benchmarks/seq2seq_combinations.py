@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import ROOT, circumstances, mean_se
-from seq2seq_sources import BATCH, BLOCK, Clock, Notes, pretrained, text_of
+from seq2seq_sources import BATCH, BLOCK, TUNED, Clock, Notes, pretrained, text_of
 
 #: start -> source of the bank, and settings of the operator beside its name
 STARTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,8 +37,8 @@ STARTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TWINS = ("random GPT-2 twin of rnd2gpt", "random GPT-2 alone")
 TASKS: dict[str, dict[str, Any]] = {
-    "continue": {"task": "continue", "block_length": 104, "source_length": 64},
-    "restore": {"task": "restore", "block_length": 40},
+    "continue": {"task": "continue", "block_length": 64, "source_length": 32},
+    "restore": {"task": "restore", "block_length": 32},
 }
 MEASURES = ("exact_match", "bleu", "sari", "rouge_1", "rouge_2", "rouge_l")
 
@@ -48,7 +48,8 @@ def measure(args: argparse.Namespace, seed: int, folder: Path, clock: Clock) -> 
     text, notes = text_of(args.text), Notes(folder / "measured.json")
     for kind in ("bert", "gpt2", "roberta"):
         clock.check()
-        pretrained(kind, 2, args.steps, args.steps // 4, text, seed, folder / kind)
+        steps = args.causal_steps if kind == "gpt2" else args.steps
+        pretrained(kind, 2, steps, steps // 4, text, seed, folder / kind)
     for task in args.tasks:
         for start in STARTS:
             name = f"{task}: {start}"
@@ -70,7 +71,7 @@ def fine_tuned(args: argparse.Namespace, text: Any, seed: int, folder: Path, tas
         dataset=text,
         **TASKS[task],
         num_steps=args.marks[-1],
-        train_batch_size=BATCH,
+        train_batch_size=TUNED,
         learning_rate=args.learning_rate,
         schedule="constant_with_warmup",
         warmup_steps=10,
@@ -189,12 +190,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--text", type=Path, help="a text file; without it the text of dataset=text")
-    parser.add_argument("--steps", type=int, default=1000, help="of each pretraining; a multiple of 4")
+    parser.add_argument("--steps", type=int, default=1500, help="of BERT's and RoBERTa's pretraining; a multiple of 4")
+    parser.add_argument("--causal-steps", type=int, default=800, help="of GPT-2's, which learns from every byte")
     parser.add_argument("--marks", type=int, nargs="+", default=[50, 150, 300], help="steps of fine-tuning to look at")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the fine-tuning")
-    parser.add_argument("--num-blocks", type=int, default=512, help="of the report part")
-    parser.add_argument("--samples", type=int, default=128, help="sources of the report part that are written to")
+    parser.add_argument("--num-blocks", type=int, default=256, help="of the report part")
+    parser.add_argument("--samples", type=int, default=64, help="sources of the report part that are written to")
     parser.add_argument("--folder", type=Path, help="keeps banks and values, and goes on with what is there")
     parser.add_argument("--minutes", type=float, help="begin nothing new after so long (exit code 75: call again)")
     parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "results" / "seq2seq_combinations.json")
@@ -205,14 +207,14 @@ def main() -> None:
         folder = (args.folder or Path(spare)).resolve()
         for seed in args.seeds:
             rows.append(measure(args, seed, folder / f"seed-{seed}", clock))
-            names = ("steps", "marks", "learning_rate", "num_blocks", "samples")
+            names = ("steps", "causal_steps", "marks", "learning_rate", "num_blocks", "samples")
             result = {
                 **circumstances(),
                 "seeds": [row["seed"] for row in rows],
                 "text": "dataset=text" if args.text is None else args.text.name,
                 **{key: getattr(args, key) for key in names},
                 "pretraining_windows": [BATCH, BLOCK],
-                "fine_tuning_windows": BATCH,
+                "fine_tuning_windows": TUNED,
                 **summary(args, rows),
                 "runs": rows,
             }

@@ -1,13 +1,13 @@
-"""Which three of six layers, and which checkpoints, a BERT-to-BERT begins as: searched against rules, at equal depth.
+"""Which three of six layers, and which checkpoint, of a GPT-2 a decoder begins as: searched against rules.
 
     python benchmarks/seq2seq_layers.py --seeds 0 1 2 --text FILE
 
-The source is a BERT of bytes with six layers, pretrained on the training part of a text. `lcsc search` chooses three
-layers and a checkpoint for the encoder and for the decoder, by the loss on the search part after a fine-tuning of
-50 steps on the training part; trials that are behind half-way are dropped (`search.race_steps`). The rules take the
-first three, the last three or every other layer of the last checkpoint for both. Searched start and rules are then
-fine-tuned anew, longer, on other windows and from other attention to the encoder, and measured on the report part,
-which nothing was decided on. Losses are nats a byte of the targets. What lies in `--folder` is gone on with.
+The source is a GPT-2 of bytes with six layers, pretrained on the training part of a text; the encoder is a random
+BERT of three. `lcsc search` chooses the decoder's layers and their checkpoint by the loss of continuations of the
+search part after a short fine-tuning on the training part; trials that are behind half-way are dropped (`search.race_steps`).
+The rules take the first three, the last three or every other layer of the last checkpoint. Searched start and rules are
+then fine-tuned anew, longer, on other windows and from another random encoder, and measured on the report part, which
+nothing was decided on. Losses are nats a byte of the targets. What lies in `--folder` is gone on with.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import ROOT, circumstances, mean_se
-from seq2seq_sources import BATCH, Clock, Notes, pretrained, text_of
+from seq2seq_sources import TUNED, Clock, Notes, pretrained, text_of
 
 L, DEPTH = 6, 3
 RULES = {"first": (0, 1, 2), "last": (3, 4, 5), "every other": (0, 2, 4)}
+#: what the search chooses
+CHOSEN = ("decoder_layers", "decoder_step")
 #: the same for every start: what is shared, and how attention to the encoder begins
-FIXED = {"combination": "bert2bert", "share": "embeddings", "cross_attention": "random"}
-FIXED |= {"start_token": 0, "end_token": 2}
-TASK = {"task": "restore", "block_length": 40}
+FIXED = {"combination": "rnd2gpt", "share": "embeddings", "cross_attention": "random"}
+FIXED |= {"num_encoder_layers": DEPTH, "start_token": 0, "end_token": 2}
+TASK = {"task": "continue", "block_length": 64, "source_length": 32}
 
 
 def search(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     """The winner of `lcsc search`, what its report said, and how many trials the race dropped."""
     run = folder / "run"
-    objective = {**TASK, "num_steps": args.search_steps, "train_batch_size": BATCH, "learning_rate": args.learning_rate}
-    objective |= {"train_seed": seed, "warmup_steps": 10, "keep": 4}
+    objective = {**TASK, "num_steps": args.search_steps, "train_batch_size": TUNED, "learning_rate": args.learning_rate}
+    objective |= {"train_seed": seed, "warmup_steps": 10, "keep": 4, "samples": 0}
     budget = {"num_trials": args.trials, "num_images": args.search_blocks, "num_finalists": 3, "race_steps": args.race}
     budget |= {"num_images_select": 2 * args.search_blocks, "num_images_report": args.num_blocks}
-    operator = {**FIXED, "num_encoder_layers": DEPTH, "num_decoder_layers": DEPTH, "seed": seed}
-    words = ["search", "operator=warm_start", "experiment=warm_start_bert", "quiet=true", f"seed={seed}"]
-    words += [f"bank.path={folder / 'bert'}", f"run_dir={run}", f"searcher={args.searcher}"]
+    operator = {**FIXED, "num_decoder_layers": DEPTH, "seed": seed}
+    words = ["search", "operator=warm_start", "experiment=warm_start_small", "quiet=true", f"seed={seed}"]
+    words += [f"bank.path={folder / 'gpt2'}", f"run_dir={run}", f"searcher={args.searcher}"]
     words += [f"{key}={str(value).replace(' ', '')}" for key, value in _dotted("objective", objective)]
     words += [f"{key}={str(value).replace(' ', '')}" for key, value in _dotted("search", budget)]
     words += [f"{key}={value}" for key, value in _dotted("operator", operator)]
@@ -53,9 +55,8 @@ def search(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     best = next(r for r in records if r["kind"] == "report" and r["who"] == "best")
     trials = [r for r in records if r["kind"] == "trial"]
-    names = ("encoder_layers", "decoder_layers", "encoder_step", "decoder_step")
     return {
-        **{name: best[name] for name in names},
+        **{name: best[name] for name in CHOSEN},
         "label": best["label"],
         "report": {r["who"]: [r["label"], r["value"], r["se"]] for r in records if r["kind"] == "report"},
         "baselines_on_search_part": {r["label"]: r["value"] for r in records if r["kind"] == "baseline"},
@@ -71,10 +72,8 @@ def _dotted(section: str, settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def starts_of(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings of the operator: what the search chose, and the rules on the last checkpoint."""
-    names = ("encoder_layers", "decoder_layers", "encoder_step", "decoder_step")
-    chosen = {name: found[name] for name in names}
-    rules = {rule: {"encoder_layers": layers, "decoder_layers": layers} for rule, layers in RULES.items()}
-    return {"searched": chosen, **rules}
+    rules = {rule: {"decoder_layers": list(layers)} for rule, layers in RULES.items()}
+    return {"searched": {name: found[name] for name in CHOSEN}, **rules}
 
 
 def fine_tuned(
@@ -93,11 +92,11 @@ def fine_tuned(
         **TASK,
         **rate,
         num_steps=args.marks[-1],
-        train_batch_size=BATCH,
+        train_batch_size=TUNED,
         train_seed=1000 + seed,
         keep=1,
     )
-    # cross-attention of another draw than the search's
+    # an encoder and attention to it of other draws than the search's
     operator = build("operator", "warm_start", **FIXED, **settings, seed=1000 + seed)
     candidate = operator.apply(CheckpointBank.open(bank), {})
     losses, before = {}, 0
@@ -117,9 +116,9 @@ def fine_tuned(
 def measure(args: argparse.Namespace, seed: int, folder: Path, clock: Clock) -> dict[str, Any]:
     """One seed: its source, its search and the final fine-tunings."""
     text, notes = text_of(args.text), Notes(folder / "measured.json")
-    bank = folder / "bert"
+    bank = folder / "gpt2"
     clock.check()
-    pretrained("bert", L, args.steps, args.steps // 4, text, seed, bank)
+    pretrained("gpt2", L, args.steps, args.steps // 4, text, seed, bank)
     if "search" not in notes.values:
         clock.check()
         notes.keep("search", search(args, seed, folder))
@@ -194,15 +193,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--text", type=Path, help="a text file; without it the text of dataset=text")
-    parser.add_argument("--steps", type=int, default=800, help="of the pretraining; a multiple of 4")
-    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=600, help="of the pretraining; a multiple of 4")
+    parser.add_argument("--trials", type=int, default=48)
     parser.add_argument("--searcher", default="one_plus_one")
     parser.add_argument("--search-steps", type=int, default=50, help="of fine-tuning a trial")
     parser.add_argument("--race", type=int, nargs="+", default=[25], help="steps after which trials may be dropped")
     parser.add_argument("--search-blocks", type=int, default=128, help="of the search part, a trial")
     parser.add_argument("--marks", type=int, nargs="+", default=[50, 150, 300], help="steps of the final fine-tuning")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of all fine-tuning")
-    parser.add_argument("--num-blocks", type=int, default=512, help="of the report part")
+    parser.add_argument("--num-blocks", type=int, default=256, help="of the report part")
     parser.add_argument("--folder", type=Path, help="keeps banks and values, and goes on with what is there")
     parser.add_argument("--minutes", type=float, help="begin nothing new after so long (exit code 75: call again)")
     parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "results" / "seq2seq_layers.json")
