@@ -4,10 +4,10 @@
 
 The source is a GPT-2 of bytes with six layers, pretrained on the training part of a text; the encoder is a random
 BERT of three. `lcsc search` chooses the decoder's layers and their checkpoint by the loss of continuations of the
-search part after a short fine-tuning on the training part; trials that are behind half-way are dropped (`search.race_steps`).
-The rules take the first three, the last three or every other layer of the last checkpoint. Searched start and rules are
-then fine-tuned anew, longer, on other windows and from another random encoder, and measured on the report part, which
-nothing was decided on. Losses are nats a byte of the targets. What lies in `--folder` is gone on with.
+search part after a short fine-tuning on the training part; trials behind half-way are dropped (`search.race_steps`).
+The rules take the first three, the last three or every other layer of the last checkpoint. Searched start and rules
+are then fine-tuned anew, longer, on other windows and from another random encoder, and measured on the report part,
+which nothing was decided on. Losses are nats a byte of the targets. What lies in `--folder` is gone on with.
 """
 
 from __future__ import annotations
