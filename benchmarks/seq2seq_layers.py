@@ -1,13 +1,14 @@
-"""Which three of six layers, and which checkpoint, of a GPT-2 a decoder begins as: searched against rules.
+"""Which three of six layers, of which checkpoints, of a GPT-2 a decoder begins as: searched against rules.
 
     python benchmarks/seq2seq_layers.py --seeds 0 1 2 --text FILE
 
 The source is a GPT-2 of bytes with six layers, pretrained on the training part of a text; the encoder is a random
-BERT of three. `lcsc search` chooses the decoder's layers and their checkpoint by the loss of continuations of the
-search part after a short fine-tuning on the training part; trials behind half-way are dropped (`search.race_steps`).
-The rules take the first three, the last three or every other layer of the last checkpoint. Searched start and rules
-are then fine-tuned anew, longer, on other windows and from another random encoder, and measured on the report part,
-which nothing was decided on. Losses are nats a byte of the targets. What lies in `--folder` is gone on with.
+BERT of three. `lcsc search` chooses the decoder's layers, their checkpoint and how far each of them lies towards the
+last but one, by the loss of continuations of the search part after a short fine-tuning on the training part; trials
+behind half-way are dropped (`search.race_steps`). The rules take the first three, the last three or every other layer
+of the last checkpoint; beside them stands the mean of the last two with the first three. All are then fine-tuned anew,
+longer, on other windows and from another random encoder, and measured on the report part, which nothing was decided on.
+Losses are nats a byte of the targets. What lies in `--folder` is gone on with.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from seq2seq_sources import TUNED, Clock, Notes, pretrained, text_of
 
 L, DEPTH = 6, 3
 RULES = {"first": (0, 1, 2), "last": (3, 4, 5), "every other": (0, 2, 4)}
-#: what the search chooses
+#: beside the rules: what averaging alone does
+AVERAGED = "first, mean of two checkpoints"
+#: what the search chooses, beside how its layers are mixed
 CHOSEN = ("decoder_layers", "decoder_step")
 #: the same for every start: what is shared, and how attention to the encoder begins
 FIXED = {"combination": "rnd2gpt", "share": "embeddings", "cross_attention": "random"}
@@ -42,8 +45,8 @@ def search(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     objective = {**TASK, "num_steps": args.search_steps, "train_batch_size": TUNED, "learning_rate": args.learning_rate}
     objective |= {"train_seed": seed, "warmup_steps": 10, "keep": 4, "samples": 0}
     budget = {"num_trials": args.trials, "num_images": args.search_blocks, "num_finalists": 3, "race_steps": args.race}
-    budget |= {"num_images_select": 2 * args.search_blocks, "num_images_report": args.num_blocks}
-    operator = {**FIXED, "num_decoder_layers": DEPTH, "seed": seed}
+    budget |= {"num_images_select": 4 * args.search_blocks, "num_images_report": args.num_blocks}
+    operator = {**FIXED, "num_decoder_layers": DEPTH, "decoder_other": other(args), "seed": seed}
     words = ["search", "operator=warm_start", "experiment=warm_start_small", "quiet=true", f"seed={seed}"]
     words += [f"bank.path={folder / 'gpt2'}", f"run_dir={run}", f"searcher={args.searcher}"]
     words += [f"{key}={str(value).replace(' ', '')}" for key, value in _dotted("objective", objective)]
@@ -57,6 +60,7 @@ def search(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     trials = [r for r in records if r["kind"] == "trial"]
     return {
         **{name: best[name] for name in CHOSEN},
+        "decoder_mix": [min(max(x, 0.0), 1.0) for x in best["vector"][-DEPTH - 1 :]],  # the last box
         "label": best["label"],
         "report": {r["who"]: [r["label"], r["value"], r["se"]] for r in records if r["kind"] == "report"},
         "baselines_on_search_part": {r["label"]: r["value"] for r in records if r["kind"] == "baseline"},
@@ -70,10 +74,17 @@ def _dotted(section: str, settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(f"{section}.{key}", value) for key, value in settings.items()]
 
 
-def starts_of(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def other(args: argparse.Namespace) -> int:
+    """Step of the last checkpoint but one."""
+    return 3 * (args.steps // 4)
+
+
+def starts_of(args: argparse.Namespace, found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings of the operator: what the search chose, and the rules on the last checkpoint."""
     rules = {rule: {"decoder_layers": list(layers)} for rule, layers in RULES.items()}
-    return {"searched": {name: found[name] for name in CHOSEN}, **rules}
+    mixed = {"decoder_other": other(args)}
+    searched = {name: found[name] for name in (*CHOSEN, "decoder_mix")} | mixed
+    return {"searched": searched, **rules, AVERAGED: rules["first"] | mixed | {"decoder_mix": 0.5}}
 
 
 def fine_tuned(
@@ -123,7 +134,7 @@ def measure(args: argparse.Namespace, seed: int, folder: Path, clock: Clock) -> 
         clock.check()
         notes.keep("search", search(args, seed, folder))
         print(seed, notes.values["search"], flush=True)
-    for start, settings in starts_of(notes.values["search"]).items():
+    for start, settings in starts_of(args, notes.values["search"]).items():
         if start not in notes.values:
             clock.check()
             notes.keep(start, fine_tuned(args, text, seed, bank, settings))
@@ -136,10 +147,10 @@ def summary(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, A
     marks = [str(mark) for mark in args.marks]
     table = {
         start: {mark: mean_se([row[start]["loss_nats"][mark] for row in rows]) for mark in marks}
-        for start in ("searched", *RULES)
+        for start in ("searched", *RULES, AVERAGED)
     }
     gaps: dict[str, Any] = {}
-    for rule in RULES:
+    for rule in (*RULES, AVERAGED):
         for mark in marks:
             each = [row["searched"]["loss_nats"][mark] - row[rule]["loss_nats"][mark] for row in rows]
             gaps[f"searched - {rule}, after {mark}"] = {**mean_se(each), "each": each}
@@ -178,6 +189,7 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
             each = result["differences_nats"][f"searched - {rule}, after {mark}"]["each"]
             right.plot([place + shift] * len(each), each, "o", ms=4, color=f"C{marks.index(mark)}")
     right.axhline(0, color="0.6", lw=0.8)
+    right.set_yscale("symlog", linthresh=0.01)
     right.set(xticks=range(len(RULES)), xticklabels=list(RULES), ylabel="searched less rule, a dot a seed")
     names = [
         plt.Line2D([], [], ls="", marker="o", color=f"C{i}", label=f"{mark} steps") for i, mark in enumerate(marks)
@@ -194,11 +206,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--text", type=Path, help="a text file; without it the text of dataset=text")
     parser.add_argument("--steps", type=int, default=600, help="of the pretraining; a multiple of 4")
-    parser.add_argument("--trials", type=int, default=48)
+    parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--searcher", default="one_plus_one")
-    parser.add_argument("--search-steps", type=int, default=50, help="of fine-tuning a trial")
-    parser.add_argument("--race", type=int, nargs="+", default=[25], help="steps after which trials may be dropped")
-    parser.add_argument("--search-blocks", type=int, default=128, help="of the search part, a trial")
+    parser.add_argument("--search-steps", type=int, default=30, help="of fine-tuning a trial")
+    parser.add_argument("--race", type=int, nargs="+", default=[15], help="steps after which trials may be dropped")
+    parser.add_argument("--search-blocks", type=int, default=64, help="of the search part, a trial")
     parser.add_argument("--marks", type=int, nargs="+", default=[50, 150, 300], help="steps of the final fine-tuning")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of all fine-tuning")
     parser.add_argument("--num-blocks", type=int, default=256, help="of the report part")
