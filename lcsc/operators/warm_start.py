@@ -159,16 +159,16 @@ class WarmStart:
             warm = not found.random
             num = found.bank.num_checkpoints + (self.try_random and getattr(self, role) is None)
             if warm and getattr(self, f"{role}_step") is None and num > 1:
-                boxes.append(Box(f"{role}_step", 1, 0.0, float(num), scale=0.5))
+                boxes.append(Box(f"{role}_step", 1, 0.0, float(num), scale=num / 4))
             if warm and getattr(self, f"num_{role}_layers") is not None:
-                boxes.append(Box(f"{role}_layers", found.sizes["layers"], -1.0, 1.0, scale=0.5))
+                boxes.append(Box(f"{role}_layers", found.sizes["layers"], -1.0, 1.0, scale=0.6))
             if warm and getattr(self, f"{role}_other") is not None and getattr(self, f"{role}_mix") is None:
                 size = len(self._layers(found, role, None)) + 1
-                boxes.append(Box(f"{role}_mix", size, 0.0, 1.0, scale=0.25))
+                boxes.append(Box(f"{role}_mix", size, 0.0, 1.0, scale=0.3))
         if "encoder" in self._roles():
             for name, options in (("share", self._shares(bank)), ("cross_attention", self._crosses(bank))):
                 if len(options) > 1:
-                    boxes.append(Box(name, 1, 0.0, float(len(options)), scale=0.5))
+                    boxes.append(Box(name, 1, 0.0, float(len(options)), scale=len(options) / 4))
         space = SearchSpace(tuple(boxes))
         self.plan(bank, space.to_point(np.zeros(space.size)))  # refuses settings that do not fit
         return space
@@ -185,8 +185,8 @@ class WarmStart:
             point = space.to_point(np.zeros(space.size))
             for name in free:
                 count = getattr(self, f"num_{name}")
-                point[name][:] = -0.5
-                point[name][list(by_rule(rule or "", sizes[name], count))] = 0.5
+                point[name][:] = -0.25  # near enough for others to take their place
+                point[name][list(by_rule(rule or "", sizes[name], count))] = 0.25
             if share is not None:
                 point["share"][:] = shares.index(share) + 0.5
             if cross is not None:

@@ -19,7 +19,7 @@ TINY = [
         "objective.block_length=24",
         "objective.source_length=16",
     ),
-    *("objective.train_batch_size=2", "search.num_trials=2", "search.num_images=20", "search.num_finalists=1"),
+    *("objective.train_batch_size=2", "search.num_trials=8", "search.num_images=20", "search.num_finalists=1"),
     *(
         "operator.cross_attention=copy",
         "search.num_images_select=4",
@@ -36,7 +36,9 @@ def test_train_search_export_verify_generate(here, lcsc):
     assert code == 0, err
     records = [json.loads(line) for line in (here / "run" / "journal.jsonl").read_text().splitlines()]
     trials = [record for record in records if record["kind"] == "trial"]
-    assert len(trials) == 2
+    assert len(trials) == 8
+    # moves are long enough that other layers and steps come up
+    assert len({(*trial["decoder_layers"], trial["decoder_step"]) for trial in trials}) >= 3
     assert all(len(trial["decoder_layers"]) == trial["encoder_layers"] == 2 for trial in trials)
     baselines = {record["label"] for record in records if record["kind"] == "baseline"}
     assert baselines == {"first layers", "last layers", "spread layers"}
