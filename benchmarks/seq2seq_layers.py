@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--search-steps", type=int, default=30, help="of fine-tuning a trial")
     parser.add_argument("--race", type=int, nargs="+", default=[15], help="steps after which trials may be dropped")
     parser.add_argument("--search-blocks", type=int, default=64, help="of the search part, a trial")
-    parser.add_argument("--marks", type=int, nargs="+", default=[50, 150, 300], help="steps of the final fine-tuning")
+    parser.add_argument("--marks", type=int, nargs="+", default=[50, 150], help="steps of the final fine-tuning")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of all fine-tuning")
     parser.add_argument("--num-blocks", type=int, default=256, help="of the report part")
     parser.add_argument("--folder", type=Path, help="keeps banks and values, and goes on with what is there")
