@@ -84,7 +84,7 @@ def sample(
         max_new_tokens=min(max_tokens, room), do_sample=False, eos_token_id=end, pad_token_id=pad, use_cache=True
     )
     processors = LogitsProcessorList([TopPLogitsWarper(top_p), TemperatureLogitsWarper(temperature), _drawn(rngs)])
-    with quiet(), _own_settings_aside(net):
+    with quiet(), own_settings_aside(net):
         found_NT = net.generate(  # type: ignore[operator]
             ids_NT.to(device), attention_mask=mask_NT.to(device), generation_config=how, logits_processor=processors
         )
@@ -93,7 +93,7 @@ def sample(
 
 
 @contextlib.contextmanager
-def _own_settings_aside(net: nn.Module) -> Iterator[None]:
+def own_settings_aside(net: nn.Module) -> Iterator[None]:
     """Without what a network's folder says of beams, penalties or words to avoid: the draws are what was asked for."""
     from transformers import GenerationConfig
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import tempfile
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,7 +85,7 @@ class UptrainedLoss(LanguageModeling):
                 f"one of {', '.join(DEVICES)}, and CUDA_VISIBLE_DEVICES to choose."
             )
         _ = SeedRange(self.train_seed, Purpose.TRAIN)  # checks it
-        self.__dict__["_trained"] = OrderedDict()
+        self.__dict__["_courses"] = OrderedDict()
 
     @property
     def fit(self) -> Fit:
@@ -118,6 +120,16 @@ class UptrainedLoss(LanguageModeling):
             blocks = super().block_states(candidate, seed=seed, purpose=purpose, images=images, num_blocks=num_blocks)
         return dataclasses.replace(blocks, image_forwards=blocks.image_forwards + further)
 
+    def leg_states(
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, num_blocks: int, steps: range
+    ) -> Blocks:
+        """See `RaceableBySteps.leg_states`."""
+        further = FORWARDS * len(steps) * self.train_batch_size
+        with spending(further):
+            live = self._trained(candidate, steps.stop)
+            blocks = self._states(live, seed, purpose, images, num_blocks)
+        return dataclasses.replace(blocks, image_forwards=blocks.image_forwards + further)
+
     @property
     def no_gradient(self) -> str | None:
         """See `Differentiable.no_gradient`."""
@@ -134,7 +146,8 @@ class UptrainedLoss(LanguageModeling):
     def _others(
         self, live: LiveModel, purpose: Purpose, rows_N: np.ndarray, value: float, se: float | None
     ) -> Mapping[str, Mapping[str, float]]:
-        costs = {"trained_tokens": self.fit.tokens, "training_flops": self._training_flops(live.net)}
+        tokens = self.num_steps * self.train_batch_size * self._window
+        costs = {"trained_tokens": tokens, "training_flops": self._training_flops(live.net)}
         return {
             **super()._others(live, purpose, rows_N, value, se),
             **{name: {"value": float(cost), "se": 0.0} for name, cost in costs.items()},
@@ -145,36 +158,62 @@ class UptrainedLoss(LanguageModeling):
         return 0 if images.start else FORWARDS * self.num_steps * self.train_batch_size
 
     def _live(self, candidate: Candidate) -> LiveModel:
-        if not self.num_steps:
+        return self._trained(candidate, self.num_steps)
+
+    def _trained(self, candidate: Candidate, stop: int) -> LiveModel:
+        """The network after so many steps; one that is kept after fewer goes on."""
+        if not stop:
             return super()._live(candidate)
         fresh = super()._live(candidate)
-        kept: OrderedDict[str, LiveModel] = self.__dict__["_trained"]
+        kept: OrderedDict[str, _Course] = self.__dict__["_courses"]
         key = _digest(candidate, fresh.theta_P)
-        if (live := kept.pop(key, None)) is None or not live.intact:
-            live = self._train(fresh)
+        course = kept.pop(key, None)
+        if course is None or not course.live.intact or course.step > stop:
+            course = _Course(fresh)
             self.__dict__["_kept"].forget()  # its weights are no longer a candidate's
-        kept[key] = live
+        if course.step < stop:
+            self._train(course, stop)
+        kept[key] = course
         while len(kept) > self.keep:
             kept.popitem(last=False)
-        return live
+        return course.live
 
     def _training_flops(self, net: nn.Module) -> int:
-        return training_flops(net, self.fit.tokens, self.block_length)
+        return training_flops(net, self.num_steps * self.train_batch_size * self._window, self._window)
+
+    @property
+    def _window(self) -> int:
+        """Tokens of a window, as a network reads them."""
+        return self.block_length
 
     def _windows(self, net: nn.Module, seeds: SeedRange) -> Windows:
         """What it trains on."""
         return Windows(self.dataset.tokens(TextPart.TRAIN), self.fit, seeds)
 
-    def _train(self, live: LiveModel) -> LiveModel:
-        """The network trained in place."""
-        seeds = SeedRange(self.train_seed, Purpose.TRAIN)
+    def _train(self, course: _Course, stop: int) -> None:
+        """The network trained in place until a step."""
+        seeds, live = SeedRange(self.train_seed, Purpose.TRAIN), course.live
         windows = self._windows(live.net, seeds)
         live.net.requires_grad_(True)
-        with own_randomness(), torch.enable_grad(), tempfile.TemporaryDirectory(prefix="lcsc-") as folder:
-            self.fit.run(live.net, windows, Path(folder))
+        with own_randomness(), torch.enable_grad():
+            begun = self.fit.run_until(live.net, windows, course.folder, stop, course.begun)
+        course.step, course.begun = stop, begun
         live.net.zero_grad(set_to_none=True)
         live.net.requires_grad_(False).eval()
-        return live
+        if begun is None:
+            course.close()
+
+
+class _Course:
+    """A network on the way through its training, and the folder of the state that it goes on from, while there is one.
+
+    The folder goes with the object, also where a process ends.
+    """
+
+    def __init__(self, live: LiveModel) -> None:
+        self.live, self.step, self.begun = live, 0, None
+        self.folder = Path(tempfile.mkdtemp(prefix="lcsc-"))
+        self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 def _digest(candidate: Candidate, theta_P: Tensor) -> str:
