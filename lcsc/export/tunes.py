@@ -12,8 +12,8 @@ from torch import nn
 from lcsc.core.errors import ConfigError, OutputExistsError, RunError
 from lcsc.core.files import new_directory, writing
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.models.causal_lm import CAUSAL_LMS, check_text
 from lcsc.models.sampling import check_sampling, sample
+from lcsc.models.tune_pairs import TUNE_MODELS, check_tunes
 from lcsc.music.abc import ascii_text
 from lcsc.music.check import UNFINISHED, problems
 from lcsc.music.files import (
@@ -25,7 +25,7 @@ from lcsc.music.files import (
     picture,
     whole_abc,
 )
-from lcsc.music.tokens import END, PAD, TOKENS, VOCAB_SIZE, decode, prompt_tokens
+from lcsc.music.tokens import END, PAD, TOKENS, decode, prompt_tokens
 
 #: Stream of the first try; each further one has the next.
 TRY = 16
@@ -86,20 +86,22 @@ def find_tunes(net: nn.Module, wish: Wish) -> tuple[list[Found], list[str]]:
     where it is installed.
 
     Raises:
-        ConfigError: the network is no language model of these tokens, or reads too few.
+        ConfigError: the network is no language model or encoder-decoder of these tokens, or reads too few.
     """
     kind = type(net).__name__
-    if kind not in CAUSAL_LMS:
-        raise ConfigError(f"tunes are written by language models of transformers, and this is a `{kind}`.")
+    if kind not in TUNE_MODELS:
+        raise ConfigError(
+            f"tunes are written by language models and encoder-decoders of transformers, and this is a `{kind}`."
+        )
     prompt, seeds = prompt_tokens(wish.text), SeedRange(wish.seed, Purpose.FRESH)
-    check_text(net.config, VOCAB_SIZE, 2)
+    check_tunes(net.config, 2)
     drafts, found = {number: _Draft() for number in range(wish.num)}, []
     how = {key: getattr(wish, key) for key in ("top_p", "temperature", "max_tokens")}
     for turn in range(wish.tries):
         numbers = sorted(drafts)
         rngs = [seeds.generator(number, TRY + turn) for number in numbers]
-        prompts = [prompt + drafts[number].kept for number in numbers]
-        texts = sample(net, prompts, rngs, end=END, pad=PAD, **how)
+        begun = [drafts[number].kept for number in numbers]
+        texts = sample(net, [prompt] * len(numbers), rngs, begun=begun, end=END, pad=PAD, **how)
         for number, tokens in zip(numbers, texts, strict=True):
             draft = drafts[number]
             draft.judge(draft.kept + tokens, wish.max_tokens)

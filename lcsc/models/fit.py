@@ -89,7 +89,11 @@ class Fit:
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
             warnings.filterwarnings("ignore", message="Version v4.12.0 introduces")  # of encoder-decoders, at each step
             trainer = Trainer(
-                net, self.arguments(folder, windows.seed), train_dataset=windows, callbacks=list(callbacks)
+                net,
+                self.arguments(folder, windows.seed),
+                data_collator=windows.collate,
+                train_dataset=windows,
+                callbacks=list(callbacks),
             )
             trainer.remove_callback(PrinterCallback)
             if save is not None:
@@ -140,11 +144,15 @@ class Fit:
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """The windows of a training in their order; a step's are neighbours, and each is drawn by (seed, i) alone.
 
+    `collate` makes one input of those of a step; None stacks them.
+
     Args:
         stretches_SL: the training text.
         fit: how many there are and how long; whatever has its three fields.
         seeds: what they are drawn by.
     """
+
+    collate: Callable[[list[Any]], Any] | None = None
 
     def __init__(self, stretches_SL: Tensor, fit: Any, seeds: SeedRange) -> None:
         self._stretches_SL, self._length, self._seeds = stretches_SL, fit.block_length, seeds

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lcsc.core.errors import BankError, ConfigError, RunError
 from lcsc.core.files import write_bytes
@@ -89,13 +89,14 @@ class CausalLM:
         progress: bool | None = None,
     ) -> Path:
         """Fill the bank `out`, or continue; see `lcsc.training.base.Trainer.train`. `model` is not used."""
-        stretches_SL, out = self._check(arch, dataset), Path(out)
+        self._check(arch, dataset)
+        out = Path(out)
         seeds = SeedRange(seed, Purpose.TRAIN)
         with own_randomness():
             torch.manual_seed(int(seeds.generator(INIT).integers(2**63)))
             net = build_network(arch)
             first = None if self.start is None else _start(net, Path(self.start))
-            check_text(net.config, dataset.vocab_size, self.block_length)
+            self._check_network(net, dataset)
             config = {
                 "trainer": describe("trainer", self) | ({} if first is None else {"start": first}),
                 "arch": plain(arch),
@@ -109,12 +110,12 @@ class CausalLM:
             with folder.lock():
                 folder.check()
                 folder.create()
-                self._fit(net, Windows(stretches_SL, self, seeds), folder, progress)
+                self._fit(net, self._windows(net, dataset, seeds), folder, progress)
                 folder.close()
         return out
 
-    def _check(self, arch: Mapping[str, Any], dataset: TextDataset) -> Tensor:
-        """The training text; raises ConfigError where architecture or text do not fit."""
+    def _check(self, arch: Mapping[str, Any], dataset: TextDataset) -> None:
+        """Raise ConfigError where architecture or text do not fit."""
         need_text(dataset, "trainer `causal_lm`")
         if arch.get("class") not in CAUSAL_LMS:
             raise ConfigError(
@@ -128,7 +129,14 @@ class CausalLM:
                 f"`trainer.block_length` is {self.block_length}, and the text is cut into stretches of "
                 f"{stretches_SL.shape[1]} tokens. Give shorter blocks, or a longer `dataset.stretch`."
             )
-        return stretches_SL
+
+    def _check_network(self, net: nn.Module, dataset: TextDataset) -> None:
+        """Raise ConfigError where the network does not read the text."""
+        check_text(net.config, dataset.vocab_size, self.block_length)
+
+    def _windows(self, net: nn.Module, dataset: TextDataset, seeds: SeedRange) -> Windows:
+        """What is trained on."""
+        return Windows(dataset.tokens(TextPart.TRAIN), self, seeds)
 
     def _fit(self, net: nn.Module, windows: Windows, folder: BankFolder, progress: bool | None) -> None:
         """Hand the rest of the training to transformers."""

@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused(settings, message):
 def test_networks_that_do_not_fit_are_refused(tmp_path):
     arch = {**ARCH, "config": {**ARCH["config"], "max_position_embeddings": 99}}
     short = CheckpointBank.open(language_bank(tmp_path / "short", arch))
-    with pytest.raises(ConfigError, match=r"held-out pair has [12]\d\d tokens, and the network reads at most 99"):
+    with pytest.raises(ConfigError, match=r"longest pair has [12]\d\d tokens, and the network reads at most 99"):
         objective()(single(short), **GIVEN)
     of_bytes = CheckpointBank.open(language_bank(tmp_path / "bytes"))
     with pytest.raises(ConfigError, match="the network has 256 tokens, and the text 128"):
