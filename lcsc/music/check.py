@@ -29,7 +29,7 @@ _WORDS = re.compile(
     )
 )
 #: Problems that what comes behind may mend.
-UNFINISHED = ("a slur is open", "it has no bars")
+UNFINISHED = ("a slur is open", "it has no bars", "a repeat is open")
 _TIMES = {2: 3, 3: 2, 4: 3, 6: 2, 8: 3}
 
 
@@ -45,6 +45,7 @@ class _Bars:
     lines: int = 0
     notes: int = 0
     slurs: int = 0
+    repeats: bool = False
     tuplet: tuple[int, Fraction] = (0, Fraction(1))
     next_factor: Fraction = Fraction(1)
     last: Fraction | None = None
@@ -75,8 +76,20 @@ class _Bars:
                 self.problems.append(f"bar {self.number} is {self.length} long instead of {self.metre}")
         if self.next_factor != 1 or self.tuplet[0]:
             self.problems.append(f"bar {self.number} ends within a figure")
+        self.repeat(sign)
         self.length, self.begins, self.last = Fraction(0), sign, None
         self.next_factor, self.tuplet = Fraction(1), (0, Fraction(1))
+
+    def repeat(self, sign: str) -> None:
+        """A repeat or a first ending is to be followed by `:|`; without `|:` it goes back to the beginning."""
+        lines = sign.rstrip("[1234567890,-")
+        ends, begins, ending = lines.startswith(":"), lines.endswith(":"), sign[len(lines) :].lstrip("[")
+        if self.repeats and begins and not ends:
+            self.problems.append(f"a repeat begins behind bar {self.number}, and the one before has no end")
+        behind = ends or (not self.length and self.begins.startswith(":"))  # `:|` and `[2` may stand in two lines
+        if ending[:1] > "1" and not behind:
+            self.problems.append(f"ending {ending} behind bar {self.number} has no repeat before it")
+        self.repeats = begins or ending.startswith("1") or (self.repeats and not ends)
 
     def change(self, name: str, value: str) -> None:
         if name == "L":
@@ -89,7 +102,8 @@ def problems(abc: str) -> list[str]:
     """What is wrong with a tune, in sentences; empty for one that can be played.
 
     A bar between two plain bar lines has to be as long as the metre says. One beside a repeat, an ending or a double
-    bar line may be a part of a bar, since its rest often stands elsewhere, but not longer.
+    bar line may be a part of a bar, since its rest often stands elsewhere, but not longer. A repeat that begins has an
+    end, and a second ending stands behind one.
 
     Args:
         abc: fields M, L and K, each once and in a line of its own, and lines of notes.
@@ -113,6 +127,8 @@ def problems(abc: str) -> list[str]:
         bars.bar("|]")
     if not bars.notes or not bars.lines:
         bars.problems.append(UNFINISHED[1])
+    if bars.repeats:
+        bars.problems.append(UNFINISHED[2])
     return bars.problems
 
 

@@ -58,6 +58,11 @@ def test_what_can_be_played_has_no_problems(abc):
         (tune("d3 e3)|d6|"), "a slur is closed and was not open"),
         (tune("d3 e3|d3 [eg|d6|"), "`[eg|d6|` in bar 2 is no notation"),
         (tune("d3 e3|d3 #e3|d6|"), "`#e3|d6|` in bar 2 is no notation"),
+        (tune("|:d6|d6|"), "a repeat is open"),
+        (tune("d6::d6|d6|"), "a repeat is open"),
+        (tune("|:d6|1d6|"), "a repeat is open"),
+        (tune("|:d6|d6|:e6|e6:|"), "a repeat begins behind bar 2, and the one before has no end"),
+        (tune("d6|d6:|e6|2d6|"), "ending 2 behind bar 3 has no repeat before it"),
         (tune("d3e3"), "it has no bars"),
         (tune(""), "it has no bars"),
         (tune("d3 e3|\n%%EPS /a/file\nd6|"), "`%%EPS /a/file` is neither notes nor metre, unit or key"),
@@ -88,6 +93,20 @@ def test_bars_are_as_long_as_music21_says():
             # it cuts a bar that is too long into whole ones and a rest
             wrong = any(Fraction(bar.duration.quarterLength) != whole for bar in bars)
             assert wrong == bool(problems(piece))
+
+
+REPEATS = {  # and whether it is in order
+    **{"|:d6|d6:|": True, "d6:|d6:|": True, "d6::e6|d6:|": True, "|:d6|e6||d6|d6:|": True},
+    **{"|:d6|1e6:|2d6||": True, "|:d6| [1e6:|\n[2d6||": True, "d6|1e6:|2d6|": True, "|:d6|e6|]": False},
+    **{"|:d6|d6:|:e6|e6:|": True, "|:d6|:e6:|": False, "d6|1e6|2d6|": False, "d6|d6:|e6|2d6|": False},
+}
+
+
+@pytest.mark.parametrize("judge", ["lcsc", "abc2midi"])
+def test_repeats_are_judged_as_abc2midi_judges_them(judge):
+    if shutil.which(judge) is None and judge != "lcsc":
+        pytest.skip("abc2midi is not installed")
+    assert {body: not tune_problems(tune(body), judge) for body in REPEATS} == REPEATS
 
 
 @pytest.mark.skipif(shutil.which("abc2midi") is None, reason="abc2midi is not installed")
