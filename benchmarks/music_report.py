@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import circumstances, mean_se
 
-ARMS = ("pretrained", "random")
+ARMS, PIECES = ("pretrained", "random"), ("tuned", "curve", "tunes")
 MEASURES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "eds", "validity", "diversity", "copying")
 
 
@@ -21,20 +21,21 @@ def report(work: Path, seeds: list[int], settings: dict[str, Any]) -> dict[str, 
     """Everything of the results file; seeds that are not finished are left out."""
     runs = {}
     for seed in seeds:
-        paths = {name: work / f"seed-{seed}" / f"{name}.json" for name in ("decoder", *ARMS, "lcsc")}
+        names = ("decoder", "lcsc", "lcsc-tunes", *(f"{arm}-{piece}" for arm in ARMS for piece in PIECES))
+        paths = {name: work / f"seed-{seed}" / f"{name}.json" for name in names}
         if all(path.is_file() for path in paths.values()):
             runs[str(seed)] = {name: json.loads(path.read_text()) for name, path in paths.items()}
-            for arm in ARMS:
-                runs[str(seed)][arm].pop("tunes")
+            for arm in (*ARMS, "lcsc"):
+                runs[str(seed)][f"{arm}-tunes"].pop("tunes")
     found = {**circumstances(), "settings": settings, "seeds": [int(seed) for seed in runs]}
-    found["arms"] = {arm: arm_table([run[arm] for run in runs.values()]) for arm in ARMS}
+    found["arms"] = {arm: arm_table([run[f"{arm}-tunes"] for run in runs.values()]) for arm in (*ARMS, "lcsc")}
     found["lcsc"] = lcsc_table([run["lcsc"] for run in runs.values()])
     return {**found, "targets": targets(runs), "runs": runs}
 
 
 def arm_table(runs: list[dict]) -> dict[str, Any]:
     """Means over seeds of one arm."""
-    table: dict[str, Any] = {"loss": mean_se([run["last_loss"] for run in runs])}
+    table: dict[str, Any] = {"loss": mean_se([run["loss"] for run in runs])}
     table["conditioning_gap"] = mean_se([run["gap"]["value"] for run in runs])
     for name in MEASURES:
         rows = [run["measures"][name] for run in runs]
@@ -56,17 +57,18 @@ def lcsc_table(runs: list[dict]) -> dict[str, Any]:
 def targets(runs: dict[str, dict]) -> dict[str, Any]:
     """What was wanted, with the numbers of each seed; an interval is that of a paired bootstrap, of 95 %."""
     out: dict[str, Any] = {}
-    curves = {seed: [run[arm]["losses"] for arm in ARMS] for seed, run in runs.items()}
+    curves = {seed: [run[f"{arm}-curve"]["losses"] for arm in ARMS] for seed, run in runs.items()}
     below = {seed: min(other[step] - own[step] for step in own) for seed, (own, other) in curves.items()}
     out["loss_below_random_at_every_checkpoint"] = _target(below, all(gap > 0 for gap in below.values()))
-    for judge in next(iter(runs.values()))["random"]["valid"]:
-        more = {seed: run["pretrained"]["valid"][judge] - run["random"]["valid"][judge] for seed, run in runs.items()}
+    own, other = ({seed: run[f"{arm}-tunes"] for seed, run in runs.items()} for arm in ARMS)
+    for judge in next(iter(own.values()))["valid"]:
+        more = {seed: own[seed]["valid"][judge] - other[seed]["valid"][judge] for seed in runs}
         out[f"validity_{judge}_at_least_random"] = _target(more, all(gap >= 0 for gap in more.values()))
     for name in ("bleu_4", "eds"):
-        rows = {seed: run["pretrained"]["measures"][name] for seed, run in runs.items()}
+        rows = {seed: told["measures"][name] for seed, told in own.items()}
         above = {seed: [row["above"], row["low"], row["high"]] for seed, row in rows.items()}
         out[f"{name}_above_floor"] = _target(above, all(row[1] > 0 for row in above.values()))
-    gaps = {seed: [run["pretrained"]["gap"][key] for key in ("value", "low", "high")] for seed, run in runs.items()}
+    gaps = {seed: [told["gap"][key] for key in ("value", "low", "high")] for seed, told in own.items()}
     out["conditioning_gap_above_zero"] = _target(gaps, all(row[1] > 0 for row in gaps.values()))
     for rival in ("last", "best_ema"):
         found = {seed: run["lcsc"]["gains"][run["lcsc"].get(rival, rival)] for seed, run in runs.items()}
@@ -86,7 +88,9 @@ def draw(results: Path, to: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 2))
     for arm, color in zip(ARMS, ("tab:blue", "tab:gray"), strict=True):
         for number, run in enumerate(told["runs"].values()):
-            steps, losses = zip(*((int(step), loss) for step, loss in run[arm]["losses"].items()), strict=True)
+            steps, losses = zip(
+                *((int(step), loss) for step, loss in run[f"{arm}-curve"]["losses"].items()), strict=True
+            )
             left.plot(steps[1:], losses[1:], color=color, linewidth=1, label=None if number else f"{arm} decoder")
     left.set(xlabel="step of the fine-tuning", ylabel="loss of held-out tunes, nats a token")
     left.legend(frameon=False)

@@ -82,8 +82,8 @@ def find_tunes(net: nn.Module, wish: Wish) -> tuple[list[Found], list[str]]:
     """Valid tunes for a text, in their order, and why the last try of each missing one was refused.
 
     A tune that is not valid is written again with other draws from its first wrong bar on, and where that does not get
-    further, from a bar earlier each time. Valid is what our own reading of notation and bars accepts, and abc2midi too
-    where it is installed.
+    further, from 1, 3, 7 and so on bars earlier. Valid is what our own reading of notation and bars accepts, and
+    abc2midi too where it is installed.
 
     Raises:
         ConfigError: the network is no language model or encoder-decoder of these tokens, or reads too few.
@@ -139,7 +139,7 @@ class _Draft:
             sound.append(end)
         self.stuck = 0 if sound[-1] > self.reached else self.stuck + 1
         self.reached = max(self.reached, sound[-1])
-        self.kept = tokens[: sound[max(0, len(sound) - 1 - self.stuck)]]
+        self.kept = tokens[: sound[max(0, len(sound) - 2**self.stuck)]]
 
 
 def write_tunes(net: nn.Module, wish: Wish, to: Path, model: str) -> dict[str, Any]:

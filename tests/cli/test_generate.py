@@ -100,10 +100,14 @@ def test_a_draft_goes_on_from_its_first_wrong_bar(no_tools):
     draft = _Draft()
     assert kept("|:d2f efg|d3 A3|d3 A2|d6:|") == "|:d2f efg|d3 A3|"
     assert draft.wrong == "bar 3 is 5/8 long instead of 3/4"
-    # no further: a bar earlier each time, and from the last one again when it got further
+    # no further: 1, 3 and so on bars earlier, and from the last one again when it got further
     assert kept("|:d2f efg|d3 A3|d3 A2|d6:|") == "|:d2f efg|"
     assert kept("|:d2f efg|d3 A4|d3 A2|d6:|") == ""
     assert kept("|:d2f efg|d3 A3|d3 A3|d5|d6:|") == "|:d2f efg|d3 A3|d3 A3|"
+    five = "|:d2f efg|d3 A3|d3 A3|d6|d6|"  # its repeat has no end
+    assert kept(five) == five
+    assert kept(five) == "|:d2f efg|d3 A3|d3 A3|d6|"
+    assert kept(five) == "|:d2f efg|d3 A3|"
     kept("|:d2f efg|d6|", most=20)
     assert draft.wrong == "it has no end after 20 tokens"
     kept("|:d2f efg|d3 A3:|\n")
