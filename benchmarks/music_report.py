@@ -104,9 +104,35 @@ def draw(results: Path, to: Path) -> None:
     figure.savefig(to, dpi=110)
 
 
+def table(told: dict[str, Any]) -> str:
+    """The table of docs/music.md."""
+    heads = {"pretrained": "pretrained decoder", "random": "random decoder", "lcsc": "LCSC of the first"}
+    lines = [f"| | {' | '.join(heads.values())} | floor | real tunes |", "|---|" + "---|" * (len(heads) + 2)]
+    rows = {"loss, nats a token": ("loss", 3), "conditioning gap": ("conditioning_gap", 3)}
+    rows |= {"BLEU-4": ("bleu_4", 1), "EDS": ("eds", 3), "valid for abc2midi": ("valid_abc2midi", 2)}
+    rows |= {"valid for lcsc": ("valid_lcsc", 2), "diversity": ("diversity", 2), "copying": ("copying", 2)}
+    for text, (name, digits) in rows.items():
+        cells = [told["arms"][arm][name] for arm in heads]
+        ends = [cells[0].get(end, {}).get("mean") for end in ("floor", "ceiling")]
+        if name == "copying":
+            ends = [None, ends[0]]
+        if name.startswith("valid_"):
+            ends = [None, told["arms"]["random"][f"real_{name}"]["mean"]]
+        shown = [_text(cell.get("value", cell), digits) for cell in cells]
+        shown += ["" if not end else f"{end:.{digits}f}" for end in ends]
+        lines.append(f"| {text} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _text(cell: dict[str, float | None], digits: int) -> str:
+    se = "" if cell["se"] is None else f" ± {cell['se']:.{digits}f}"
+    return f"{cell['mean']:.{digits}f}{se}"
+
+
 def _target(by_seed: dict[str, Any], reached: bool) -> dict[str, Any]:
     return {"reached": reached, "by_seed": by_seed}
 
 
 if __name__ == "__main__":
     draw(Path(sys.argv[1]), Path(sys.argv[2]))
+    print(table(json.loads(Path(sys.argv[1]).read_text())))

@@ -114,8 +114,8 @@ class Work:
         write(at / f"{arm}-curve.json", {"losses": losses, "seconds": time.process_time() - began})
 
     def write_tunes(self, at: Path, seed: int, arm: str) -> None:
-        """The tunes of the mean of the last checkpoints, or of the searched combination."""
-        began = time.process_time()
+        """Tunes of the mean of the last checkpoints, or of the searched combination for texts of the report part."""
+        began, asked = time.process_time(), self.report if arm == "lcsc" else self.asked
         if arm == "lcsc":
             net = load_network(at / "run" / "best")
         else:
@@ -123,17 +123,17 @@ class Work:
             num = min(MEAN_OF, bank.num_checkpoints)
             net = combined(bank, np.repeat([0.0, 1 / num], [bank.num_checkpoints - num, num]))
         parameters = sum(parameter.numel() for parameter in net.parameters())
-        told = {"parameters": parameters, **self.judge(net, seed)}
+        told = {"parameters": parameters, **self.judge(net, seed, asked)}
         write(at / f"{arm}-tunes.json", {**told, "seconds": time.process_time() - began})
 
-    def judge(self, net: torch.nn.Module, seed: int) -> dict:
+    def judge(self, net: torch.nn.Module, seed: int, asked: tuple[Pair, ...]) -> dict:
         """Conditioning gap and measures of the tunes that a network writes."""
         own_N = mean_losses(net, self.report)
         swapped = zip(self.report, unrelated(self.report), strict=True)
         shuffled = [Pair(other.text, pair.tune, pair.group) for pair, other in swapped]
         other_N = mean_losses(net, shuffled)
-        tunes = self.tunes_of(net, seed)
-        real, others = [pair.tune for pair in self.asked], [pair.tune for pair in unrelated(self.asked)]
+        tunes = self.tunes_of(net, seed, asked)
+        real, others = [pair.tune for pair in asked], [pair.tune for pair in unrelated(asked)]
         training = [pair.tune for pair in self.data.pairs(TextPart.TRAIN)]
         checkers = ["lcsc", *([CHECKER] if abc2midi_version() else [])]
         judges = {name: functools.cache(lambda tune, name=name: not tune_problems(tune, name)) for name in checkers}
@@ -148,12 +148,12 @@ class Work:
             "tunes": tunes,
         }
 
-    def tunes_of(self, net: torch.nn.Module, seed: int) -> list[str]:
+    def tunes_of(self, net: torch.nn.Module, seed: int, asked: tuple[Pair, ...]) -> list[str]:
         """A tune for each text, empty where it has no end."""
         seeds, out = SeedRange(seed, Purpose.REPORT), []
-        for start in range(0, len(self.asked), 64):
-            some = range(start, min(start + 64, len(self.asked)))
-            prompts = [prompt_tokens(self.asked[i].text) for i in some]
+        for start in range(0, len(asked), 64):
+            some = range(start, min(start + 64, len(asked)))
+            prompts = [prompt_tokens(asked[i].text) for i in some]
             rngs = [seeds.generator(i, SAMPLE) for i in some]
             found = sample(net, prompts, rngs, end=END, pad=PAD, max_tokens=self.args.max_tokens)
             out += [decode(tokens) if tokens[-1:] == [END] else "" for tokens in found]
