@@ -6,12 +6,15 @@ python benchmarks/music_report.py benchmarks/results/music_text_to_music.json do
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import circumstances, mean_se
+
+from lcsc.music.check import whole_bars
 
 ARMS, PIECES = ("pretrained", "random"), ("tuned", "curve", "tunes")
 MEASURES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "eds", "validity", "diversity", "copying")
@@ -26,7 +29,8 @@ def report(work: Path, seeds: list[int], settings: dict[str, Any]) -> dict[str, 
         if all(path.is_file() for path in paths.values()):
             runs[str(seed)] = {name: json.loads(path.read_text()) for name, path in paths.items()}
             for arm in (*ARMS, "lcsc"):
-                runs[str(seed)][f"{arm}-tunes"].pop("tunes")
+                told = runs[str(seed)][f"{arm}-tunes"]
+                told["whole_bars"] = statistics.fmean(map(whole_bars, told.pop("tunes")))
     found = {**circumstances(), "settings": settings, "seeds": [int(seed) for seed in runs]}
     found["arms"] = {arm: arm_table([run[f"{arm}-tunes"] for run in runs.values()]) for arm in (*ARMS, "lcsc")}
     found["lcsc"] = lcsc_table([run["lcsc"] for run in runs.values()])
@@ -43,6 +47,7 @@ def arm_table(runs: list[dict]) -> dict[str, Any]:
     for judge in runs[0]["valid"]:
         table[f"valid_{judge}"] = mean_se([run["valid"][judge] for run in runs])
         table[f"real_valid_{judge}"] = mean_se([run["real_valid"][judge] for run in runs])
+    table["whole_bars"] = mean_se([run["whole_bars"] for run in runs])
     return {**table, "ended": mean_se([run["ended"] for run in runs])}
 
 
@@ -110,7 +115,12 @@ def table(told: dict[str, Any]) -> str:
     lines = [f"| | {' | '.join(heads.values())} | floor | real tunes |", "|---|" + "---|" * (len(heads) + 2)]
     rows = {"loss, nats a token": ("loss", 3), "conditioning gap": ("conditioning_gap", 3)}
     rows |= {"BLEU-4": ("bleu_4", 1), "EDS": ("eds", 3), "valid for abc2midi": ("valid_abc2midi", 2)}
-    rows |= {"valid for lcsc": ("valid_lcsc", 2), "diversity": ("diversity", 2), "copying": ("copying", 2)}
+    rows |= {
+        "bars of the right length": ("whole_bars", 3),
+        "valid for lcsc": ("valid_lcsc", 2),
+        "diversity": ("diversity", 2),
+        "copying": ("copying", 2),
+    }
     for text, (name, digits) in rows.items():
         cells = [told["arms"][arm][name] for arm in heads]
         ends = [cells[0].get(end, {}).get("mean") for end in ("floor", "ceiling")]

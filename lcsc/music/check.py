@@ -42,6 +42,7 @@ class _Bars:
     length: Fraction = Fraction(0)
     begins: str = ""
     number: int = 0
+    wrong: int = 0
     lines: int = 0
     notes: int = 0
     slurs: int = 0
@@ -73,6 +74,7 @@ class _Bars:
         if self.metre is not None and self.length:
             whole = self.begins == sign == "|"
             if self.length > self.metre or (whole and self.length < self.metre):
+                self.wrong += 1
                 self.problems.append(f"bar {self.number} is {self.length} long instead of {self.metre}")
         if self.next_factor != 1 or self.tuplet[0]:
             self.problems.append(f"bar {self.number} ends within a figure")
@@ -108,12 +110,23 @@ def problems(abc: str) -> list[str]:
     Args:
         abc: fields M, L and K, each once and in a line of its own, and lines of notes.
     """
+    return _read(abc).problems
+
+
+def whole_bars(abc: str) -> float:
+    """Share of a tune's bars that `problems` finds neither too long nor too short; 0 where there are none."""
+    bars = _read(abc)
+    return 1 - bars.wrong / bars.number if bars.number else 0.0
+
+
+def _read(abc: str) -> _Bars:
     heads = re.match(r"M:(.+)\nL:(.+)\nK:([A-G][#b]?[ A-Za-z]*)\n", abc)
     if heads is None:
-        return ["it does not begin with metre, unit and key, as in `M:6/8`, `L:1/8`, `K:D`"]
+        said = ["it does not begin with metre, unit and key, as in `M:6/8`, `L:1/8`, `K:D`"]
+        return _Bars(Fraction(1), None, problems=said)
     unit, metre = _unit(heads[2]), metre_length(heads[1])
     if unit is None or (metre is None and heads[1] != "none"):
-        return [f"`M:{heads[1]}` or `L:{heads[2]}` is no length"]
+        return _Bars(Fraction(1), None, problems=[f"`M:{heads[1]}` or `L:{heads[2]}` is no length"])
     bars = _Bars(unit, metre, problems=foreign(abc))
     for line in abc[heads.end() :].split("\n"):
         if (found := FIELD.fullmatch(line)) is not None:
@@ -129,7 +142,7 @@ def problems(abc: str) -> list[str]:
         bars.problems.append(UNFINISHED[1])
     if bars.repeats:
         bars.problems.append(UNFINISHED[2])
-    return bars.problems
+    return bars
 
 
 def foreign(abc: str) -> list[str]:

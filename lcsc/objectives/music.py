@@ -52,8 +52,8 @@ class Music(Uptraining):
 
     Full scores also hold `shuffled_loss`, the loss with the text of another tune, and `conditioning_gap`, by how much
     that is higher: near 0 the model does not listen to the text. The model also writes tunes for the texts of the first
-    `samples` pairs, with the same noise for all candidates, and `bleu_1` to `bleu_4`, `eds`, `validity`, `diversity`
-    and `copying` of them are told, with the `_floor` and `_ceiling` that are no constants: see
+    `samples` pairs, with the same noise for all candidates, and `bleu_1` to `bleu_4`, `eds`, `validity`, `whole_bars`,
+    `diversity` and `copying` of them are told, with the `_floor` and `_ceiling` that are no constants: see
     `lcsc.metrics.tune_measures.measure_tunes`. This needs the extra `lcsc[music]`.
 
     Args:
@@ -270,7 +270,7 @@ def _rows(name: str, found: Measured) -> dict[str, dict[str, float]]:
     rows = {name: _row(found.value, found.se)}
     if found.floor:
         rows[f"{name}_floor"] = _row(found.floor, 0.0)
-    if name in ("validity", "diversity"):
+    if name in ("validity", "whole_bars", "diversity"):
         rows[f"{name}_ceiling"] = _row(found.ceiling, 0.0)
     return rows
 

@@ -80,7 +80,9 @@ def test_measures_are_those_of_the_tunes_that_it_writes(bank):
     assert found["bleu_4_floor"]["value"] == pytest.approx(bleu(bleu_counts(other, real).sum(0), 4))
     assert found["validity"]["value"] == 0
     assert found["validity_ceiling"]["value"] == 1
-    assert {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "diversity", "diversity_ceiling", "copying"} <= set(found)
+    assert {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "diversity", "diversity_ceiling", "copying", "whole_bars"} <= set(
+        found
+    )
     assert "validity_floor" not in found
     assert set(objective(samples=0)(single(bank), **GIVEN, full=True).others) == {"shuffled_loss", "conditioning_gap"}
 

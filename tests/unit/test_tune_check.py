@@ -11,7 +11,7 @@ import pytest
 
 from lcsc.core.errors import EvaluationError
 from lcsc.music.abc import metre_length
-from lcsc.music.check import problems
+from lcsc.music.check import problems, whole_bars
 from lcsc.music.compose import compose
 from lcsc.music.files import abc2midi_errors, midi_bytes, picture, tune_problems
 
@@ -74,6 +74,12 @@ def test_what_can_be_played_has_no_problems(abc):
 )
 def test_what_is_wrong_is_said(abc, said):
     assert said in problems(abc)
+
+
+def test_bars_are_counted():
+    assert whole_bars(tune("d2f e2c|d3 c2|d3 d3|d6|")) == 3 / 4
+    assert whole_bars(tune("d7|d5|d6|d6|")) == 2 / 4
+    assert [whole_bars(abc) for abc in (TUNES[0], tune(""), "d6|d6|", "")] == [1, 0, 0, 0]
 
 
 def test_damaged_tunes_are_told_from_whole_ones():
