@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lcsc.core.errors import BankError, ConfigError, RunError
 from lcsc.core.files import write_bytes
@@ -79,14 +79,14 @@ class LanguageTrainer:
         progress: bool | None = None,
     ) -> Path:
         """Fill the bank `out`, or continue; see `lcsc.training.base.Trainer.train`. `model` is not used."""
-        stretches_SL, out = self._check(arch, dataset), Path(out)
-        seeds = SeedRange(seed, Purpose.TRAIN)
-        windows = self.windows(dataset, stretches_SL, seeds)
+        self._check(arch, dataset)
+        out, seeds = Path(out), SeedRange(seed, Purpose.TRAIN)
         with own_randomness():
             torch.manual_seed(int(seeds.generator(INIT).integers(2**63)))
             net = build_network(arch)
             first = None if self.start is None else _start(net, Path(self.start))
-            check_text(net.config, dataset.vocab_size, self.block_length)
+            self._check_network(net, dataset)
+            windows = self.windows(net, dataset, seeds)
             layers = layer_parameters(net, arch) if self.gradient_norms else None
             config = {
                 "trainer": self._described() | ({} if first is None else {"start": first}),
@@ -105,12 +105,12 @@ class LanguageTrainer:
                 folder.close()
         return out
 
-    def windows(self, dataset: TextDataset, stretches_SL: Tensor, seeds: SeedRange) -> Windows:
-        """What it trains on, from the training part of a text, shape (S, L)."""
-        return Windows(stretches_SL, self, seeds)
+    def windows(self, net: nn.Module, dataset: TextDataset, seeds: SeedRange) -> Windows:
+        """What it trains on, from the training part of a text."""
+        return Windows(dataset.tokens(TextPart.TRAIN), self, seeds)
 
-    def _check(self, arch: Mapping[str, Any], dataset: TextDataset) -> Tensor:
-        """The training text; raises ConfigError where architecture or text do not fit."""
+    def _check(self, arch: Mapping[str, Any], dataset: TextDataset) -> None:
+        """Raise ConfigError where architecture or text do not fit."""
         need_text(dataset, f"trainer `{self.name}`")
         if arch.get("class") not in self.classes:
             raise ConfigError(
@@ -118,13 +118,16 @@ class LanguageTrainer:
                 f"{', '.join(self.classes)}."
             )
         check_typed(arch)
-        stretches_SL = dataset.tokens(TextPart.TRAIN)
-        if self.block_length > stretches_SL.shape[1]:
+        length = dataset.tokens(TextPart.TRAIN).shape[1]
+        if self.block_length > length:
             raise ConfigError(
-                f"`trainer.block_length` is {self.block_length}, and the text is cut into stretches of "
-                f"{stretches_SL.shape[1]} tokens. Give shorter blocks, or a longer `dataset.stretch`."
+                f"`trainer.block_length` is {self.block_length}, and the text is cut into stretches of {length} "
+                "tokens. Give shorter blocks, or a longer `dataset.stretch`."
             )
-        return stretches_SL
+
+    def _check_network(self, net: nn.Module, dataset: TextDataset) -> None:
+        """Raise ConfigError where the network does not read the text."""
+        check_text(net.config, dataset.vocab_size, self.block_length)
 
     def _described(self) -> dict[str, Any]:
         """What `train.json` says of it; norms that are not asked for are left out, as they were before they existed."""
