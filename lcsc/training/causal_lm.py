@@ -54,6 +54,7 @@ class CausalLM:
         max_grad_norm: larger gradients are scaled down to it.
         mixed_precision: `no`, or `bf16` for matrix products in bfloat16; weights and optimizer stay float32.
         start: folder of a network whose weights are the first; None draws them. A new bank goes on from there.
+        codec: `no`, or how the bank is coded: `lossless`, or `lossy`, where the bank holds nearly what was trained.
     """
 
     num_steps: int = 1000
@@ -67,6 +68,7 @@ class CausalLM:
     max_grad_norm: float = 1.0
     mixed_precision: str = "no"
     start: str | None = None
+    codec: str = "no"
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -96,13 +98,16 @@ class CausalLM:
             net = build_network(arch)
             first = None if self.start is None else _start(net, Path(self.start))
             check_text(net.config, dataset.vocab_size, self.block_length)
+            usual = describe("trainer", self)
+            if self.codec == "no":  # left out, so that banks made before this setting existed still fit
+                del usual["codec"]
             config = {
-                "trainer": describe("trainer", self) | ({} if first is None else {"start": first}),
+                "trainer": usual | ({} if first is None else {"start": first}),
                 "arch": plain(arch),
                 "dataset": {"name": dataset.name, "digest": text_digest(dataset)},
                 "seed": int(seed),
             }
-            folder = BankFolder(out, config, checkpoint_steps(self.num_steps, self.save_every), component="")
+            folder = BankFolder(out, config, checkpoint_steps(self.num_steps, self.save_every), "", self.codec)
             folder.check()
             if folder.finished:
                 return out
