@@ -4,17 +4,20 @@
     python benchmarks/codec.py bank --seed 0 --bank banks/digits --to codec_digits.json    a bank of weights
 
 `lm` trains a small Llama on bytes with AdamW, codes its checkpoints at several intervals, and resumes from what was
-restored. `bank` codes a bank of weights, searches the lossy banks and scores what it found on the exact one. A seed
-that is in the results file is not measured again.
+restored. `bank` codes a bank of weights, searches the lossy banks and scores what it found on the exact one. Each piece
+is saved when it is done, and the same line goes on with the next.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import pickle
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,9 @@ RESUMES = {
     "3/3/3 bits": CodecSettings("lossy", bits_w=3, bits_m=3, bits_v=3),
     "4/4/4 bits, tau 1, beta 1": CodecSettings("lossy", tau=1.0, beta=1.0),
 }
+NEW, EXCP = "weights alone, new AdamW", "ExCP's rule + xz"
+#: interval of the chain that is resumed from
+RESUMED = 20
 LOSSY = {
     "4 bits": CodecSettings("lossy", anchor_every=100),
     "4 bits, tau 1, beta 1": CodecSettings("lossy", anchor_every=100, tau=1.0, beta=1.0),
@@ -214,24 +220,74 @@ def weights_of(state) -> set[str]:
     return {name for name in state.tensors if not name.startswith(("exp_avg", "state/"))}
 
 
-def language_model(text: Path | None, seed: int, steps: int, after: tuple[int, ...]) -> dict:
-    """One seed: rates at each interval, and losses after resuming."""
-    run = Run(text, seed)
-    wanted = sorted({steps - k * gap for gap in INTERVALS for k in range(4) if steps - k * gap > 0})
-    saved: dict[int, dict] = {}
-    for step in wanted:
-        run.go(step - run.step)
-        saved[step] = run.tensors()
-    chains = {gap: [saved[s] for k in (3, 2, 1, 0) if (s := steps - k * gap) > 0] for gap in INTERVALS}
-    chains = {gap: chain for gap, chain in chains.items() if len(chain) > 1}
-    found: dict = {"seed": seed, "parameters": sum(p.numel() for p in run.net.parameters()), "steps": steps}
-    found["lossless"] = {str(gap): lossless_rates(chain) for gap, chain in chains.items()}
-    found["lossy"] = {
-        name: {str(gap): lossy_rates(chain, settings) for gap, chain in chains.items()}
-        for name, settings in LOSSY.items()
-    }
-    found["resume"] = resumes(run, chains[20] if 20 in chains else chains[max(chains)], text, seed, after)
-    return found
+class LanguageModel:
+    """One seed, in pieces of less than a minute; states lie in a file of the work folder between them."""
+
+    def __init__(self, row: dict, text: Path | None, seed: int, steps: int, after: tuple[int, ...], work: Path) -> None:
+        self.row, self.text, self.seed, self.steps, self.after = row, text, seed, steps, after
+        self.file = work / f"codec-lm-{seed}-{steps}.states"
+
+    def pieces(self) -> dict[str, Callable[[], None]]:
+        """By name, in order; each fills in its part of the row."""
+        found: dict[str, Callable[[], None]] = {"train": self.train}
+        for gap in INTERVALS:
+            found[f"lossless/{gap}"] = functools.partial(self.lossless, gap)
+            for name in LOSSY:
+                found[f"lossy/{name}/{gap}"] = functools.partial(self.lossy, name, gap)
+        for name in (*RESUMES, NEW, EXCP):
+            found[f"resume/{name}"] = functools.partial(self.resume, name)
+        return found
+
+    def chain(self, gap: int) -> list[dict]:
+        """The last checkpoints at an interval, the newest last."""
+        with open(self.file, "rb") as file:
+            saved = pickle.load(file)
+        return [saved[step] for k in (3, 2, 1, 0) if (step := self.steps - k * gap) in saved]
+
+    def train(self) -> None:
+        """To the checkpoint that is resumed from, keeping states, and on without interruption."""
+        run = Run(self.text, self.seed)
+        wanted = sorted({self.steps - k * gap for gap in INTERVALS for k in range(4) if self.steps - k * gap > 0})
+        saved: dict[int, dict] = {}
+        for step in wanted:
+            run.go(step - run.step)
+            saved[step] = run.tensors()
+        with open(self.file, "wb") as file:
+            pickle.dump(saved, file)
+        held, curve = losses_after(run, self.after)
+        own = {"losses": held, "curve": curve}
+        self.row |= {"parameters": sum(p.numel() for p in run.net.parameters()), "steps": self.steps}
+        self.row |= {"after": list(self.after), "resume": {"uninterrupted": own}, "lossless": {}, "lossy": {}}
+
+    def lossless(self, gap: int) -> None:
+        """Rates of everyone at an interval."""
+        self.row["lossless"][str(gap)] = lossless_rates(self.chain(gap))
+
+    def lossy(self, name: str, gap: int) -> None:
+        """Ours against xz on the same symbols."""
+        self.row["lossy"].setdefault(name, {})[str(gap)] = lossy_rates(self.chain(gap), LOSSY[name])
+
+    def resume(self, name: str) -> None:
+        """Losses after resuming from one way of keeping the state, four checkpoints into its chain."""
+        saved = self.chain(RESUMED)
+        raw = sum(len(plane_bytes(saved[-1], plane)) for plane in "wmv")
+        tensors, ratio = saved[-1], 3.0
+        if name == EXCP:
+            tensors, ratio = by_excp(saved, raw)
+        elif name in RESUMES:
+            with tempfile.TemporaryDirectory() as folder:
+                writer = ChainWriter(Path(folder), RESUMES[name])
+                for place, own in enumerate(saved, 1):
+                    file = writer.append(place, own)
+                tensors, ratio = dict(Chain(Path(folder)).read(len(saved))), raw / file.stat().st_size
+        run = Run(self.text, self.seed)
+        restore_training(tensors, run.net, None if name == NEW else run.optimizer)
+        run.step = self.steps
+        held, curve = losses_after(run, self.after)
+        unbroken = self.row["resume"]["uninterrupted"]
+        change = [a - b for a, b in zip(held, unbroken["losses"], strict=True)]
+        same = curve == unbroken["curve"]
+        self.row["resume"][name] = {"ratio": ratio, "losses": held, "change": change, "same_curve": same}
 
 
 def losses_after(run: Run, after: tuple[int, ...]) -> tuple[list[float], list[float]]:
@@ -241,33 +297,6 @@ def losses_after(run: Run, after: tuple[int, ...]) -> tuple[list[float], list[fl
         curve += run.go(start + more - run.step)
         held.append(run.held_loss())
     return held, curve
-
-
-def resumes(run: Run, saved: list[dict], text: Path | None, seed: int, after: tuple[int, ...]) -> dict:
-    """Loss after resuming from each way of keeping the state, and how small that was."""
-    step = run.step
-    held, curve = losses_after(run, after)
-    found: dict = {"after": list(after), "uninterrupted": {"losses": held}}
-    raw = sum(len(plane_bytes(saved[-1], plane)) for plane in "wmv")
-
-    def resumed(name: str, tensors: dict, ratio: float, optimizer: bool = True) -> None:
-        other = Run(text, seed)
-        restore_training(tensors, other.net, other.optimizer if optimizer else None)
-        other.step = step
-        own, steps = losses_after(other, after)
-        found[name] = {"ratio": ratio, "losses": own, "change": [a - b for a, b in zip(own, held, strict=True)]}
-        found[name]["same_curve"] = steps == curve
-
-    for name, settings in RESUMES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            writer = ChainWriter(Path(folder), settings)
-            for place, tensors in enumerate(saved, 1):
-                file = writer.append(place, tensors)
-            resumed(name, dict(Chain(Path(folder)).read(len(saved))), raw / file.stat().st_size)
-    resumed("weights alone, new AdamW", saved[-1], 3.0, optimizer=False)
-    tensors, ratio = by_excp(saved, raw)
-    resumed("ExCP's rule + xz", tensors, ratio)
-    return found
 
 
 def by_excp(saved: list[dict], raw: int) -> tuple[dict, float]:
@@ -288,17 +317,33 @@ def by_excp(saved: list[dict], raw: int) -> tuple[dict, float]:
     return found, raw / (kept["bytes"] + small)
 
 
-def bank_of_weights(path: Path, seed: int, trials: int) -> dict:
+class Weights:
     """One bank: rates without loss, and what a search on lossy ones finds, scored on the exact one."""
-    from codec_search import searched
 
-    from lcsc.bank.coded import tensors_of
+    def __init__(self, row: dict, path: Path, seed: int, trials: int, work: Path) -> None:
+        self.row, self.path, self.seed, self.trials, self.work = row, path, seed, trials, work
 
-    bank = CheckpointBank.open(path, storage="streamed")
-    names = [entry.name for entry in bank.layout.entries]
-    saved = [tensors_of(row, names) for row in bank.rows[-4:]]
-    found = {"seed": seed, "checkpoints": bank.num_checkpoints, "parameters": bank.layout.num_parameters}
-    return {**found, "lossless": lossless_rates(saved, "w"), "search": searched(path, seed, trials)}
+    def pieces(self) -> dict[str, Callable[[], None]]:
+        """By name, in order."""
+        from codec_search import BANKS
+
+        names = {f"search/{name}": functools.partial(self.search, name) for name in BANKS}
+        return {"lossless": self.lossless, **names}
+
+    def lossless(self) -> None:
+        """The last of four checkpoints."""
+        from lcsc.bank.coded import tensors_of
+
+        bank = CheckpointBank.open(self.path, storage="streamed")
+        names = [entry.name for entry in bank.layout.entries]
+        self.row |= {"checkpoints": bank.num_checkpoints, "parameters": bank.layout.num_parameters}
+        self.row["lossless"] = lossless_rates([tensors_of(row, names) for row in bank.rows[-4:]], "w")
+
+    def search(self, name: str) -> None:
+        """On one bank of `codec_search.BANKS`."""
+        from codec_search import searched
+
+        self.row.setdefault("search", {})[name] = searched(self.path, name, self.seed, self.trials, self.work)
 
 
 def main() -> None:
@@ -306,25 +351,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["lm", "bank"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=500, help="of the training before it is interrupted")
+    parser.add_argument("--steps", type=int, default=400, help="of the training before it is interrupted")
     parser.add_argument("--after", default="0,10,50,200", help="steps after resuming at which the loss is taken")
     parser.add_argument("--text", type=Path, help="a text file; without it the package's own text")
     parser.add_argument("--bank", type=Path, default=Path("banks/digits"))
     parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--work", type=Path, default=Path("codec_work"), help="folder of states between pieces")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="begin no further piece after this time, exit with 3"
+    )
     parser.add_argument("--to", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.to.read_text()) if args.to.exists() else {**circumstances(), "seeds": []}
-    if any(row["seed"] == args.seed for row in results["seeds"]):
-        return
-    began = time.perf_counter()
+    row = next((row for row in results["seeds"] if row["seed"] == args.seed), None)
+    if row is None:
+        row = {"seed": args.seed, "done": {}}
+        results["seeds"] = sorted([*results["seeds"], row], key=lambda row: row["seed"])
+    after = tuple(map(int, args.after.split(",")))
     if args.what == "lm":
-        row = language_model(args.text, args.seed, args.steps, tuple(map(int, args.after.split(","))))
+        pieces = LanguageModel(row, args.text, args.seed, args.steps, after, args.work).pieces()
     else:
-        row = bank_of_weights(args.bank, args.seed, args.trials)
-    row["seconds"] = time.perf_counter() - began
-    results["seeds"] = sorted([*results["seeds"], row], key=lambda row: row["seed"])
-    write_json(args.to, results)
+        pieces = Weights(row, args.bank, args.seed, args.trials, args.work).pieces()
+    started = time.perf_counter()
+    for name, make in pieces.items():
+        if name in row["done"]:
+            continue
+        if time.perf_counter() - started > args.seconds:
+            sys.exit(3)  # the same line goes on
+        began = time.perf_counter()
+        make()
+        row["done"][name] = time.perf_counter() - began
+        write_json(args.to, results)
 
 
 if __name__ == "__main__":
