@@ -44,11 +44,11 @@ LENGTH, BATCH, RATE = 64, 16, 2e-3
 INTERVALS = (1, 5, 20, 100)
 #: how the state is restored, against an uninterrupted run
 RESUMES = {
-    "lossless": CodecSettings(),
-    "8/8/8 bits": CodecSettings("lossy", bits_w=8, bits_m=8, bits_v=8),
     "4/4/4 bits": CodecSettings("lossy"),
-    "3/3/3 bits": CodecSettings("lossy", bits_w=3, bits_m=3, bits_v=3),
+    "lossless": CodecSettings(),
     "4/4/4 bits, tau 1, beta 1": CodecSettings("lossy", tau=1.0, beta=1.0),
+    "8/8/8 bits": CodecSettings("lossy", bits_w=8, bits_m=8, bits_v=8),
+    "3/3/3 bits": CodecSettings("lossy", bits_w=3, bits_m=3, bits_v=3),
 }
 NEW, EXCP = "weights alone, new AdamW", "ExCP's rule + xz"
 #: interval of the chain that is resumed from

@@ -19,9 +19,7 @@ from lcsc.search.evaluate import Evaluator
 BANKS: dict[str, CodecSettings | None] = {
     "exact": None,
     "lossless": CodecSettings(),
-    "8 bits": CodecSettings("lossy", bits_w=8),
     "4 bits": CodecSettings("lossy", bits_w=4),
-    "3 bits": CodecSettings("lossy", bits_w=3),
     "2 bits": CodecSettings("lossy", bits_w=2),
     "4 bits, tau 1": CodecSettings("lossy", bits_w=4, tau=1.0),
 }
