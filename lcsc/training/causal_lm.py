@@ -33,6 +33,7 @@ class CausalLM(LanguageTrainer):
         start: folder of a network whose weights are the first; None draws them. A new bank goes on from there.
         gradient_norms: whether each checkpoint's folder gets the norms of its layers' gradients
             (`lcsc.recycling.stages.NORMS`), which operator=neighbor_recovery weighs stages by.
+        codec: `no`, or how the bank is coded: `lossless`, or `lossy`, where the bank holds nearly what was trained.
     """
 
     name: ClassVar[str] = "causal_lm"

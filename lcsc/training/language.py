@@ -53,6 +53,7 @@ class LanguageTrainer:
     mixed_precision: str = "no"
     start: str | None = None
     gradient_norms: bool = False
+    codec: str = "no"
 
     #: name of the trainer, and classes that it trains
     name: ClassVar[str]
@@ -61,6 +62,11 @@ class LanguageTrainer:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_fit(self)
+        if self.gradient_norms and self.codec != "no":
+            raise ConfigError(
+                f"`trainer.gradient_norms` is true and `codec` is `{self.codec}`, whose files hold tensors alone. "
+                "Leave one out."
+            )
 
     @property
     def fit(self) -> Fit:
@@ -94,7 +100,7 @@ class LanguageTrainer:
                 "dataset": {"name": dataset.name, "digest": text_digest(dataset)},
                 "seed": int(seed),
             }
-            folder = BankFolder(out, config, checkpoint_steps(self.num_steps, self.save_every), component="")
+            folder = BankFolder(out, config, checkpoint_steps(self.num_steps, self.save_every), "", self.codec)
             folder.check()
             if folder.finished:
                 return out
@@ -130,9 +136,9 @@ class LanguageTrainer:
         check_text(net.config, dataset.vocab_size, self.block_length)
 
     def _described(self) -> dict[str, Any]:
-        """What `train.json` says of it; norms that are not asked for are left out, as they were before they existed."""
-        said = describe("trainer", self)
-        return said if self.gradient_norms else {key: value for key, value in said.items() if key != "gradient_norms"}
+        """What `train.json` says of it, without what is not asked for: banks from before it existed still fit."""
+        idle = {"gradient_norms": False, "codec": "no"}
+        return {key: value for key, value in describe("trainer", self).items() if idle.get(key, ...) != value}
 
     def _fit(
         self, net: nn.Module, windows: Windows, folder: BankFolder, layers: Layers | None, progress: bool | None

@@ -38,6 +38,7 @@ class MaskedLM(LanguageTrainer):
         mixed_precision: `no`, or `bf16` for matrix products in bfloat16; weights and optimizer stay float32.
         start: folder of a network whose weights are the first; None draws them. A new bank goes on from there.
         gradient_norms: as in `causal_lm`; refused for networks whose layers cannot be told apart.
+        codec: `no`, or how the bank is coded: `lossless`, or `lossy`, where the bank holds nearly what was trained.
         mask_probability: share of the tokens that is chosen.
         mask_token: what hides a token, a number that the text does not have; a text of bytes has no 3.
     """
