@@ -119,7 +119,10 @@ def new_generator(runs: WeightRuns, sizes: dict[str, Any], metric: str, align: b
 
 
 class Pairs:
-    """Draws pairs of an earlier and a later checkpoint of one run (arXiv:2209.12892, Section 3.1)."""
+    """Draws pairs of an earlier and a later checkpoint of one run (arXiv:2209.12892, Section 3.1).
+
+    Unlike there both may be the same, so that a prompt for the present metric is answered by the present weights.
+    """
 
     def __init__(self, runs: WeightRuns, net: ParameterDiT, settings: FitSettings, seeds: SeedRange) -> None:
         self._runs, self._net, self._settings, self._seeds = runs, net, settings, seeds
@@ -135,7 +138,7 @@ class Pairs:
         R, K, P = self._theta_RKP.shape
         N, rng = self._settings.batch_size, self._seeds.generator(step, PAIRS)
         run_N = rng.integers(R, size=N)
-        apart_N = rng.integers(1, K, size=N)  # the spacing first, then the earlier one
+        apart_N = rng.integers(K, size=N)  # the spacing first, then the earlier one
         early_N = (rng.random(N) * (K - apart_N)).astype(np.int64)
         late_N = early_N + apart_N
         theta_NP, target_NP = self._theta_RKP[run_N, early_N], self._theta_RKP[run_N, late_N]
