@@ -32,7 +32,7 @@ from lcsc.training.weight_rivals import OPTIMIZERS, diversity, equal_time
 from lcsc.training.weight_runs import make_runs, parts_of
 
 SMALL = {"num_runs": 300, "num_held_out": 20, "num_steps": 1200, "batch_size": 64, "learning_rate": 2e-3}
-MANY = {**SMALL, "num_runs": 1000}
+MANY = {**SMALL, "num_runs": 1000, "num_steps": 2000}
 #: hidden units, and settings of the trainer
 TASKS = {
     "linear": ([], SMALL),
@@ -164,26 +164,29 @@ class Piece:
         there = (self.measured(way_SP) <= goal).nonzero()
         return int(there[0]) + 1 if len(there) else None
 
-    def memory(self) -> dict:
-        """Distances once hidden units are matched: whether samples are copies of what was seen."""
+    def memory(self, share: float) -> dict:
+        """Distances once hidden units are matched, at a prompt between best (0) and start (1): whether samples are copies.
+
+        `own` is the held-out run's own checkpoint of the sample's metric, `copy` the training checkpoint of that metric.
+        """
+        theta_NP, now_N = self.held.theta_RKP[:6, 0], self.held.metric(self.metric)[:6, 0]
+        goal_N = self.net.best + share * (now_N - self.net.best)
+        samples_NP = propose(self.net, theta_NP, now_N, goal_N, torch.from_numpy(self.noise(theta_NP, 50)))
+        reached_N = self.measured(samples_NP)
         seen_MP = self.learned.theta_RKP.flatten(0, 1).double().numpy()
         seen_M = self.learned.metric(self.metric).flatten()
         made, true, own, copy = [], [], [], []
-        for r in range(6):
-            sample_P = self.ways[0][r].double().numpy()
-            k = int((self.held.metric(self.metric)[r] - float(self.measured(self.ways[0])[r])).abs().argmin())
+        for r in range(len(samples_NP)):
+            sample_P = samples_NP[r].double().numpy()
+            k = int((self.held.metric(self.metric)[r] - reached_N[r]).abs().argmin())
             truth_P = self.held.theta_RKP[r, k].double().numpy()
             near_P = seen_MP[int((seen_M - self.held.metric(self.metric)[r, k]).abs().argmin())]
             made.append(float(matched_distances(self.layers, sample_P, seen_MP).min()))
             true.append(float(matched_distances(self.layers, truth_P, seen_MP).min()))
             own.append(float(matched_distances(self.layers, truth_P, sample_P[None])[0]))
             copy.append(float(matched_distances(self.layers, truth_P, near_P[None])[0]))
-        told = diversity(
-            self.net, self.held.theta_RKP[:8, 0], self.held.metric(self.metric)[:8, 0], 10, self.seeds
-        )  # fmt: skip
         names = ("sample_to_nearest_training", "held_out_to_nearest_training", "sample_to_own_run", "copy_to_own_run")
-        found = dict(zip(names, (float(np.mean(d)) for d in (made, true, own, copy)), strict=True))
-        return {**found, "diversity": told}
+        return dict(zip(names, (float(np.mean(d)) for d in (made, true, own, copy)), strict=True))
 
 
 def r2(seen_RG: torch.Tensor, goals_RG: torch.Tensor) -> float:
@@ -207,7 +210,10 @@ def run(task: str, seed: int) -> dict:
         "learned": piece.alignment(piece.learned),
         "one_update": piece.update(),
         "rivals": piece.rivals(),
-        "memory": piece.memory(),
+        "memory": {"best": piece.memory(0.0), "middle": piece.memory(0.5)},
+        "diversity": diversity(
+            piece.net, piece.held.theta_RKP[:8, 0], piece.held.metric(piece.metric)[:8, 0], 10, piece.seeds
+        ),
     }
 
 
@@ -236,11 +242,10 @@ def table(rows: list[dict]) -> dict:
             },
             "cpu_seconds": mean_se([sum(row["cpu_seconds"].values()) for row in own]),
             "memory": {
-                name: mean_se([row["memory"][name] for row in own]) for name in own[0]["memory"] if name != "diversity"
+                where: {name: mean_se([row["memory"][where][name] for row in own]) for name in numbers}
+                for where, numbers in own[0]["memory"].items()
             },
-            "noise_over_start": mean_se(
-                [row["memory"]["diversity"]["noise"] / row["memory"]["diversity"]["starts"] for row in own]
-            ),
+            "noise_over_start": mean_se([row["diversity"]["noise"] / row["diversity"]["starts"] for row in own]),
         }
     return found
 
