@@ -165,9 +165,9 @@ class Piece:
         return int(there[0]) + 1 if len(there) else None
 
     def memory(self, share: float) -> dict:
-        """Distances once hidden units are matched, at a prompt between best (0) and start (1): whether samples are copies.
+        """Whether samples are copies: distances with hidden units matched, at a prompt between best (0) and start (1).
 
-        `own` is the held-out run's own checkpoint of the sample's metric, `copy` the training checkpoint of that metric.
+        `own` is the held-out run's own checkpoint of the sample's metric, `copy` the training checkpoint of it.
         """
         theta_NP, now_N = self.held.theta_RKP[:6, 0], self.held.metric(self.metric)[:6, 0]
         goal_N = self.net.best + share * (now_N - self.net.best)

@@ -66,6 +66,8 @@ class GenerateWeights:
         noise_seed: of the diffusion. Null searches it only where samples of two noises are at least `min_diversity`
             times as far apart as those of two starts, as measured when the generator was trained; else it is 0.
         min_diversity: see there.
+        combine: further steps of the bank, or `all`, that a combination may add to what is generated: LCSC with the
+            generated weights as one checkpoint more. The weights are (1 - sum c) generated + sum c_k checkpoint_k.
     """
 
     generator: str | None = None
@@ -79,6 +81,7 @@ class GenerateWeights:
     post_noise: float | None = None
     noise_seed: int | None = None
     min_diversity: float = 0.05
+    combine: Any = None
 
     def __post_init__(self) -> None:
         if self.proposal not in PROPOSALS:
@@ -95,6 +98,11 @@ class GenerateWeights:
             if not numbers or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
                 raise ConfigError(f"`operator.goals` is `{self.goals}`; give a number, or a list of one an update.")
             self.__dict__["goals"] = tuple(float(x) for x in numbers)
+        if self.combine not in (None, "all"):
+            steps = list(self.combine) if isinstance(self.combine, Sequence) else []
+            if not steps or not all(type(step) is int for step in steps):
+                raise ConfigError(f"`operator.combine` is `{self.combine}`; give `all`, or a list of steps.")
+            self.__dict__["combine"] = tuple(steps)
 
     # -------------------------------------------------------------------------------------------------- space
 
@@ -110,6 +118,8 @@ class GenerateWeights:
             boxes.append(Box("post_noise", 1, 0.0, MAX_NOISE, scale=0.01))
         if self.noise_seed is None and made.noise_matters >= self.min_diversity:
             boxes.append(Box("noise_seed", 1, 0.0, float(MAX_SEEDS), scale=1.0))
+        if self.combine is not None:  # a refinement: idle at zero
+            boxes.append(Box("coef", len(self._combined(bank)), scale=0.1, level=1))
         space = SearchSpace(tuple(boxes))
         self.plan(bank, space.to_point(np.zeros(space.size)))  # refuses settings that do not fit
         return space
@@ -169,6 +179,10 @@ class GenerateWeights:
         goals, noise, seed = self._goals(made, point), self._noise(point), self._seed(point)
         start_P = flat_row(bank, row).double()
         theta_P = self._proposed(made, proposal, start_P, now, goals, seed)
+        coef = [] if point is None or "coef" not in point else np.asarray(point["coef"], np.float64).tolist()
+        theta_P = theta_P * (1 - sum(coef))
+        for c, other_P in zip(coef, self._others(bank) if any(coef) else (), strict=False):
+            theta_P = theta_P + c * other_P
         if noise:
             drawn_P = SeedRange(seed, Purpose.SEARCH).generator(0, POST).standard_normal(len(theta_P))
             theta_P = theta_P + noise * float(theta_P.std()) * torch.from_numpy(drawn_P)
@@ -189,6 +203,7 @@ class GenerateWeights:
             "nearest": {"run": run, "step": step, "distance": _rounded(distance)},
             "moved": _rounded(float((theta_P.double() - start_P).norm())),
             "generator_digest": made.digest,
+            **({"combined": dict(zip(map(str, self._combined(bank)), coef, strict=True))} if any(coef) else {}),
         }
         settled = replace(
             self,
@@ -196,6 +211,7 @@ class GenerateWeights:
             proposal=proposal,
             start_step=bank.steps[row],
             start_metric=now,
+            combine=None if self.combine is None else self._combined(bank),
         )
         return Plan(row, arch, (_piece(bank, theta_P),), recipe, settled=settled)
 
@@ -220,6 +236,16 @@ class GenerateWeights:
         if x > end:  # no search goes there
             return row, PROPOSALS[min(int(x) - end + 1, len(PROPOSALS) - 1)]
         return (row if self.start_step is not None else min(int(x), end - 1)), self.proposal
+
+    def _combined(self, bank: CheckpointBank) -> tuple[int, ...]:
+        """Steps that a combination may add."""
+        return bank.steps if self.combine == "all" else tuple(self.combine)
+
+    def _others(self, bank: CheckpointBank) -> list[Tensor]:
+        """Their weights, float64, shape (P,) each; from the bank's place where it was opened with fewer steps."""
+        steps = self._combined(bank)
+        whole = bank if set(steps) <= set(bank.steps) else CheckpointBank.open(bank.path, storage="streamed")
+        return [flat_row(whole, row_of(whole, step, "combine")).double() for step in steps]
 
     def _metric_at(self, bank: CheckpointBank, row: int, made: WeightGenerator) -> float:
         if self.start_metric is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lcsc import CheckpointBank
+from lcsc.bank import Selection
 from lcsc.core import registry
 from lcsc.core.errors import ConfigError
 from lcsc.core.seeds import Purpose, SeedRange
@@ -135,3 +136,26 @@ def test_runs_of_another_making_are_learned_from(tmp_path):
     assert made.net.metric == "error"
     assert made.rivals == {}
     assert SeedRange(0, Purpose.TRAIN).seed == 0
+
+
+def test_checkpoints_are_combined_with_what_is_generated(tmp_path):
+    bank = CheckpointBank.open(trained(tmp_path / "bank"))
+    operator = registry.build("operator", "generate_weights", sampler_steps=2, combine="all", post_noise=0.0)
+    space = operator.space(bank)
+    assert [box.level for box in space.boxes if box.name == "coef"] == [1]
+    point = space.to_point([0.0] * space.size)
+    alone = bank.layout.flatten(operator.apply(bank, point).weights())
+    point["coef"][:] = [0.0, 0.25, 0.0, -0.5]
+    mixed = operator.apply(bank, point)
+    wanted_P = 1.25 * alone + 0.25 * bank.matrix()[1] - 0.5 * bank.matrix()[3]
+    torch.testing.assert_close(bank.layout.flatten(mixed.weights()), wanted_P, atol=1e-6, rtol=0)
+
+    # planned again from one step of the bank, as `lcsc verify` does
+    plan = operator.plan(bank, point)
+    one = CheckpointBank.open(bank.path, select=Selection(bank.steps[0], bank.steps[0]))
+    again = plan.settled.plan(one, point)
+    assert again.recipe == plan.recipe
+    (piece,), (other,) = plan.pieces, again.pieces
+    tensors = bank.layout.views(bank.matrix()[0])
+    for name, tensor in piece.made(tensors)[0].items():
+        assert torch.equal(other.made(tensors)[0][name], tensor)
