@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from lcsc.core.pareto import pareto
 from lcsc.report.compare import evaluator
 from lcsc.report.style import BLUE, FAINT, GROUP_COLORS, darker, new_figure, png, short, styled, subtitle
 from lcsc.report.tables import number, printable
@@ -43,15 +44,6 @@ def cache_points(runs: Iterable[Run]) -> list[DataFrame]:
             frame["pareto"] = pareto(frame["cache_bytes_per_token"].to_numpy(), frame["value"].to_numpy())
             tables.append(frame)
     return tables
-
-
-def pareto(cost_N: np.ndarray, loss_N: np.ndarray) -> np.ndarray:
-    """Whether each point is beaten by none, bool, shape (N,): of equal ones the first counts."""
-    best, kept = np.inf, np.zeros(len(cost_N), bool)
-    for at in np.lexsort((loss_N, cost_N)):
-        kept[at] = loss_N[at] < best
-        best = min(best, loss_N[at])
-    return kept
 
 
 def cache_files(runs: Iterable[Run]) -> dict[str, bytes]:

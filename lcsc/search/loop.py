@@ -26,6 +26,7 @@ from lcsc.search.plan import NUM_MEMBERS, best_members, num_looks, num_steps
 from lcsc.search.problem import Problem
 from lcsc.search.progress import Progress
 from lcsc.search.retry import retry_from
+from lcsc.search.rows import numbers
 from lcsc.search.steps import Step, Steps, unchanged
 from lcsc.search.trials import Ground, Trials, heard
 from lcsc.searchers.base import Accountable, Proposal, Session, Start, ran
@@ -85,7 +86,7 @@ class Search:
         baselines = self._baselines()
         self.progress.expect(self.num_steps(baselines))
         starts = tuple(
-            Start(np.array(record["vector"]), record["value"], record["label"], record["family"])
+            Start(np.array(record["vector"]), record["value"], record["label"], record["family"], numbers(record))
             for record in sorted((b for b in baselines if b["value"] is not None), key=lambda record: record["value"])
         )
         penalty = self._penalty(starts)

@@ -22,8 +22,9 @@ from lcsc.search.penalty import Penalty
 from lcsc.search.problem import Problem
 from lcsc.search.racing import Incumbent
 from lcsc.search.retry import WINDOW
+from lcsc.search.rows import numbers
 from lcsc.search.steps import Steps
-from lcsc.searchers.base import Proposal, Session, width_of
+from lcsc.searchers.base import Proposal, Session, Weighing, width_of
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ class Trials:
             gradient = None if record.get("gradient") is None else np.array(record["gradient"])
             if gradient is not None and self._penalty:
                 gradient = gradient + self._penalty.slope(np.array(record["vector"]))
+            if isinstance(self._session, Weighing):
+                self._session.weigh(record["uid"], None if told is None else numbers(record).get(self._session.second))
             self._session.tell(record["uid"], self._worst if told is None else told, gradient)
         failed = [trial for trial in self._failed if trial is not None]
         if len(self._failed) == WINDOW and len(failed) > WINDOW // 2:

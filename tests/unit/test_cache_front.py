@@ -11,7 +11,8 @@ from helpers_fake_run import framed, make_fake_run
 from helpers_pictures import fine
 from PIL import Image
 
-from lcsc.report.cache import cache_files, cache_points, pareto
+from lcsc.core.pareto import pareto
+from lcsc.report.cache import cache_files, cache_points
 from lcsc.report.compare import compare_runs
 from lcsc.report.run import Run
 
