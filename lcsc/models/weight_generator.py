@@ -48,6 +48,10 @@ class WeightGenerator:
     measured: Mapping[str, Any]
     digest: str
 
+    def known_metric(self, content: str) -> float | None:
+        """The metric of a checkpoint of the run that the trainer held out, by its content's digest; None for others."""
+        return dict(self.measured.get("held_out") or {}).get(content)
+
     @property
     def noise_matters(self) -> float:
         """Distance between samples of two noises over that between samples of two starts; 0 where not measured."""

@@ -56,7 +56,8 @@ class GenerateWeights:
         generator: its folder; null is `generator` inside the bank's.
         proposal: `generated`, or one of the baselines: `nearest`, `mean`, `noisy`, `sgd`, `adam`.
         start_step: checkpoint to start from.
-        start_metric: its metric; null reads the bank's `metrics.json`.
+        start_metric: its metric; null is what the trainer measured of the run that it held out, and for other
+            checkpoints what the bank's `metrics.json` says.
         goals: what each update asks for, in the metric's unit, one number or a list of one an update.
         max_updates: most updates of a search; the metric that the next update is told is what the last one asked for.
         reach: how far beyond the best metric seen a search may ask, as a share of the range seen; such prompts are told
@@ -250,6 +251,8 @@ class GenerateWeights:
     def _metric_at(self, bank: CheckpointBank, row: int, made: WeightGenerator) -> float:
         if self.start_metric is not None:
             return self.start_metric
+        if (known := made.known_metric(bank.parent(row)["content"])) is not None:
+            return known
         file = Path(bank.path) / METRICS_FILE
         try:
             return float(json.loads(file.read_text(encoding="utf-8"))[made.net.metric][str(bank.steps[row])])

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcsc.bank.content import chunk_sums, content_digest
+from lcsc.bank.layout import Layout
 from lcsc.core.errors import ConfigError
 from lcsc.core.files import new_directory, write_json
 from lcsc.core.registry import describe, plain, register
@@ -15,6 +17,7 @@ from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import Dataset
 from lcsc.datasets.content import data_digest
 from lcsc.models.many_classifiers import METRICS, Many
+from lcsc.models.network import build_network
 from lcsc.models.parameter_dit import check_sizes
 from lcsc.models.weight_generator import write_generator
 from lcsc.models.weight_runs import METRICS_FILE, WeightRuns, read_runs
@@ -194,6 +197,7 @@ class ParameterDiTTrainer:
         net = fit_generator(net, learned, self.fit_settings, seeds, folder, progress, self.device)
         theta_NP, now_N = held.theta_RKP[:NUM_STARTS, 0], held.metric(self.metric)[:NUM_STARTS, 0]
         measured: dict[str, Any] = {"diversity": diversity(net, theta_NP, now_N, self.sampler_steps, seeds)}
+        measured["held_out"] = self._contents(held)
         rivals = {}
         if many is not None and parts is not None:
             rivals, time = equal_time(net, many, parts, theta_NP[0], float(now_N[0]), self.sampler_steps, self.metric)
@@ -203,11 +207,17 @@ class ParameterDiTTrainer:
         with new_directory(place) as new:
             write_generator(new, net, learned, rivals, measured)
 
+    def _contents(self, held: WeightRuns) -> dict[str, float]:
+        """Metric of each checkpoint of the first held-out run by the digest of its content, wherever it will lie."""
+        found = {}
+        for k, theta_P in enumerate(held.theta_RKP[0]):
+            views = Layout.of(held.shapes).views(theta_P)
+            sums = {name: ("float32", tuple(t.shape), chunk_sums(t.contiguous().numpy())) for name, t in views.items()}
+            found[content_digest(sums)] = float(held.metric(self.metric)[0, k])
+        return found
+
     def _bank(self, runs: WeightRuns, arch: Mapping[str, Any], folder: BankFolder) -> None:
         """The first run that was held out, as checkpoints of its own."""
-        from lcsc.bank.layout import Layout
-        from lcsc.models.network import build_network
-
         held, layout = runs.part(slice(-self.num_held_out, None)), Layout.of(runs.shapes)
         told = {
             name: {str(step): float(x) for step, x in zip(folder.steps, numbers[0], strict=True)}

@@ -10,6 +10,7 @@ import torch
 
 from lcsc import CheckpointBank
 from lcsc.bank import Selection
+from lcsc.bank.pack import write_pack
 from lcsc.core import registry
 from lcsc.core.errors import ConfigError
 from lcsc.core.seeds import Purpose, SeedRange
@@ -120,9 +121,13 @@ def test_the_operator_says_what_it_cannot_do(tmp_path):
     assert beyond.recipe["goals"] == [2.0, 0.0]
     told = json.loads((bank.path / "metrics.json").read_text())
     assert plan.recipe["start_metric"] == told["loss"]["0"]
-    (bank.path / "metrics.json").unlink()
+    # a copy of the bank that lies elsewhere, as workers get it, is known by its content; another run is not
+    write_pack(bank, tmp_path / "copy.safetensors")
+    elsewhere = registry.build("operator", "generate_weights", sampler_steps=2, generator=str(bank.path / "generator"))
+    assert elsewhere.plan(CheckpointBank.open(tmp_path / "copy.safetensors")).recipe == plan.recipe
+    other = CheckpointBank.open(bank.path / "runs" / "run-00000.safetensors")
     with pytest.raises(ConfigError, match=r"operator\.start_metric"):
-        registry.build("operator", "generate_weights").plan(bank)
+        elsewhere.plan(other)
     with pytest.raises(ConfigError, match="`operator.proposal` is `copied`"):
         registry.build("operator", "generate_weights", proposal="copied")
     with pytest.raises(ConfigError, match="`operator.goals` is"):
