@@ -31,7 +31,7 @@ from lcsc.training.weight_fit import fit_generator, new_generator
 from lcsc.training.weight_rivals import OPTIMIZERS, diversity, equal_time
 from lcsc.training.weight_runs import make_runs, parts_of
 
-SMALL = {"num_runs": 300, "num_held_out": 20, "num_steps": 1200, "batch_size": 64, "learning_rate": 2e-3}
+SMALL = {"num_runs": 300, "num_held_out": 20, "chunk": 34, "num_steps": 900, "batch_size": 64, "learning_rate": 2e-3}
 MANY = {**SMALL, "num_runs": 3000, "num_steps": 2500, "num_layers": 3}
 #: hidden units, and settings of the trainer
 TASKS = {

@@ -65,7 +65,7 @@ class ParameterDiTTrainer:
     run_batch_size: int = 64
     init: str = "own"
     tokens: str = "chunks"
-    chunk: int = 17
+    chunk: int = 34
     width: int = 64
     num_layers: int = 2
     num_heads: int = 4
@@ -73,7 +73,7 @@ class ParameterDiTTrainer:
     max_log2: float = 3.0
     align: bool = False
     permute: bool = False
-    num_steps: int = 1500
+    num_steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
