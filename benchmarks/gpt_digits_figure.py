@@ -16,9 +16,10 @@ TITLES = {
     "linear": "linear, own initial weights",
     "shared": "8 hidden units, one initial network",
     "error": "linear, prompted with the error",
-    "random_neurons": "8 hidden units, own initial weights,\na token a neuron",
-    "random_aligned": "the same, units aligned to a reference",
-    "random_plain": "the same, units in random order",
+    "neurons": "8 hidden units, own initial weights,\na token a neuron",
+    "neurons_long": "the same, 3,000 runs and 2,500 steps",
+    "aligned": "units aligned to a reference instead",
+    "plain": "units in random order",
     "uniform": "linear, saves evenly in the step",
 }
 
