@@ -131,7 +131,7 @@ def run(seed: int) -> dict:
         "mean_of_5": float(measure(flat_MP[top].mean(0, keepdim=True), 6).mean()),
         "sample_to_nearest_training": float(torch.cdist(ways[0], flat_MP).min(1).values.mean()),
         "held_out_to_nearest_training": float(torch.cdist(held.theta_RKP[:, -1], flat_MP).min(1).values.mean()),
-        "diversity": diversity(net, theta_RP[:8], now_R[:8], 10, seeds),
+        "diversity": diversity(net, theta_RP[:8], now_R[:8], held.theta_RKP[:8, -1], 10, seeds),
     }
 
 

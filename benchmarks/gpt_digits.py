@@ -28,8 +28,8 @@ from lcsc.models.parameter_sampling import propose, updated
 from lcsc.recycling.neurons import aligning, hidden_layers, matched_distances
 from lcsc.training.parameter_dit import ParameterDiTTrainer
 from lcsc.training.weight_fit import fit_generator, new_generator
-from lcsc.training.weight_rivals import OPTIMIZERS, diversity, equal_time
-from lcsc.training.weight_runs import make_runs, parts_of
+from lcsc.training.weight_rivals import RATES, descend, diversity, equal_time
+from lcsc.training.weight_runs import INIT, make_runs, parts_of
 
 SMALL = {"num_runs": 300, "num_held_out": 20, "chunk": 34, "num_steps": 900, "batch_size": 64, "learning_rate": 2e-3}
 MANY = {**SMALL, "num_runs": 1000, "run_steps": 300, "run_batch_size": 32, "num_steps": 700}
@@ -152,19 +152,7 @@ class Piece:
             name: {m: float(self.measured(some_NP, 2, m).mean()) for m in ("loss", "error")}
             for name, some_NP in found.items()
         }
-        goal = float(self.measured(self.ways[0]).mean())
-        ways = {"sgd_of_the_runs": ("sgd", self.trainer.run_learning_rate)}
-        ways |= {kind: (kind, told["optimizers"][kind]["rate"]) for kind in ends}
-        steps = {name: self.steps_to(goal, *way) for name, way in ways.items()}
-        return {"report": reports, "time": told, "steps_to_one_update": steps}
-
-    def steps_to(self, goal: float, kind: str, rate: float) -> int | None:
-        """Full-batch steps from the first held-out start to a metric on the search part; None for more."""
-        from lcsc.training.weight_rivals import descend
-
-        _, way_SP = descend(self.many, self.parts, self.held.theta_RKP[0, 0], kind, rate, MOST_STEPS)
-        there = (self.measured(way_SP) <= goal).nonzero()
-        return int(there[0]) + 1 if len(there) else None
+        return {"report": reports, "time": told}
 
     def memory(self, share: float) -> dict:
         """Whether samples are copies: distances with hidden units matched, at a prompt between best (0) and start (1).
@@ -199,7 +187,6 @@ def r2(seen_RG: torch.Tensor, goals_RG: torch.Tensor) -> float:
 
 def run(task: str, seed: int) -> dict:
     """All numbers of a piece; seconds are of this process's CPU."""
-    assert set(OPTIMIZERS) == {"sgd", "adam"}
     piece = Piece(task, seed)
     return {
         "task": task,
@@ -214,9 +201,37 @@ def run(task: str, seed: int) -> dict:
         "rivals": piece.rivals(),
         "memory": {"best": piece.memory(0.0), "middle": piece.memory(0.5)},
         "diversity": diversity(
-            piece.net, piece.held.theta_RKP[:8, 0], piece.held.metric(piece.metric)[:8, 0], 10, piece.seeds
+            piece.net,
+            piece.held.theta_RKP[:8, 0],
+            piece.held.metric(piece.metric)[:8, 0],
+            piece.held.theta_RKP[:8, -1],
+            10,
+            piece.seeds,
         ),
     }
+
+
+def steps_to(task: str, seed: int, goal: float) -> dict:
+    """Fewest full-batch steps from the first held-out start to a metric on the search part, over learning rates.
+
+    With the learning rate of the runs too; None for more than `MOST_STEPS`.
+    """
+    hidden, settings = TASKS[task]
+    trainer = ParameterDiTTrainer(**settings)
+    many = Many({"class": "SmallClassifier", "config": {"hidden": hidden}})
+    parts, place = parts_of(Digits(), many), 0 if trainer.init == "shared" else trainer.num_runs - trainer.num_held_out
+    drawn = int(SeedRange(seed, Purpose.TRAIN).generator(place, INIT).integers(2**63))
+    theta_P = many.drawn(1, [drawn])[0]
+
+    def count(kind: str, rate: float) -> int | None:
+        _, way_SP = descend(many, parts, theta_P, kind, rate, MOST_STEPS)
+        there = (many.metrics(way_SP, parts.x[1], parts.labels[1])[trainer.metric] <= goal).nonzero()
+        return int(there[0]) + 1 if len(there) else None
+
+    found = {"sgd_of_the_runs": count("sgd", trainer.run_learning_rate)}
+    for kind, rates in RATES.items():
+        found[kind] = min(filter(None, (count(kind, rate) for rate in rates)), default=None)
+    return found
 
 
 def table(rows: list[dict]) -> dict:
@@ -239,15 +254,14 @@ def table(rows: list[dict]) -> dict:
                 for name in own[0]["rivals"]["report"]
             },
             "steps_to_one_update": {
-                name: [row["rivals"]["steps_to_one_update"][name] for row in own]
-                for name in own[0]["rivals"]["steps_to_one_update"]
+                name: [row["steps_to_one_update"][name] for row in own] for name in own[0]["steps_to_one_update"]
             },
             "cpu_seconds": mean_se([sum(row["cpu_seconds"].values()) for row in own]),
             "memory": {
                 where: {name: mean_se([row["memory"][where][name] for row in own]) for name in numbers}
                 for where, numbers in own[0]["memory"].items()
             },
-            "noise_over_start": mean_se([row["diversity"]["noise"] / row["diversity"]["starts"] for row in own]),
+            "diversity": {name: mean_se([row["diversity"][name] for row in own]) for name in ("noise", "starts")},
         }
     return found
 
@@ -270,6 +284,8 @@ def main() -> None:
             print(name, json.dumps({k: row["held_out"][k] for k in ("r2", "r2_shuffled")}), flush=True)
     if args.to:
         rows = [json.loads(file.read_text()) for file in sorted(args.folder.glob("*.json"))]
+        for row in rows:
+            row["steps_to_one_update"] = steps_to(row["task"], row["seed"], row["one_update"]["after"])
         result = {**circumstances(), "table": table(rows), "pieces": rows}
         args.to.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result["table"], indent=1))

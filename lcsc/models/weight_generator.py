@@ -54,9 +54,9 @@ class WeightGenerator:
 
     @property
     def noise_matters(self) -> float:
-        """Distance between samples of two noises over that between samples of two starts; 0 where not measured."""
+        """Distance between samples of two noises over that between the ends of two runs; 0 where not measured."""
         told = self.measured.get("diversity") or {}
-        return float(told["noise"] / told["starts"]) if told.get("starts") else 0.0
+        return float(told["noise"] / told["runs"]) if told.get("runs") else 0.0
 
     def nearest(self, theta_P: Tensor) -> tuple[str, int, float]:
         """Run and step of the training checkpoint that is nearest once hidden units are matched, and its distance."""

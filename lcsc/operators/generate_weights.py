@@ -65,7 +65,7 @@ class GenerateWeights:
         sampler_steps: of deterministic DDIM in each update.
         post_noise: standard deviation of noise on the result, in those of its weights.
         noise_seed: of the diffusion. Null searches it only where samples of two noises are at least `min_diversity`
-            times as far apart as those of two starts, as measured when the generator was trained; else it is 0.
+            times as far apart as the ends of two runs, as measured when the generator was trained; else it is 0.
         min_diversity: see there.
         combine: further steps of the bank, or `all`, that a combination may add to what is generated: LCSC with the
             generated weights as one checkpoint more. The weights are (1 - sum c) generated + sum c_k checkpoint_k.
@@ -151,8 +151,8 @@ class GenerateWeights:
         lines = [f"the generator has seen {net.metric} from {net.best:.4g} to {net.worst:.4g}"]
         if self.noise_seed is None and told.noise_matters < self.min_diversity:
             lines.append(
-                f"the noise moves its samples {told.noise_matters:.2g} times as far as the start does, so its seed is "
-                "not searched"
+                f"its noise moves samples by {told.noise_matters:.2g} of the distance between two runs' ends, so the "
+                "seed is not searched"
             )
         return lines
 

@@ -196,7 +196,8 @@ class ParameterDiTTrainer:
         net = new_generator(learned, {**self.sizes, "rising": self.rising}, self.metric, self.align, seeds)
         net = fit_generator(net, learned, self.fit_settings, seeds, folder, progress, self.device)
         theta_NP, now_N = held.theta_RKP[:NUM_STARTS, 0], held.metric(self.metric)[:NUM_STARTS, 0]
-        measured: dict[str, Any] = {"diversity": diversity(net, theta_NP, now_N, self.sampler_steps, seeds)}
+        ends_NP = held.theta_RKP[:NUM_STARTS, -1]
+        measured: dict[str, Any] = {"diversity": diversity(net, theta_NP, now_N, ends_NP, self.sampler_steps, seeds)}
         measured["held_out"] = self._contents(held)
         rivals = {}
         if many is not None and parts is not None:

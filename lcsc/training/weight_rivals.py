@@ -79,14 +79,21 @@ def equal_time(
     return found, {"seconds_an_update": update, "sampler_steps": num_steps, "optimizers": told}
 
 
-def diversity(net: ParameterDiT, theta_NP: Tensor, now_N: Tensor, num_steps: int, seeds: SeedRange) -> dict[str, float]:
-    """Mean distance between samples that differ in their noise alone, and between those that differ in their start."""
+def diversity(
+    net: ParameterDiT, theta_NP: Tensor, now_N: Tensor, ends_NP: Tensor, num_steps: int, seeds: SeedRange
+) -> dict[str, float]:
+    """Mean distance between samples that differ in their noise alone, in their start alone, and between true ends.
+
+    Args:
+        theta_NP, now_N: first checkpoints of runs, and their metric.
+        ends_NP: the last ones.
+    """
     goal_N = torch.full_like(now_N, net.best)
     noise_NP = torch.from_numpy(seeds.normal(range(len(theta_NP)), theta_NP.shape[1:], NOISE))
     one_NP = theta_NP[:1].expand_as(theta_NP).contiguous()
     noises = propose(net, one_NP, now_N[:1].expand_as(now_N), goal_N, noise_NP, num_steps)
     starts = propose(net, theta_NP, now_N, goal_N, noise_NP[:1].expand_as(noise_NP), num_steps)
-    return {"noise": _apart(noises), "starts": _apart(starts)}
+    return {"noise": _apart(noises), "starts": _apart(starts), "runs": _apart(ends_NP)}
 
 
 def _apart(theta_NP: Tensor) -> float:
