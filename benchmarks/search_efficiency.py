@@ -21,11 +21,12 @@ EVOLUTION = "lcsc_evolution"
 #: Budget of the paper's search: (trials, images a trial). The issue's size on digits, less where images cost more.
 EVOLUTION_BUDGET = {"digits": (2000, 1000), "mnist16": (2000, 500)}
 GRADIENT_STEPS = (20, 40, 60, 160)
-#: What the descents had before they learned to take few images: pinned, so that their rows stay what they were.
-WHOLE = ["searcher=gradient", "search.num_images_baselines=null", "search.num_finalists=4"]
-#: Small steps: with and without images of earlier steps in the statistics.
+#: The descent of before: all images in the baselines' first look too.
+WHOLE = ["searcher=gradient", "search.num_images_baselines=null"]
+LOOK = ["searcher=gradient", "search.num_images_baselines=80"]
 SMALL = ["searcher=gradient_small", "search.num_images_baselines=60", "search.num_finalists=3"]
-SMALL_STEPS = {"small": (112, 240, 640), "small_forgetful": (112,)}
+#: Descents by name: their overrides and numbers of steps.
+DESCENTS = {"gradient": (WHOLE, GRADIENT_STEPS), "look": (LOOK, (40, 160)), "small": (SMALL, (112, 240))}
 TARGET = 1 / 30
 
 
@@ -37,18 +38,9 @@ def contestants(experiment: str) -> dict[str, list[str]]:
         name: [f"searcher={name}", f"search.num_trials={n}", f"search.num_images={m}", "search.num_finalists=10"]
         for name, (n, m) in black_box.items()
     }
-    for steps in GRADIENT_STEPS:
-        rows[f"gradient_{steps}"] = [*WHOLE, f"search.num_trials={steps}"]
-    for name, all_steps in SMALL_STEPS.items():
-        more = ["searcher.reach=0"] if name == "small_forgetful" else []
-        rows |= {f"{name}_{steps}": [*SMALL, *more, f"search.num_trials={steps}"] for steps in all_steps}
+    for name, (words, all_steps) in DESCENTS.items():
+        rows |= {f"{name}_{steps}": [*words, f"search.num_trials={steps}"] for steps in all_steps}
     return rows
-
-
-def descents() -> dict[str, int]:
-    """Names of the descents and their steps."""
-    whole = {f"gradient_{steps}": steps for steps in GRADIENT_STEPS}
-    return whole | {f"{name}_{steps}": steps for name, all_steps in SMALL_STEPS.items() for steps in all_steps}
 
 
 def reached(rows: dict[int, dict[str, dict]]) -> dict[str, dict]:
@@ -58,13 +50,13 @@ def reached(rows: dict[int, dict[str, dict]]) -> dict[str, dict]:
         if EVOLUTION not in found:
             continue
         wanted, cost = found[EVOLUTION]["value"], found[EVOLUTION]["image_forwards_of_search"]
-        costs = {n: found[n]["image_forwards_of_search"] for n in descents() if n in found}
+        costs = {n: row["image_forwards_of_search"] for n, row in found.items() if n.rpartition("_")[0] in DESCENTS}
         there = [name for name in costs if found[name]["value"] <= wanted]
         best = min(there, key=lambda name: costs[name], default=None)
         table[str(seed)] = {
             "score_to_reach": wanted,
             "contestant": best,
-            "steps": best and descents()[best],
+            "steps": best and int(best.rpartition("_")[2]),
             "image_forwards": best and costs[best],
             "share": best and costs[best] / cost,
             "target_share": TARGET,

@@ -21,9 +21,9 @@ class Budget:
     Args:
         num_trials: proposals scored on the search seeds.
         num_images: images a trial.
-        num_images_baselines: images of a baseline's first look, below `num_images`, which tells whom of each family the
-            second look is worth (`lcsc.search.first_look`); None takes `num_images`. Not with `prefixes`, because a
-            race begins with a full score to beat.
+        num_images_baselines: images of a baseline's first look, which tells whom of each family the second look is
+            worth (`lcsc.search.first_look`). None takes `num_images`, and so does a number that is not below it, and a
+            race, which begins with a full score to beat.
         num_finalists: best trials scored again on the select seeds; of each baseline family as many, but at most 3.
         num_images_select, num_images_report: images of those, and of the final scores.
         prefixes: sizes of a race, increasing and below `num_images`: trials are scored on so many images first and
@@ -63,13 +63,6 @@ class Budget:
                 f"`search.prefixes` is {self.prefixes}; it must increase, from above 0 to below `search.num_images`, "
                 f"which is {self.num_images}."
             )
-        few = self.num_images_baselines
-        if few is not None and (few >= self.num_images or self.prefixes):
-            raise ConfigError(
-                f"`search.num_images_baselines` is {few} with `search.num_images` {self.num_images} and "
-                f"`search.prefixes` {self.prefixes}; it must lie below the first, and races start from full scores. "
-                "Leave it null, or lower it and leave the prefixes out."
-            )
         if not 0 < self.drop_level < 0.5:
             raise ConfigError(f"`search.drop_level` is {self.drop_level}; it must lie between 0 and 0.5.")
         if not 0 <= self.penalty < math.inf:
@@ -79,6 +72,12 @@ class Budget:
         for name, share in (self.guards or {}).items():
             if not isinstance(share, int | float) or not share >= 0:
                 raise ConfigError(f"`search.guards.{name}` is `{share}`; a share is a number of at least 0.")
+
+    @property
+    def first_look(self) -> int | None:
+        """Images of a baseline's first look where it is on fewer than a trial's; None where it is not."""
+        few = self.num_images_baselines
+        return None if few is None or few >= self.num_images or self.prefixes else few
 
 
 def check_budget(objective: Objective, operator: Operator, budget: Budget) -> None:

@@ -73,9 +73,15 @@ def test_the_plan_counts_the_anchor_twice(tmp_path, monkeypatch):
     assert plans[-1] == len(steps)
 
 
-@pytest.mark.parametrize(("few", "more"), [(10, {}), (12, {}), (4, {"prefixes": [3]})])
-def test_what_cannot_be_is_refused(few, more):
-    with pytest.raises(ConfigError, match=f"`search.num_images_baselines` is {few} with `search.num_images` 10"):
-        Budget(5, 10, num_images_baselines=few, **more)
+@pytest.mark.parametrize("more", [{"num_images_baselines": 10}, {"num_images_baselines": 12}, {"prefixes": [3]}])
+def test_where_there_are_no_fewer_images_there_is_one_look(more):
+    assert Budget(5, 10, **LOOK).first_look == 4
+    assert Budget(5, 10, **{**LOOK, **more}).first_look is None
+    assert Budget(5, 10).first_look is None
+
+
+def test_too_few_images_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="`search.num_images_baselines` is 0; it must be at least 1"):
         Budget(num_images_baselines=0)
+    with pytest.raises(ConfigError, match="`search.num_images_baselines` is 1: too few images for `distance`"):
+        search(tmp_path, Scripted(), num_images_baselines=1)
