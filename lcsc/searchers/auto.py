@@ -37,31 +37,13 @@ class _Session:
         return [f"auto chose {self.ran}: {self._why}", *told]
 
 
-SOURCE = "the winner of benchmarks/search_efficiency.py; see docs/choosing_a_searcher.md"
-
-
-@register("searcher", "auto", source=SOURCE)
-@register("searcher", "auto_small", source=SOURCE, step_images=32, reach=1.0)  # for budgets of many small steps
+@register("searcher", "auto", source="the winner of benchmarks/search_efficiency.py; see docs/choosing_a_searcher.md")
 @dataclass(frozen=True)
 class Auto:
-    """The descent of searcher `gradient` where the problem has a derivative, CMA-ES of searcher `cma` where not.
-
-    Args:
-        step_images, reach: of the descent, where images of earlier steps may count; elsewhere it has its defaults.
-    """
-
-    step_images: int | None = None
-    reach: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._descent()
-
-    def _descent(self) -> Gradient:
-        return Gradient(step_images=self.step_images, reach=self.reach)
+    """The descent of searcher `gradient` where the problem has a derivative, CMA-ES of searcher `cma` where not."""
 
     def start(self, task: Task) -> Session:
         """Begin at the best start; see `Searcher.start`."""
         if task.no_gradient is None:
-            descent = self._descent() if task.no_memory is None else Gradient()
-            return _Session("gradient", "the problem has a derivative", descent.start(task))
+            return _Session("gradient", "the problem has a derivative", Gradient().start(task))
         return _Session("cma", task.no_gradient, Nevergrad("CMA", warm_start=False).start(task))

@@ -164,15 +164,13 @@ def test_values_with_images_in_common_are_not_for_hybrid():
         build("searcher", "gradient", reach=0.5, noise="rotating")
 
 
-def test_auto_takes_small_steps_where_images_may_be_weighed():
-    task = Task(SearchSpace((Box("z", 4),)), 9, 0, no_gradient=None, no_memory=None)
-    assert build("searcher", "auto_small").start(task).ask().num_images == 32
-    assert build("searcher", "auto").start(task).ask().num_images is None
-    kernel = Task(SearchSpace((Box("z", 4),)), 9, 0, no_gradient=None, no_memory="metric `kid` weighs all alike")
-    assert build("searcher", "auto_small").start(kernel).ask().num_images is None
+def test_small_steps_need_images_that_may_be_weighed_and_enough_of_them():
+    space = SearchSpace((Box("z", 4),))
+    small = build("searcher", "gradient_small")
+    assert small.start(Task(space, 9, 0, no_gradient=None, no_memory=None)).ask().num_images == 32
+    kernel = Task(space, 9, 0, no_gradient=None, no_memory="metric `kid` weighs all alike")
     with pytest.raises(ConfigError, match=r"`searcher.reach` is 1.0, but metric `kid` weighs all alike. Set it to 0"):
-        build("searcher", "gradient_small").start(kernel)
+        small.start(kernel)
+    assert build("searcher", "gradient_small", reach=0.0).start(kernel).ask().num_images == 32
     with pytest.raises(ConfigError, match=r"`searcher.step_images` is 32: too few images for this objective"):
-        build("searcher", "gradient_small").start(Task(task.space, 9, 0, (), None, min_images=40, no_memory=None))
-    with pytest.raises(ConfigError, match=r"`searcher.reach` is -1.0"):
-        build("searcher", "auto", reach=-1.0)
+        small.start(Task(space, 9, 0, (), None, min_images=40, no_memory=None))

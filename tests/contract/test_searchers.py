@@ -12,7 +12,7 @@ from lcsc.searchers.base import Start, Task
 
 NAMES = sorted({*discover("searcher")} - {"additive"})  # chooses within a budget, for which see test_additive.py
 SETTINGS = {"hybrid": {"most": 0.2}}  # so that both of its parts have their say
-DRAW_NOTHING = ("auto", "auto_small", "gradient", "gradient_small", "ladder", "lbfgs")  # where there is a derivative
+DRAW_NOTHING = ("auto", "gradient", "gradient_small", "ladder", "lbfgs")  # where there is a derivative
 FREE = SearchSpace((Box("z", 8, scale=0.5),))
 BOXED = SearchSpace((Box("z", 3, -1.0, 2.0),))
 TARGET = np.linspace(-0.4, 0.6, 8)
