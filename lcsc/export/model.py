@@ -20,6 +20,7 @@ from lcsc.core.space import Point
 from lcsc.export.card import model_card
 from lcsc.export.folder import bank_config
 from lcsc.export.lora import write_candidate
+from lcsc.export.transform import transform_model
 from lcsc.export.weights import read_weights, write_weights
 from lcsc.models.flat import distinct_tensors
 from lcsc.models.network import NETWORKS, load_network
@@ -96,6 +97,50 @@ def export_model(
         text = model_card(info, recipe, report, sentence, candidate.adapter and candidate.adapter.library)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return value
+
+
+def export_in_dtypes(
+    *,
+    bank: CheckpointBank,
+    operator: Operator,
+    objective: Objective,
+    seed: int,
+    point: Point,
+    expected: Mapping[str, Any],
+    info: Mapping[str, Any],
+    to: Path,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> float:
+    """Write a model that an operator made of one checkpoint, every tensor in the checkpoint's dtype, layer by layer.
+
+    The search scored it with float32 weights, so the folder may score a little differently; nothing is refused for it.
+
+    Args:
+        bank, operator, objective, seed, point, expected, info, to, max_shard_size: as for `export_model`.
+
+    Returns:
+        The score of the folder that was written.
+
+    Raises:
+        ConfigError: the operator combines checkpoints.
+        OutputExistsError: `to` exists.
+        EvaluationError: the folder cannot be scored.
+    """
+    if not isinstance(operator, Transforms):
+        raise ConfigError(
+            "`dtype` is `same`, but the winner combines checkpoints, which is scored and exported as float32. "
+            "Leave `dtype` out, or write the coefficients with `lcsc combine ... dtype=same`."
+        )
+    own = {box.name: point[box.name] for box in operator.space(bank).boxes}
+    score = {key: expected[key] for key in ("value", "se", "num_images")}
+    said = {"run_id": info["run_id"], "evaluator": info["fingerprints"]["evaluator"], "score": score}
+    command = f"lcsc export run=... to={to.name} dtype=same"
+    transform_model(bank, operator, to, point=own, said=said, max_shard_size=max_shard_size, command=command)
+    with bank.on_cpu():
+        candidate = operator.apply(bank, point)
+        loaded = _named_as(candidate.weights(), load_network(to))
+    again = _candidate_of(candidate, loaded)
+    return objective(again, seed=seed, purpose=Purpose.REPORT, images=range(expected["num_images"])).value
 
 
 def _check_plain(format: str, max_shard_size: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lcsc.bank.shard_index import open_regular, read_range
 from lcsc.bank.storage import as_tensor
 from lcsc.core.errors import BankError, ConfigError, NonFiniteError
 from lcsc.core.files import new_directory, writing
+from lcsc.core.space import Point
 from lcsc.export.folder import (
     NOT_SETTINGS,
     RECIPE_KEY,
@@ -61,11 +63,13 @@ def transform_model(
     operator: Transforms,
     to: Path,
     *,
+    point: Point | None = None,
+    said: Mapping[str, Any] = MappingProxyType({}),
     max_shard_size: str = "5GB",
     command: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Transformed:
-    """Write what `operator` makes of one checkpoint, by its settings alone, to the new folder `to`.
+    """Write what `operator` makes of one checkpoint to the new folder `to`.
 
     Every tensor keeps its dtype, also those that are remade. What is copied keeps its bits.
 
@@ -73,6 +77,8 @@ def transform_model(
         bank: opened with `storage="streamed"`.
         operator: see `lcsc.operators.surgery.Transforms`.
         to: a path that does not exist, outside the bank's folder.
+        point: of the operator's space, as a search found it; None takes the settings alone.
+        said: plain values for the recipe, such as the score of the search.
         max_shard_size: size above which several files and an index are written.
         command: the line that asked for it, for the model card.
         progress: called with bytes written and bytes in all.
@@ -83,11 +89,11 @@ def transform_model(
         OutputExistsError: `to` exists.
     """
     max_shard_bytes = parse_size(max_shard_size)
-    plan = operator.plan(bank)
+    plan = operator.plan(bank, point)
     if plan.row != bank.num_checkpoints - 1:
         bank = CheckpointBank.open(bank.path, **_only(bank, plan.row))
-        plan = (plan.settled or operator).plan(bank)  # type: ignore[attr-defined]
-    plan = replace(plan, recipe={**plan.recipe, **told(operator, None, plan)})
+        plan = (plan.settled or operator).plan(bank, point)  # type: ignore[attr-defined]
+    plan = replace(plan, recipe={**plan.recipe, **told(operator, point, plan), **said})
     model = planned_model(bank, plan)
     check_target(bank, to, sum(spec.nbytes for spec in model.specs))
     files = plan_files(model.specs, model.stem, max_shard_bytes)
@@ -249,7 +255,7 @@ def _companions(bank: CheckpointBank, plan: Plan, folder: Path) -> tuple[str, ..
 
 
 def transform_card(name: str, recipe: Mapping[str, Any], library: str, command: str) -> str:
-    """README.md: what was made of what; no scores, because nothing was scored."""
+    """README.md: what was made of what, and the score of the search that chose it, where there was one."""
     return "\n".join(_card_lines(name, recipe, library, command))
 
 
@@ -257,7 +263,7 @@ def _card_lines(name: str, recipe: Mapping[str, Any], library: str, command: str
     (parent,) = recipe["parents"]
     yield from ("---", f"library_name: {library}", "tags:", "- lcsc", f"- {recipe['operator']}", "---")
     yield from (f"# {plain_text(name)}: one checkpoint after `{recipe['operator']}` by lcsc", "")
-    yield from ("Nothing was trained or scored. Tensors keep their dtypes.", "", *_use(recipe))
+    yield from (_scored(recipe), "", *_use(recipe))
     yield from ("| setting | value |", "|---|---|")
     yield from (f"| {key} | {plain_text(value)} |" for key, value in recipe.items() if key not in NOT_SETTINGS)
     files = ", ".join(f"`{plain_text(file)}`" for file in parent["files"])
@@ -268,6 +274,18 @@ def _card_lines(name: str, recipe: Mapping[str, Any], library: str, command: str
     yield from ("## How it was made", "", f"    {command or 'lcsc.export.transform.transform_model(...)'}", "")
     yield f"lcsc {recipe['lcsc_version']}, Python {platform.python_version()}, torch {torch.__version__}. The weight"
     yield from ("files carry the full recipe in their headers.", "")
+
+
+def _scored(recipe: Mapping[str, Any]) -> str:
+    """What is known of how good it is."""
+    if "score" not in recipe:
+        return "Nothing was trained or scored. Tensors keep their dtypes."
+    value, se = recipe["score"]["value"], recipe["score"]["se"]
+    error = "" if se is None else f" ± {se:.4g}"
+    return (
+        f"Chosen by the search `{plain_text(recipe['run_id'])}`, where it scored {value:.6g}{error} with float32 "
+        "weights. Tensors keep the checkpoint's dtypes here."
+    )
 
 
 def _use(recipe: Mapping[str, Any]) -> list[str]:

@@ -18,32 +18,12 @@ from lcsc.metrics.base import (
     require_same_width,
     require_samples,
 )
+from lcsc.metrics.features import FeatureState
 
 SOURCE = "arXiv:1801.01401, Sec. 4; the whole U-statistic instead of random subsets"
 
 #: Rows of the kernel matrix held at a time: bounds the memory at 1024 x N x 8 bytes.
 CHUNK_ROWS = 1024
-
-
-@dataclass(frozen=True, eq=False)
-class KernelState:
-    """The features themselves, float64, in the chunks they came in, each of shape (n, D)."""
-
-    chunks: tuple[Tensor, ...]
-
-    @property
-    def count(self) -> int:
-        """Number of images."""
-        return sum(chunk.shape[0] for chunk in self.chunks)
-
-    @property
-    def width(self) -> int | None:
-        """D; None before the first image."""
-        return self.chunks[0].shape[1] if self.chunks else None
-
-    def features(self) -> Tensor:
-        """All features, shape (N, D)."""
-        return torch.cat(self.chunks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,24 +49,24 @@ class KernelDistance(FeatureMetric):
 
     family: ClassVar[str] = "kid"
 
-    def zeros(self) -> KernelState:
+    def zeros(self) -> FeatureState:
         """The state of no images."""
-        return KernelState(())
+        return FeatureState(())
 
-    def update(self, state: KernelState, features_ND: Tensor) -> KernelState:
+    def update(self, state: FeatureState, features_ND: Tensor) -> FeatureState:
         """The state with N more images.
 
         Raises:
             EvaluationError: features that are not (N, D) with the D seen before, or NaN or Inf among them.
         """
-        return KernelState((*state.chunks, checked_features(features_ND, state.width)))
+        return FeatureState((*state.chunks, checked_features(features_ND, state.width)))
 
-    def merge(self, a: KernelState, b: KernelState) -> KernelState:
+    def merge(self, a: FeatureState, b: FeatureState) -> FeatureState:
         """The state of both sets together: the lists join."""
         require_same_width(a.width, b.width)
-        return KernelState(a.chunks + b.chunks)
+        return FeatureState(a.chunks + b.chunks)
 
-    def reference(self, state: KernelState) -> KernelReference:
+    def reference(self, state: FeatureState) -> KernelReference:
         """Reference features and the part of the score that depends on them alone.
 
         Raises:
@@ -96,7 +76,7 @@ class KernelDistance(FeatureMetric):
         features_ND = state.features()
         return KernelReference(features_ND, _mean_of_pairs(features_ND))
 
-    def compute(self, state: KernelState, reference: KernelReference) -> float:
+    def compute(self, state: FeatureState, reference: KernelReference) -> float:
         """MMD_u^2 of arXiv:1801.01401, Eq. 4: mean k(x,x') + mean k(y,y') - 2 mean k(x,y), x != x', y != y'.
 
         Raises:
@@ -110,7 +90,7 @@ class KernelDistance(FeatureMetric):
         return require_finite_score(self.name, float(_mean_of_pairs(x_ND) + reference.mean_kernel - 2 * cross))
 
     def compute_resampled(
-        self, states: Sequence[KernelState], reference: KernelReference, counts_RB: Any
+        self, states: Sequence[FeatureState], reference: KernelReference, counts_RB: Any
     ) -> list[float]:
         """`compute` of each resample, where resample r holds block b `counts_RB[r, b]` times.
 
@@ -129,7 +109,7 @@ class KernelDistance(FeatureMetric):
         cross_R = counts @ cross_B / (num_R * len(reference.features_ND))
         return (pairs_R + reference.mean_kernel - 2 * cross_R).tolist()
 
-    def gradient(self, state: KernelState, reference: KernelReference) -> Callable[[Tensor], Tensor]:
+    def gradient(self, state: FeatureState, reference: KernelReference) -> Callable[[Tensor], Tensor]:
         """The exact derivative by the features.
 
         With k'(x, y) = 3 (x.y/D + 1)^2 y / D, it is 2 sum_j k'(x_i, x_j) / (n (n - 1)) over the other images, less

@@ -17,6 +17,7 @@ from lcsc.metrics.base import (
     require_same_width,
     require_samples,
 )
+from lcsc.metrics.features import FeatureState
 
 SOURCE = "arXiv:1904.06991, Eqs. 1 and 2, with k = 3"
 
@@ -26,27 +27,6 @@ NUM_NEIGHBOURS = 3
 CHUNK_ROWS = 1024
 #: Squared distances below this share of the squared lengths are rounding: the points are equal.
 ROUNDING = 1e-13
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureState:
-    """The features themselves, float32, in the chunks they came in, each of shape (n, D)."""
-
-    chunks: tuple[Tensor, ...]
-
-    @property
-    def count(self) -> int:
-        """Number of images."""
-        return sum(chunk.shape[0] for chunk in self.chunks)
-
-    @property
-    def width(self) -> int | None:
-        """D; None before the first image."""
-        return self.chunks[0].shape[1] if self.chunks else None
-
-    def features(self) -> Tensor:
-        """All features, shape (N, D)."""
-        return torch.cat(self.chunks)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,21 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lcsc.core.errors import ConfigError
 from lcsc.samplers.base import Level
-
-
-def check_karras(name: str, num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> None:
-    """Raise `ConfigError` unless the sampler `name` has a usable EDM schedule."""
-    if num_steps < 1:
-        raise ConfigError(f"sampler `{name}` has `num_steps` {num_steps}; it needs at least 1. 5 is usual here.")
-    if not 0 < sigma_min < sigma_max:
-        raise ConfigError(
-            f"sampler `{name}` has `sigma_min` {sigma_min} and `sigma_max` {sigma_max}; they must satisfy "
-            "0 < sigma_min < sigma_max. 0.002 and 80 are usual."
-        )
-    if not rho > 0:
-        raise ConfigError(f"sampler `{name}` has `rho` {rho}; it must be above 0. 7 is usual.")
 
 
 def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:

@@ -28,6 +28,7 @@ from lcsc.search.plan import NUM_MEMBERS, best_members, num_looks, num_steps
 from lcsc.search.problem import Problem
 from lcsc.search.progress import Progress
 from lcsc.search.retry import retry_from
+from lcsc.search.rows import numbers
 from lcsc.search.steps import Step, Steps, unchanged
 from lcsc.search.trials import Ground, Trials, heard
 from lcsc.searchers.base import Accountable, Proposal, Session, Start, ran
@@ -87,7 +88,7 @@ class Search:
         baselines = self._baselines()
         self.progress.expect(self.num_steps(baselines))
         starts = tuple(
-            Start(np.array(record["vector"]), record["value"], record["label"], record["family"])
+            Start(np.array(record["vector"]), record["value"], record["label"], record["family"], numbers(record))
             for record in sorted((b for b in baselines if b["value"] is not None), key=lambda record: record["value"])
         )
         penalty = self._penalty(starts)
@@ -133,7 +134,7 @@ class Search:
         """Score the operator's baselines, with the objective's own boxes idle or as they are in `own`."""
         records, budget = [], self.problem.budget
         idle = {**self.space.to_point(np.zeros(self.space.size)), **(own or {})}
-        call = "full" if budget.prefixes else "score"
+        call = "full" if budget.race else "score"
 
         def key(baseline: Baseline) -> dict[str, Any]:
             vector = self.space.to_vector({**idle, **baseline.point}).tolist()
@@ -171,7 +172,7 @@ class Search:
     ) -> list[Record]:
         worst = max((start.value for start in starts), default=None)
         best = (tuple(starts[0].vector.tolist()), starts[0].value) if starts else None
-        ground = Ground(floor, penalty, worst, best if self.problem.budget.prefixes else None)
+        ground = Ground(floor, penalty, worst, best if self.problem.budget.race else None)
         trials = Trials(self.problem, session, self.steps, ground, self.say_fitting)
         records = trials.run()
         self.saved = trials.saved

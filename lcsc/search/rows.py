@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 #: What a record says of its step; a row must not say it otherwise.
 _OWN = ("seq", "kind", "uid", "vector", "label", "family", "who", "block", "asked", "penalty", "vetoed", "inherited")
 
+#: Numbers of a record that say nothing of the candidate.
+_PLAIN = (*_OWN, "value", "se", "images", "num_images", "seconds")
+
 
 def checked(row: Any, job: Job | None = None) -> Row:
     """The row, or that of a failure that says what is wrong with it.
@@ -34,6 +37,11 @@ def is_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
+
+
+def numbers(record: Row) -> dict[str, float]:
+    """What a record tells of its candidate and its cost in numbers, by name."""
+    return {name: float(value) for name, value in record.items() if name not in _PLAIN and is_number(value)}
 
 
 def _flaw(row: Any) -> str | None:

@@ -22,8 +22,9 @@ from lcsc.search.penalty import Penalty
 from lcsc.search.problem import Problem
 from lcsc.search.racing import Incumbent
 from lcsc.search.retry import WINDOW
+from lcsc.search.rows import numbers
 from lcsc.search.steps import Steps
-from lcsc.searchers.base import Proposal, Session, width_of
+from lcsc.searchers.base import Proposal, Session, Weighing, width_of
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Trials:
         if block is not None:
             purpose, images = Purpose.FRESH, (block * num, (block + 1) * num)
         common = block is None and num == budget.num_images
-        raced = bool(budget.prefixes) and common and not proposal.gradient
+        raced = bool(budget.race) and common and not proposal.gradient
         self._say_unraced(raced)
         self._say(proposal)
         call = "race" if raced else "slope" if proposal.gradient else "score"
@@ -182,14 +183,16 @@ class Trials:
             gradient = None if record.get("gradient") is None else np.array(record["gradient"])
             if gradient is not None and self._penalty:
                 gradient = gradient + self._penalty.slope(np.array(record["vector"]))
+            if isinstance(self._session, Weighing):
+                self._session.weigh(record["uid"], None if told is None else numbers(record).get(self._session.second))
             self._session.tell(record["uid"], self._worst if told is None else told, gradient)
         failed = [trial for trial in self._failed if trial is not None]
         if len(self._failed) == WINDOW and len(failed) > WINDOW // 2:
             raise EvaluationError(pause_text(failed))
 
     def _say_unraced(self, raced: bool) -> None:
-        """Once, that `search.prefixes` is not for proposals on noise of their own or with a derivative."""
-        if self._problem.budget.prefixes and not raced and not self._told_unraced:
+        """Once, that a race is not for proposals on noise of their own or with a derivative."""
+        if self._problem.budget.race and not raced and not self._told_unraced:
             self._steps.progress.note("note: the searcher's gradients and trials on noise of their own are not raced")
             self._told_unraced = True
 

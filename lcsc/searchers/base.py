@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -49,12 +50,13 @@ class Proposal:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A point that was scored before the search: a baseline, and the family it is the member of."""
+    """A point that was scored before the search: a baseline, the family it is the member of, and what else it tells."""
 
     vector: np.ndarray
     value: float
     label: str
     family: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +135,17 @@ class Session(Protocol):
 
         None leaves it to the caller, who takes the trials with the best values.
         """
+        ...
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """What a session offers beside `Session` when it weighs the value against a second number of the records."""
+
+    second: str
+
+    def weigh(self, uid: int, number: float | None) -> None:
+        """The number called `second` of proposal `uid`, before its value is told; None where the proposal failed."""
         ...
 
 

@@ -127,6 +127,12 @@ class NevergradSession:
             candidate = self._optimizer.ask()
         self._tell(candidate, value)
 
+    def hear_corner(self, losses: np.ndarray) -> None:
+        """Where volumes are measured from, shape (number of losses,), for an optimizer that is told several."""
+        import nevergrad as ng
+
+        self._optimizer.tell(ng.p.MultiobjectiveReference(), losses.tolist())
+
     def suggest(self, vector: np.ndarray) -> None:
         """Make a vector inside the bounds, shape (size,), the next proposal."""
         self._optimizer.suggest(vector / self._scale)
@@ -286,7 +292,7 @@ class Nevergrad:
 
     def check(self, task: Task) -> None:
         """Raise ConfigError where `start` would; an optimizer that we do not vouch for is rehearsed."""
-        recipe = self._recipe(task)
+        recipe = self.recipe(task)
         if self.optimizer in VOUCHED:
             return
         path = [place or os.getcwd() for place in sys.path]
@@ -298,9 +304,14 @@ class Nevergrad:
 
     def session(self, task: Task) -> NevergradSession:
         """As `start`, without a rehearsal."""
-        return self._recipe(task).session(task.space.scale)
+        return self.recipe(task).session(task.space.scale)
 
-    def _recipe(self, task: Task) -> Recipe:
+    def recipe(self, task: Task) -> Recipe:
+        """What the optimizer of a task is made of.
+
+        Raises:
+            ConfigError: nothing to search, no such optimizer, or bounds on some boxes only.
+        """
         import nevergrad as ng
 
         space, begin = task.space, task.begin()

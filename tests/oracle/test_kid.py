@@ -10,7 +10,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from lcsc.core.errors import EvaluationError
 from lcsc.core.registry import build
 from lcsc.metrics import kid
-from lcsc.metrics.kid import KernelDistance, KernelState
+from lcsc.metrics.features import FeatureState
+from lcsc.metrics.kid import KernelDistance
 
 METRIC = KernelDistance(detector="pixels")
 
@@ -30,7 +31,7 @@ def features_of(seed: int, num: int, dim: int = 16, shift: float = 0.0) -> torch
     )
 
 
-def state_of(features_ND: torch.Tensor) -> KernelState:
+def state_of(features_ND: torch.Tensor) -> FeatureState:
     return METRIC.update(METRIC.zeros(), features_ND)
 
 

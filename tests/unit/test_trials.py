@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,9 +52,18 @@ class Disorderly(Closing):
         return [Result("nobody's", {"value": 0.0}, 1.0), self._old[self._rng.integers(len(self._old))], result]
 
 
+class Sized(Line):
+    """Candidates that tell a second number: what is far from the origin is cheap."""
+
+    def apply(self, bank, point):
+        cost = 100 - float(np.abs(point["x"]).sum())
+        return SimpleNamespace(x=np.asarray(point["x"]), recipe={"operator": "line", "cache_bytes_per_token": cost})
+
+
 def problem(searcher="cma", num_trials=24, **budget):
     budget = {"num_finalists": 3, "num_images_select": 20, "num_images_report": 30, **budget}
-    return Problem(None, Line(), build("searcher", searcher), Scripted(), Budget(num_trials, 10, **budget), 0)
+    operator = Sized() if searcher == "pareto" else Line()
+    return Problem(None, operator, build("searcher", searcher), Scripted(), Budget(num_trials, 10, **budget), 0)
 
 
 def run(folder, task, crew=None):
@@ -81,7 +91,7 @@ def test_batches_give_one_journal_whoever_works(tmp_path, searcher, slots):
     assert asked == [min(5 * (uid // 5 + 1), 24) for uid in range(24)]
 
 
-@pytest.mark.parametrize("searcher", ["cma", "pso", "lcsc_evolution"])
+@pytest.mark.parametrize("searcher", ["cma", "pso", "lcsc_evolution", "pareto"])
 def test_a_search_without_batches_goes_on_from_its_journal_with_other_workers(tmp_path, searcher):
     task = problem(searcher)
     # 3 baselines, then 24 trials; what is stopped has results that came in disorder, and open proposals
@@ -96,6 +106,19 @@ def test_a_search_without_batches_goes_on_from_its_journal_with_other_workers(tm
     whole = (tmp_path / "run" / "journal.jsonl").read_bytes()
     assert run(tmp_path / "run", task, Disorderly(task, 1, 0, stop_after=0)) == (outcome, records)  # all replayed
     assert (tmp_path / "run" / "journal.jsonl").read_bytes() == whole
+
+
+def test_a_searcher_that_weighs_hears_the_second_number_of_each_record(tmp_path):
+    task = problem("pareto")
+    outcome, records = run(tmp_path / "run", task)
+    chosen = [record for record in records if record["kind"] == "select" and record["label"].startswith("trial")]
+    front = {t["cache_bytes_per_token"]: t["value"] for t in trials(records)}
+    kept = [(cost, value) for cost, value in front.items() if all(c > cost or v >= value for c, v in front.items())]
+    assert {record["cache_bytes_per_token"] for record in chosen} <= {cost for cost, _ in kept}
+    assert len(chosen) == min(3, len(kept))
+    account = next(record for record in records if record["kind"] == "account")
+    assert f"nothing beats {len(kept)} of 24 trials in both numbers" in account["lines"][0]
+    assert outcome.winner["value"] == min(record["value"] for record in records if record["kind"] == "select")
 
 
 def test_every_cut_of_a_disorderly_journal_is_continued(tmp_path):
