@@ -85,16 +85,16 @@ class Budget:
                 raise ConfigError(f"`search.guards.{name}` is `{share}`; a share is a number of at least 0.")
 
     @property
-    def first_look(self) -> int | None:
-        """Images of a baseline's first look where it is on fewer than a trial's; None where it is not."""
-        few = self.num_images_baselines
-        return None if few is None or few >= self.num_images or self.race else few
-
-    @property
     def race(self) -> str:
         """The setting that makes trials race and its value, for messages; empty where they do not."""
         given = [f"`search.{name}` {rungs}" for name in ("prefixes", "race_steps") if (rungs := getattr(self, name))]
         return "".join(given)
+
+    @property
+    def first_look(self) -> int | None:
+        """Images of a baseline's first look where it is on fewer than a trial's; None where it is not."""
+        few = self.num_images_baselines
+        return None if few is None or few >= self.num_images or self.race else few
 
 
 def check_budget(objective: Objective, operator: Operator, budget: Budget) -> None:
