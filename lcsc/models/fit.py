@@ -9,7 +9,7 @@ import contextlib
 import math
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,11 @@ class Fit:
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
             warnings.filterwarnings("ignore", message="Version v4.12.0 introduces")  # of encoder-decoders, at each step
             trainer = Trainer(
-                net, self.arguments(folder, windows.seed), train_dataset=windows, callbacks=list(callbacks)
+                net,
+                self.arguments(folder, windows.seed),
+                data_collator=windows.collate,
+                train_dataset=windows,
+                callbacks=list(callbacks),
             )
             trainer.remove_callback(PrinterCallback)
             trainer.save_model = lambda to, **_: _save(net, Path(to))  # type: ignore[method-assign]
@@ -176,11 +180,15 @@ def _save(net: nn.Module, folder: Path) -> None:
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """The windows of a training in their order; a step's are neighbours, and each is drawn by (seed, i) alone.
 
+    `collate` makes one input of those of a step; None stacks them.
+
     Args:
         stretches_SL: the training text.
         fit: how many there are and how long; whatever has its three fields.
         seeds: what they are drawn by.
     """
+
+    collate: Callable[[list[Any]], Any] | None = None
 
     def __init__(self, stretches_SL: Tensor, fit: Any, seeds: SeedRange) -> None:
         self._stretches_SL, self._length, self._seeds = stretches_SL, fit.block_length, seeds

@@ -24,6 +24,8 @@ from lcsc.recycling.composite import SHARED, STOCK
 NETWORKS: dict[str, str] = {
     "GaussianDenoiser": "lcsc.models.gaussian",
     "MixtureViT": "lcsc.models.vit_mixture",
+    "ParameterDiT": "lcsc.models.parameter_dit",
+    "SmallClassifier": "lcsc.models.small_classifier",
     "UNet2DModel": "diffusers",
     "UNet2DConditionModel": "diffusers",
     "UVit2DModel": "diffusers",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lcsc.models.causal_lm import quiet
 from lcsc.models.fit import Windows
-from lcsc.models.sampling import own_settings_aside
+from lcsc.models.generation import own_settings_aside
 
 #: label of a token that no loss is of
 IGNORED = -100

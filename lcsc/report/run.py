@@ -123,6 +123,11 @@ class Run:
         return said + dropped_note(self._records("trial"))
 
     @property
+    def reports(self) -> tuple[Record, ...]:
+        """Records of the final scores, the winner's and the tuned baselines'."""
+        return tuple(self._records("report"))
+
+    @property
     def vetoed(self) -> tuple[Record, ...]:
         """The finalists that a guard kept from winning, with the reason under `vetoed`."""
         return tuple(record for record in self._records("select") if record.get("vetoed"))

@@ -31,6 +31,9 @@ class CausalLM(LanguageTrainer):
         max_grad_norm: larger gradients are scaled down to it.
         mixed_precision: `no`, or `bf16` for matrix products in bfloat16; weights and optimizer stay float32.
         start: folder of a network whose weights are the first; None draws them. A new bank goes on from there.
+        gradient_norms: whether each checkpoint's folder gets the norms of its layers' gradients
+            (`lcsc.recycling.stages.NORMS`), which operator=neighbor_recovery weighs stages by.
+        codec: `no`, or how the bank is coded: `lossless`, or `lossy`, where the bank holds nearly what was trained.
     """
 
     name: ClassVar[str] = "causal_lm"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import nn
 
 from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.core.seeds import SeedRange
-from lcsc.datasets.base import TextDataset
+from lcsc.datasets.base import TextDataset, TextPart
 from lcsc.models.causal_lm import MASKED_LMS
 from lcsc.models.fit import Windows
 from lcsc.models.masked import MaskedWindows
@@ -37,6 +37,8 @@ class MaskedLM(LanguageTrainer):
         max_grad_norm: larger gradients are scaled down to it.
         mixed_precision: `no`, or `bf16` for matrix products in bfloat16; weights and optimizer stay float32.
         start: folder of a network whose weights are the first; None draws them. A new bank goes on from there.
+        gradient_norms: as in `causal_lm`; refused for networks whose layers cannot be told apart.
+        codec: `no`, or how the bank is coded: `lossless`, or `lossy`, where the bank holds nearly what was trained.
         mask_probability: share of the tokens that is chosen.
         mask_token: what hides a token, a number that the text does not have; a text of bytes has no 3.
     """
@@ -52,13 +54,13 @@ class MaskedLM(LanguageTrainer):
         if not 0 < self.mask_probability <= 1:
             raise ConfigError(f"`trainer.mask_probability` is {self.mask_probability}; it must be in (0, 1].")
 
-    def windows(self, dataset: TextDataset, stretches_SL: Tensor, seeds: SeedRange) -> Windows:
+    def windows(self, net: nn.Module, dataset: TextDataset, seeds: SeedRange) -> Windows:
         """See `LanguageTrainer.windows`.
 
         Raises:
             ConfigError: `mask_token` is no token, or one that the text has.
         """
-        num = dataset.vocab_size
+        num, stretches_SL = dataset.vocab_size, dataset.tokens(TextPart.TRAIN)
         if not 0 <= self.mask_token < num or bool((stretches_SL == self.mask_token).any()):
             raise ConfigError(
                 f"`trainer.mask_token` is {self.mask_token}; it must be a token from 0 to {num - 1} that the text does "
