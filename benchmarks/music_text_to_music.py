@@ -130,7 +130,7 @@ class Work:
         swapped = zip(self.report, unrelated(self.report), strict=True)
         shuffled = [Pair(other.text, pair.tune, pair.group) for pair, other in swapped]
         other_N = mean_losses(net, shuffled)
-        tunes = self.tunes_of(net, seed, asked)
+        tunes = tunes_of(net, seed, asked, self.args.max_tokens)
         real, others = [pair.tune for pair in asked], [pair.tune for pair in unrelated(asked)]
         training = [pair.tune for pair in self.data.pairs(TextPart.TRAIN)]
         checkers = ["lcsc", *([CHECKER] if abc2midi_version() else [])]
@@ -145,17 +145,6 @@ class Work:
             "ended": sum(map(bool, tunes)) / len(tunes),
             "tunes": tunes,
         }
-
-    def tunes_of(self, net: torch.nn.Module, seed: int, asked: tuple[Pair, ...]) -> list[str]:
-        """A tune for each text, empty where it has no end."""
-        seeds, out = SeedRange(seed, Purpose.REPORT), []
-        for start in range(0, len(asked), 64):
-            some = range(start, min(start + 64, len(asked)))
-            prompts = [prompt_tokens(asked[i].text) for i in some]
-            rngs = [seeds.generator(i, SAMPLE) for i in some]
-            found = sample(net, prompts, rngs, end=END, pad=PAD, max_tokens=self.args.max_tokens)
-            out += [decode(tokens) if tokens[-1:] == [END] else "" for tokens in found]
-        return out
 
     def search(self, at: Path, seed: int, arm: str) -> None:
         """LCSC on the checkpoints of an arm, and its winner's losses pair by pair."""
@@ -197,6 +186,18 @@ def combined(bank: CheckpointBank, coef_K: np.ndarray) -> torch.nn.Module:
     live = LiveModel(bank.arch, bank.layout, bank.constants, torch.device("cpu"))
     live.fill(Linear().apply(bank, Linear().point(bank, coef_K)).write)
     return live.net
+
+
+def tunes_of(net: torch.nn.Module, seed: int, asked: tuple[Pair, ...], most: int) -> list[str]:
+    """A tune for each text, empty where it has no end."""
+    seeds, out = SeedRange(seed, Purpose.REPORT), []
+    for start in range(0, len(asked), 64):
+        some = range(start, min(start + 64, len(asked)))
+        prompts = [prompt_tokens(asked[i].text) for i in some]
+        rngs = [seeds.generator(i, SAMPLE) for i in some]
+        found = sample(net, prompts, rngs, end=END, pad=PAD, max_tokens=most)
+        out += [decode(tokens) if tokens[-1:] == [END] else "" for tokens in found]
+    return out
 
 
 @torch.no_grad()
