@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lcsc.core.errors import ConfigError
 from lcsc.models.causal_lm import quiet
+from lcsc.models.generation import own_settings_aside
 from lcsc.models.pairs import is_composite
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def sample(
             how.decoder_start_token_id = inputs["decoder_input_ids"][0, 0].item()
         drawn = _drawn([rngs[row] for row in rows])
         processors = LogitsProcessorList([TopPLogitsWarper(top_p), TemperatureLogitsWarper(temperature), drawn])
-        with quiet(), _own_settings_aside(net):
+        with quiet(), own_settings_aside(net):
             found_NT = net.generate(**inputs, generation_config=how, logits_processor=processors)  # type: ignore
         for row, text in zip(rows, found_NT[:, width:].tolist(), strict=True):
             texts[row] = text[: text.index(end) + 1] if end in text else text
@@ -133,18 +133,6 @@ def _room(most: int | None, width: int, what: str, least: int = 1) -> int:
             "network with more `max_position_embeddings`."
         )
     return ENDLESS if most is None else most - width
-
-
-@contextlib.contextmanager
-def _own_settings_aside(net: nn.Module) -> Iterator[None]:
-    """Without what a network's folder says of beams, penalties or words to avoid: the draws are what was asked for."""
-    from transformers import GenerationConfig
-
-    own, net.generation_config = net.generation_config, GenerationConfig()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        net.generation_config = own
 
 
 def _drawn(rngs: Sequence[np.random.Generator]) -> LogitsProcessor:

@@ -65,14 +65,20 @@ class UptrainedLoss(Uptraining, LanguageModeling):
     def _others(
         self, live: LiveModel, purpose: Purpose, rows_N: np.ndarray, value: float, se: float | None
     ) -> Mapping[str, Mapping[str, float]]:
-        costs = {"trained_tokens": self.fit.tokens, "training_flops": self._training_flops(live.net)}
+        tokens = self.num_steps * self.train_batch_size * self._window
+        costs = {"trained_tokens": tokens, "training_flops": self._training_flops(live.net)}
         return {
             **super()._others(live, purpose, rows_N, value, se),
             **{name: {"value": float(cost), "se": 0.0} for name, cost in costs.items()},
         }
 
     def _training_flops(self, net: nn.Module) -> int:
-        return training_flops(net, self.fit.tokens, self.block_length)
+        return training_flops(net, self.num_steps * self.train_batch_size * self._window, self._window)
+
+    @property
+    def _window(self) -> int:
+        """Tokens of a window, as a network reads them."""
+        return self.block_length
 
     def _windows(self, net: nn.Module, seeds: SeedRange) -> Windows:
         """What it trains on."""

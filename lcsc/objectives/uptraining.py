@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import tempfile
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,7 +88,7 @@ class Uptraining(MeanLoss):
                 f"one of {', '.join(DEVICES)}, and CUDA_VISIBLE_DEVICES to choose."
             )
         _ = SeedRange(self.train_seed, Purpose.TRAIN)  # checks it
-        self.__dict__["_trained"] = OrderedDict()
+        self.__dict__["_courses"] = OrderedDict()
         check_fit(self.fit, "objective.")
 
     def _fit(self, block_length: int) -> Fit:
@@ -121,6 +123,16 @@ class Uptraining(MeanLoss):
             blocks = super().block_states(candidate, seed=seed, purpose=purpose, images=images, num_blocks=num_blocks)
         return dataclasses.replace(blocks, image_forwards=blocks.image_forwards + further)
 
+    def leg_states(
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, num_blocks: int, steps: range
+    ) -> Blocks:
+        """See `RaceableBySteps.leg_states`."""
+        further = FORWARDS * len(steps) * self.train_batch_size
+        with spending(further):
+            live = self._trained(candidate, steps.stop)
+            blocks = self._states(live, seed, purpose, images, num_blocks)
+        return dataclasses.replace(blocks, image_forwards=blocks.image_forwards + further)
+
     @property
     def no_gradient(self) -> str | None:
         """See `Differentiable.no_gradient`."""
@@ -142,29 +154,50 @@ class Uptraining(MeanLoss):
         return super()._live(candidate)
 
     def _live(self, candidate: Candidate) -> LiveModel:
+        return self._trained(candidate, self.num_steps)
+
+    def _trained(self, candidate: Candidate, stop: int) -> LiveModel:
+        """The network after so many steps; one that is kept after fewer goes on."""
         fresh = self._fresh(candidate)
-        if not self.num_steps:
+        if not stop:
             return fresh
-        kept: OrderedDict[str, LiveModel] = self.__dict__["_trained"]
+        kept: OrderedDict[str, _Course] = self.__dict__["_courses"]
         key = _digest(candidate, fresh.theta_P)
-        if (live := kept.pop(key, None)) is None or not live.intact:
-            live = self._train(fresh)
+        course = kept.pop(key, None)
+        if course is None or not course.live.intact or course.step > stop:
+            course = _Course(fresh)
             self.__dict__["_kept"].forget()  # its weights are no longer a candidate's
-        kept[key] = live
+        if course.step < stop:
+            self._train(course, stop)
+        kept[key] = course
         while len(kept) > self.keep:
             kept.popitem(last=False)
-        return live
+        return course.live
 
-    def _train(self, live: LiveModel) -> LiveModel:
-        """The network trained in place."""
-        seeds = SeedRange(self.train_seed, Purpose.TRAIN)
+    def _train(self, course: _Course, stop: int) -> None:
+        """The network trained in place until a step."""
+        seeds, live = SeedRange(self.train_seed, Purpose.TRAIN), course.live
         windows = self._windows(live.net, seeds)
         live.net.requires_grad_(True)
-        with own_randomness(), torch.enable_grad(), tempfile.TemporaryDirectory(prefix="lcsc-") as folder:
-            self.fit.run(live.net, windows, Path(folder))
+        with own_randomness(), torch.enable_grad():
+            begun = self.fit.run_until(live.net, windows, course.folder, stop, course.begun)
+        course.step, course.begun = stop, begun
         live.net.zero_grad(set_to_none=True)
         live.net.requires_grad_(False).eval()
-        return live
+        if begun is None:
+            course.close()
+
+
+class _Course:
+    """A network on the way through its training, and the folder of the state that it goes on from, while there is one.
+
+    The folder goes with the object, also where a process ends.
+    """
+
+    def __init__(self, live: LiveModel) -> None:
+        self.live, self.step, self.begun = live, 0, None
+        self.folder = Path(tempfile.mkdtemp(prefix="lcsc-"))
+        self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 def _digest(candidate: Candidate, theta_P: Tensor) -> str:

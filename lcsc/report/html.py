@@ -13,6 +13,7 @@ from lcsc.core.errors import RunError
 from lcsc.core.files import write_bytes
 from lcsc.core.words import words_of
 from lcsc.report.compare import compare_runs, comparison_text
+from lcsc.report.generated import generated_notes
 from lcsc.report.page import data_uri, render
 from lcsc.report.run import Run
 from lcsc.report.tables import html_table, level_rows, place_notes, place_rows, score_rows, status_line, veto_notes
@@ -28,7 +29,8 @@ def write_report(run_dir: Path | str) -> Path:
     """Draw a run, finished or not, into `<run_dir>/report/`; an older report is replaced file by file.
 
     Writes report.html, and beside it convergence, coefficients, scores, geometry and, for several network calls, front,
-    for several sizes of a cache, cache, as PNG and CSV, and samples.png; what the run does not have (yet) is left out.
+    for several sizes of a cache, cache, of a coded file, size, as PNG and CSV, and samples.png; what the run does not
+    have (yet) is left out.
     The same run gives the same bytes.
 
     Returns:
@@ -114,7 +116,9 @@ def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
     head, rows = score_rows(run)
     place_head, places = place_rows(run)
     prints = run.info.get("fingerprints") or {}
-    embedded = dict.fromkeys(("scores", "front", "cache", "convergence", "coefficients", "geometry", "samples"), "")
+    embedded = dict.fromkeys(
+        ("scores", "front", "cache", "size", "convergence", "coefficients", "geometry", "samples"), ""
+    )
     embedded |= {name: data_uri(data) for name, data in pictures.items()}
     config = io.StringIO()
     json.dump(run.info["config"], config, indent=2, ensure_ascii=False, sort_keys=True)
@@ -128,7 +132,7 @@ def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
         vetoes=veto_notes(run),
         places=html_table(place_head, places, strong=0) if places else "",
         notes=place_notes(run),
-        account=run.account,
+        account=(*generated_notes(run), *run.account),
         words=words_of(prints.get("evaluator") or {}),
         pictures=embedded,
         facts=_facts(run),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import Tensor, nn
 
+from lcsc.codec.settings import MODES
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import Dataset, need_images
@@ -55,6 +56,8 @@ def check_numbers(recipe: Recipe) -> None:
     precision = speed_of(recipe).mixed_precision
     if precision not in ("no", "bf16"):
         raise ConfigError(f"`mixed_precision` is `{precision}`; it is `no` or `bf16`.")
+    if (codec := speed_of(recipe).codec) not in ("no", *MODES):
+        raise ConfigError(f"`codec` is `{codec}`; it is `no`, {' or '.join(f'`{mode}`' for mode in MODES)}.")
 
 
 def check_finite(loss: float, step: int, learning_rate: float) -> None:
@@ -118,7 +121,8 @@ def fit(
     config = make_config(recipe, arch=arch, model=model, dataset=dataset, images_NCHW=images_NCHW, seed=seed)
     usual = dataclasses.asdict(Speed())  # left out, so that banks made before these settings existed still fit
     config["trainer"] = {k: v for k, v in config["trainer"].items() if k not in usual or v != usual[k]}
-    folder = BankFolder(out, config, checkpoint_steps(recipe.num_steps, recipe.save_every))
+    codec = speed_of(recipe).codec
+    folder = BankFolder(out, config, checkpoint_steps(recipe.num_steps, recipe.save_every), codec=codec)
     folder.check()
     if folder.finished:
         return out
@@ -180,7 +184,7 @@ class _Session:
         main = self.accelerator.is_main_process
         show = reporter("training", self.done.step, total, progress=progress if main else False)
         opened = self.folder.open_log(self.done.step) if main else contextlib.nullcontext()
-        with _deferred_interrupt() as interrupted, show as report, opened as log:
+        with deferred_interrupt() as interrupted, show as report, opened as log:
             if self.done.step in steps:
                 self._save(log, checkpoint=True)  # killed between state and checkpoint
             for step in range(self.done.step + 1, total + 1):
@@ -253,7 +257,7 @@ class _Session:
 
 
 @contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Hold the first Ctrl-C back so that no update is left half-done; the function tells whether there was one."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # signals reach the main thread only

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
@@ -16,12 +16,12 @@ from lcsc.models.causal_lm import CAUSAL_LMS
 from lcsc.models.fit import Windows
 from lcsc.models.network import check_typed
 from lcsc.models.tune_pairs import TUNE_MODELS, TuneSteps, check_tunes
-from lcsc.training.causal_lm import CausalLM
+from lcsc.training.language import LanguageTrainer
 
 
 @register("trainer", "tunes", source="arXiv:2211.11216; transformers' Trainer")
 @dataclass(frozen=True)
-class TuneTrainer(CausalLM):
+class TuneTrainer(LanguageTrainer):
     """As `causal_lm`, on whole pairs of text and tune: the loss is of the tune's tokens and its end.
 
     Every tune begins with its metre, unit and key, without which the length of a bar cannot be known; windows that are
@@ -40,12 +40,15 @@ class TuneTrainer(CausalLM):
     block_length: int = 512
     texts: bool = True
 
+    name: ClassVar[str] = "tunes"
+    classes: ClassVar[tuple[str, ...]] = TUNE_MODELS
+
     def _check(self, arch: Mapping[str, Any], dataset: TextDataset) -> None:
         need_pairs(dataset, "trainer `tunes`")
-        if arch.get("class") not in TUNE_MODELS:
+        if arch.get("class") not in self.classes:
             raise ConfigError(
                 f"trainer `tunes` makes language models and encoder-decoders of transformers, not "
-                f"`{arch.get('class')}`. Use one of: {', '.join(TUNE_MODELS)}."
+                f"`{arch.get('class')}`. Use one of: {', '.join(self.classes)}."
             )
         if arch["class"] in CAUSAL_LMS:  # an encoder-decoder's comes from a file, with whatever that keeps
             check_typed(arch)
@@ -53,5 +56,5 @@ class TuneTrainer(CausalLM):
     def _check_network(self, net: nn.Module, dataset: TextDataset) -> None:
         check_tunes(net.config, self.block_length)
 
-    def _windows(self, net: nn.Module, dataset: TextDataset, seeds: SeedRange) -> Windows:
+    def windows(self, net: nn.Module, dataset: TextDataset, seeds: SeedRange) -> Windows:
         return TuneSteps(cast(PairDataset, dataset).pairs(TextPart.TRAIN), self, seeds, net, self.texts)
