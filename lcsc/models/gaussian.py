@@ -5,17 +5,13 @@ It is none of diffusers' classes, as importing those takes longer than searching
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-#: Name of the files of weights, as diffusers gives it; `suffix` numbers shards.
-WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
+from lcsc.models.own_files import OwnFiles
 
 
 class GaussianDenoiserOutput(NamedTuple):
@@ -24,7 +20,7 @@ class GaussianDenoiserOutput(NamedTuple):
     sample: Tensor
 
 
-class GaussianDenoiser(nn.Module):
+class GaussianDenoiser(OwnFiles, nn.Module):
     """E[clean | x] for clean ~ N(mean, diag(std^2)) and x = clean + sigma * unit normal.
 
     D(x; sigma) = mean + std^2 / (std^2 + sigma^2) (x - mean), linear-Gaussian regression (Bishop 2006, Eq. 2.116).
@@ -42,6 +38,11 @@ class GaussianDenoiser(nn.Module):
         self.mean_CHW = nn.Parameter(torch.zeros(*shape))
         self.std_CHW = nn.Parameter(torch.ones(*shape))
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `OwnFiles.settings`."""
+        return {"shape": self.shape}
+
     def forward(
         self, x_NCHW: Tensor, sigma: float | Tensor, class_labels: Tensor | None = None
     ) -> GaussianDenoiserOutput:
@@ -50,30 +51,3 @@ class GaussianDenoiser(nn.Module):
         variance_CHW = self.std_CHW**2
         gain_NCHW = variance_CHW / (variance_CHW + sigma_N111**2)
         return GaussianDenoiserOutput(sample=self.mean_CHW + gain_NCHW * (x_NCHW - self.mean_CHW))
-
-    def save_pretrained(self, folder: str, *, max_shard_size: str = "5GB", **_: Any) -> None:
-        """Write config.json and safetensors shards into `folder`, as a network of diffusers does."""
-        from huggingface_hub import save_torch_state_dict
-
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": type(self).__name__, "shape": self.shape}
-        (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_torch_state_dict(self.state_dict(), folder, filename_pattern=WEIGHTS, max_shard_size=max_shard_size)
-
-    @classmethod
-    def from_pretrained(cls, folder: str, *, output_loading_info: bool = False, **_: Any) -> Any:
-        """The network in `folder`, in eval mode; in a pair with the missing and unexpected keys where these are wanted.
-
-        Raises:
-            OSError: no files of weights.
-            Exception: what safetensors and torch raise for damaged ones, and for tensors of other shapes.
-        """
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        net = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
-        files = sorted(Path(folder).glob(WEIGHTS.format(suffix="*")))
-        if not files:
-            raise OSError(f"no {WEIGHTS.format(suffix='')}")
-        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        missing, unexpected = net.load_state_dict(tensors, strict=False)
-        info = {"missing_keys": missing, "unexpected_keys": unexpected}
-        return (net.eval(), info) if output_loading_info else net.eval()

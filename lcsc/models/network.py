@@ -24,6 +24,8 @@ from lcsc.recycling.composite import SHARED, STOCK
 NETWORKS: dict[str, str] = {
     "GaussianDenoiser": "lcsc.models.gaussian",
     "MixtureViT": "lcsc.models.vit_mixture",
+    "ParameterDiT": "lcsc.models.parameter_dit",
+    "SmallClassifier": "lcsc.models.small_classifier",
     "UNet2DModel": "diffusers",
     "UNet2DConditionModel": "diffusers",
     "UVit2DModel": "diffusers",
@@ -32,7 +34,7 @@ NETWORKS: dict[str, str] = {
     "PixArtTransformer2DModel": "diffusers",
     "SD3Transformer2DModel": "diffusers",
     "FluxTransformer2DModel": "diffusers",
-    **dict.fromkeys(causal_lm.CAUSAL_LMS, "transformers"),
+    **dict.fromkeys((*causal_lm.CAUSAL_LMS, *causal_lm.MASKED_LMS), "transformers"),
     STOCK[0]: "transformers",
     SHARED[0]: "lcsc.models.encoder_decoder",
 }

@@ -157,7 +157,7 @@ def refuse_ties(bank: CheckpointBank, names: Collection[str]) -> None:
             )
 
 
-def _row(bank: CheckpointBank, k: int) -> Tensor:
+def flat_row(bank: CheckpointBank, k: int) -> Tensor:
     """Row k, float32, shape (P,); from the files where the bank does not hold it, because differences are rounded."""
     if bank.storage == "resident":
         return bank.matrix()[k].float().cpu()
@@ -171,9 +171,9 @@ def _row(bank: CheckpointBank, k: int) -> Tensor:
 
 def candidate(plan: Plan, bank: CheckpointBank) -> Candidate:
     """The planned model in memory, float32."""
-    old = bank.layout.views(_row(bank, plan.row))
+    old = bank.layout.views(flat_row(bank, plan.row))
     for tag, (other, row) in plan.others.items():
-        old |= {f"{tag}:{name}": tensor for name, tensor in other.layout.views(_row(other, row)).items()}
+        old |= {f"{tag}:{name}": tensor for name, tensor in other.layout.views(flat_row(other, row)).items()}
     made: dict[str, Tensor] = {}
     facts = []
     for piece in plan.pieces:

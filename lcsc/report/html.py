@@ -13,6 +13,7 @@ from lcsc.core.errors import RunError
 from lcsc.core.files import write_bytes
 from lcsc.core.words import words_of
 from lcsc.report.compare import compare_runs, comparison_text
+from lcsc.report.generated import generated_notes
 from lcsc.report.page import data_uri, render
 from lcsc.report.run import Run
 from lcsc.report.tables import html_table, level_rows, place_notes, place_rows, score_rows, status_line, veto_notes
@@ -131,7 +132,7 @@ def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
         vetoes=veto_notes(run),
         places=html_table(place_head, places, strong=0) if places else "",
         notes=place_notes(run),
-        account=run.account,
+        account=(*generated_notes(run), *run.account),
         words=words_of(prints.get("evaluator") or {}),
         pictures=embedded,
         facts=_facts(run),
@@ -151,6 +152,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         f"{search[key]:,} {text}"
         for key, text in (
             ("num_images", "a trial (search seeds)"),
+            ("num_images_baselines", "a baseline's first look (search seeds)"),
             ("num_images_select", "a finalist (select seeds)"),
             ("num_images_report", "a final score (report seeds)"),
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lcsc.core.words import words_of
+from lcsc.report.generated import generated_notes
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -188,7 +189,7 @@ def report_text(run: Run) -> str:
     if not rows:
         return progress_line(run)
     blocks, (place_head, places) = [text_table(head, rows)], place_rows(run)
-    for lines in (veto_notes(run), run.account):
+    for lines in (veto_notes(run), generated_notes(run), run.account):
         if lines:
             blocks.append("\n".join(printable(line) for line in lines))
     if places:

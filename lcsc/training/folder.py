@@ -134,8 +134,14 @@ class BankFolder:
         if not (self.path / "train.json").exists():
             write_json(self.path / "train.json", {"schema": SCHEMA, "config": self.config})
 
-    def write_checkpoint(self, net: nn.Module, step: int) -> None:
-        """Save the network under the name of `step`, atomically; nothing happens where it is there."""
+    def write_checkpoint(self, net: nn.Module, step: int, beside: Mapping[str, Any] | None = None) -> None:
+        """Save the network under the name of `step`, atomically; nothing happens where it is there.
+
+        Args:
+            net: the network.
+            step: optimizer steps behind it.
+            beside: plain values for JSON files in the checkpoint's folder, by name; a coded checkpoint has none.
+        """
         if self.has(step):
             return
         if self.codec != "no":
@@ -143,6 +149,8 @@ class BankFolder:
         else:
             with new_directory(self.path / checkpoint_name(step)) as folder:
                 save_network(net, folder / self.component)
+                for name, values in (beside or {}).items():
+                    write_json(folder / name, values)
 
     def _saver(self, net: nn.Module) -> CodedSaver:
         """What codes the checkpoints, which carry what config.json would say of the network."""

@@ -184,7 +184,7 @@ class _Session:
         main = self.accelerator.is_main_process
         show = reporter("training", self.done.step, total, progress=progress if main else False)
         opened = self.folder.open_log(self.done.step) if main else contextlib.nullcontext()
-        with _deferred_interrupt() as interrupted, show as report, opened as log:
+        with deferred_interrupt() as interrupted, show as report, opened as log:
             if self.done.step in steps:
                 self._save(log, checkpoint=True)  # killed between state and checkpoint
             for step in range(self.done.step + 1, total + 1):
@@ -257,7 +257,7 @@ class _Session:
 
 
 @contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Hold the first Ctrl-C back so that no update is left half-done; the function tells whether there was one."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # signals reach the main thread only
