@@ -120,6 +120,14 @@ def rows_of(counts: dict[str, dict[str, int | str]]) -> list[str]:
         done = f"{bad[0]['results']} results, {len(bad)} searchers, {trials:,} trials"
         outcome = f"{failed:,} failures with a reason, none the winner"
         rows.append(f"| a user's function returns nonsense | {done} | {outcome} | `tests/fault/test_bad_results.py` |")
+    killed = [count for name, count in counts.items() if name.startswith("pipeline_")]
+    if killed:
+        strategies = sorted({count["strategy"] for count in killed})
+        kills, tensors, different = (sum(count[key] for count in killed) for key in ("kills", "tensors", "different"))
+        done = f"{kills:,} kills in {len(killed)} trainings of a pipeline ({', '.join(strategies)})"
+        outcome = f"{different:,} of {tensors:,} tensors differ from one process that lost the same stages, or none"
+        fault = "kill -9 of a pipeline's processes at random times, replaced while it trains"
+        rows.append(f"| {fault} | {done} | {outcome} | `tests/fault/test_pipeline_kill.py` |")
     return rows
 
 

@@ -64,8 +64,9 @@ def train(args, arm: str, seed: int, to: Path) -> None:
     from lcsc.core.registry import build
     from lcsc.core.seeds import Purpose, SeedRange
     from lcsc.datasets.base import TextPart
+    from lcsc.models.fit import Windows
     from lcsc.models.network import build_network, save_network
-    from lcsc.training.causal_lm import CausalLM, Windows
+    from lcsc.training.causal_lm import CausalLM
     from lcsc.training.failing_stages import Recovery, train_failing
 
     text = build("dataset", "text", path=args.text)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import mean_se
 
 from lcsc.recycling.failures import (
     PAPER_STEP,
@@ -30,10 +32,9 @@ SHARES = (0.5, 0.75)
 FREQUENCIES = (100, 10)
 
 
-def mean_se(values: list[float]) -> dict:
-    """Mean over seeds and its standard error."""
-    se = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "se": se, "seeds": len(values)}
+def counted(values: list[float]) -> dict:
+    """Mean over seeds, its standard error, and of how many."""
+    return {**mean_se(values), "seeds": len(values)}
 
 
 def report(args) -> dict:
@@ -70,8 +71,8 @@ def finals(runs: dict, seeds: list[int]) -> dict:
         last = {s: list(runs[arm, s]["losses"].values())[-1] for s in seeds}
         base = {s: list(runs["none", s]["losses"].values())[-1] for s in seeds}
         rows[arm] = {
-            "loss": mean_se(list(last.values())),
-            "above_none": mean_se([last[s] - base[s] for s in seeds]),
+            "loss": counted(list(last.values())),
+            "above_none": counted([last[s] - base[s] for s in seeds]),
             "failures": [len(runs[arm, s]["failures"]) for s in seeds],
         }
     return rows
@@ -82,7 +83,7 @@ def repaired(repairs: dict) -> dict:
     rows: dict = {}
     for arm in ("none", "none_swapped"):
         keys = [key for key in next(iter(repairs.values()))[arm] if key != "whole"]
-        rows[arm] = {key: mean_se([told[arm][key] - told[arm]["whole"] for told in repairs.values()]) for key in keys}
+        rows[arm] = {key: counted([told[arm][key] - told[arm]["whole"] for told in repairs.values()]) for key in keys}
     return rows
 
 
@@ -94,8 +95,8 @@ def searched(args, seeds: list[int]) -> dict:
         told = [json.loads(path.read_text())["report"] for path in paths if path.is_file()]
         best = [report["best"]["value"] for report in told]
         rules = {rule: [report["baselines"][rule]["value"] for report in told] for rule in told[0]["baselines"]}
-        gains = {rule: mean_se([v - b for v, b in zip(values, best, strict=True)]) for rule, values in rules.items()}
-        rows[str(lost)] = {"searched": mean_se(best), "gain_over": gains}
+        gains = {rule: counted([v - b for v, b in zip(values, best, strict=True)]) for rule, values in rules.items()}
+        rows[str(lost)] = {"searched": counted(best), "gain_over": gains}
     return rows
 
 
@@ -143,7 +144,7 @@ def hours(rows: dict, parts_of, seeds: list[int], steps: int, goal: int, unit: f
             times = [time_to(rows[str(s)][str(rate)], s, method, parts, tuned, rate, steps, goal) for s in seeds]
             name = f"checkpoint_{method}" if isinstance(method, int) else method
             there = [t / unit for t in times if t is not None]
-            row[name] = mean_se(there) if len(there) == len(seeds) else {"mean": None, "reached_by_seeds": len(there)}
+            row[name] = counted(there) if len(there) == len(seeds) else {"mean": None, "reached_by_seeds": len(there)}
         table[str(rate)] = row | {"tuned_period": tuned}
     return table
 

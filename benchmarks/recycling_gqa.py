@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
-import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +24,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import circumstances
+from machine import circumstances, mean_se
 
 from lcsc.bank import CheckpointBank
 from lcsc.core.registry import build
@@ -177,12 +175,6 @@ class Seed:
             cache = net(input_ids=prompt_NT, use_cache=True).past_key_values
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         return {**decode_speed(net, prompt_NT, 16), "cache_bytes_per_token": held / prompt_NT.numel()}
-
-
-def mean_se(values: list[float]) -> dict[str, float]:
-    """Mean over seeds and its standard error."""
-    se = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"mean": statistics.fmean(values), "se": se}
 
 
 def tables(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -49,9 +49,10 @@ def measure(args, name: str) -> dict:
     from lcsc.core.registry import build
     from lcsc.core.seeds import Purpose, SeedRange
     from lcsc.datasets.base import TextPart
+    from lcsc.models.fit import Windows
     from lcsc.models.network import build_network
     from lcsc.recycling.failures import Failure
-    from lcsc.training.causal_lm import CausalLM, Windows
+    from lcsc.training.causal_lm import CausalLM
     from lcsc.training.failing_stages import Recovery, train_failing
     from lcsc.training.pipeline import run_pipeline
     from lcsc.training.pipeline_worker import Plan

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import circumstances
+from machine import circumstances, mean_se
 
 #: the families of interest; `wsm` merges the last checkpoints with the weights of a decay
 FAMILIES = ("last", "ema", "power_ema", "wsm", "uniform", "best_single")
@@ -48,11 +46,6 @@ def row(seed: int, folder: Path) -> dict:
         "best_baseline": report["best_baseline"],
         **{key: summary[key] for key in ("num_trials", "num_checkpoints", "num_coefficients", "image_forwards")},
     }
-
-
-def mean_se(values: list[float]) -> dict[str, float]:
-    """Mean over seeds and its standard error."""
-    return {"mean": statistics.fmean(values), "se": statistics.stdev(values) / math.sqrt(len(values))}
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ import torch
 from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import TextPart
+from lcsc.models.fit import Windows
 from lcsc.models.network import build_network
-from lcsc.training.causal_lm import CausalLM, Windows
+from lcsc.training.causal_lm import CausalLM
 from lcsc.training.failing_stages import train_failing
 
 STAGES = 4

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from lcsc.bank.coded import coded_group, is_coded
 from lcsc.bank.content import chunk_sums, content_digest
 from lcsc.bank.extents import Source, read_source
 from lcsc.bank.find import Checkpoint, choose, find_groups
@@ -138,8 +139,8 @@ class CheckpointBank:
         """Open the checkpoints under `path`.
 
         Args:
-            path: a folder in any layout that `lcsc bank scan` reads, one checkpoint, or a file that `lcsc bank pack`
-                wrote.
+            path: a folder in any layout that `lcsc bank scan` reads, one checkpoint, or what `lcsc bank pack` wrote
+                (a file; a folder with `codec=`).
             select: which steps; None means all.
             component: part of each checkpoint that holds the network, such as `unet`; None finds it.
             weights: `raw`, `ema`, `ema:<rate>`, `ema:*` (all rates of one run, for post-hoc EMA) or `lora`; None takes
@@ -285,6 +286,11 @@ class CheckpointBank:
 
     # --------------------------------------------------------------------------------- what is not combined
 
+    @property
+    def constants_named(self) -> tuple[str, ...]:
+        """Names of the tensors that are not combined."""
+        return self._shape.constants
+
     def constant_sources(self) -> dict[str, tuple[tuple[Path, ...], Source]]:
         """Tensors that are not combined (integers, batch-norm statistics) as they lie in the last checkpoint."""
         self.checksums.compare_some(len(self.rows) - 1, self._shape.constants)
@@ -338,6 +344,10 @@ def _shape(path: Path, select: Selection, component: str | None, weights: str | 
     if (packed := open_pack(path)) is not None:
         kept = [row for rows in rows_by_rate(packed, weights) for row in select.pick(rows)]
         return take_rows(packed, kept)
+    if is_coded(path):
+        group, parents, held = coded_group(path, select, weights)
+        shape = shape_of(group, group.checkpoints)
+        return dataclasses.replace(shape, parents=tuple(parents), held=held)
     groups = find_groups(path)
     if weights == "ema:*":
         emas = several_emas([group for group in groups if component in (None, group.component)])

@@ -28,7 +28,8 @@ class Shape:
         rate: rate of the EMA as written, None for others and where rows have several.
         notes: what the user should know about how the files were read.
         rates: EMA rate of each row where rows have several, else empty.
-        parents: origin of each row where the file itself says so (packed banks), else None.
+        parents: origin of each row where the file itself says so (packed and coded banks), else None.
+        held: what keeps the rows' files where they lie, while anybody uses them.
     """
 
     rows: tuple[Row, ...]
@@ -40,6 +41,7 @@ class Shape:
     notes: tuple[str, ...]
     rates: tuple[str, ...] = ()
     parents: tuple[Mapping[str, Any], ...] | None = None
+    held: object | None = None
 
     @property
     def row_rates(self) -> tuple[str | None, ...]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lcsc.bank.coded import decoded_group
 from lcsc.bank.content import CHUNK, chunk_sums, content_digest, same_bits
 from lcsc.bank.extents import ITEMSIZE, Piece, Source, Table, pread_into, raw_dtype, read_source
 from lcsc.bank.find import Checkpoint, Group, choose, find_groups
@@ -125,7 +126,8 @@ def survey(
     problems: list[BankError] = []
     bases: Bases = {}
     try:
-        groups = _packed(Path(path), bases) or find_groups(path, problems=problems)
+        coded, held = decoded_group(Path(path))  # its files lie there as long as `held`
+        groups = coded or _packed(Path(path), bases) or find_groups(path, problems=problems)
     except BankError:
         if problems:  # nothing is left because all files are damaged: the damage is what to say
             raise problems[0] from None
@@ -134,6 +136,7 @@ def survey(
         groups = [choose(groups, component, weights)]
     reader = _Reader(groups, progress, bases) if read else None
     rows = [_group_row(group, reader, problems) for group in groups]
+    del held
     return Survey(Path(path), tuple(rows), tuple(problems))
 
 
@@ -238,7 +241,7 @@ class _Reader:
 
     def check(self, item: Checkpoint) -> None:
         """Compare the checksums of torch files; safetensors has none."""
-        if item.format == "safetensors" or item.files[0] in self.checked:
+        if item.format in ("safetensors", "coded") or item.files[0] in self.checked:
             return
         self.checked.add(item.files[0])
         if item.format == "dcp":

@@ -1,4 +1,4 @@
-"""`lcsc bank`: look at checkpoints, pack them, convert what runs code."""
+"""`lcsc bank`: look at checkpoints, pack and unpack them, convert what runs code."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SUBVERBS = {
     "scan": ("lcsc.cli.bank", "scan"),
     "pack": ("lcsc.cli.bank_pack", "main"),
+    "unpack": ("lcsc.cli.bank_unpack", "main"),
     "convert": ("lcsc.cli.bank_convert", "main"),
 }
 _SETTINGS: dict[str, str | None] = {"path": None, "numbers": "true", "component": None, "weights": None}
@@ -40,7 +41,9 @@ _COLUMNS = (
 
 
 def main(words: Sequence[str]) -> None:
-    """`scan PATH [numbers=false] [component=NAME] [weights=raw|ema|ema:RATE|lora]`, `pack ...` or `convert ...`."""
+    """`scan PATH [numbers=false] [component=NAME] [weights=raw|ema|ema:RATE|lora]`, `pack ...`, `unpack ...` or
+    `convert ...`.
+    """
     if not words or words[0] not in SUBVERBS:
         said = f"`{words[0]}` is no word for `lcsc bank`." if words else "`lcsc bank` needs one more word."
         raise ConfigError(f"{said}{did_you_mean(words[0] if words else '', SUBVERBS)}")

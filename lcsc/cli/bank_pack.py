@@ -1,21 +1,37 @@
-"""`lcsc bank pack`: a bank as one file that opens in milliseconds."""
+"""`lcsc bank pack`: a bank as one file that opens in milliseconds, or as coded files that take less room."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lcsc.bank import CheckpointBank
 from lcsc.bank.pack import write_pack
 from lcsc.cli.passes import passing
 from lcsc.cli.settings import need, parse_words, read_selection
+from lcsc.core.errors import ConfigError
+
+_SELECT: dict[str, str | None] = {"component": None, "weights": None}
+_STEPS: dict[str, str | None] = {"start": None, "stop": None, "every": "1", "last": None}
+#: settings of a codec, as `CodecSettings` has them
+_CODEC: dict[str, type] = {
+    "anchor_every": int,
+    "bits_w": int,
+    "bits_m": int,
+    "bits_v": int,
+    "tau": float,
+    "beta": float,
+}
 
 
 def main(words: Sequence[str]) -> None:
-    """`from=PATH to=FILE.safetensors [dtype=...] [component= weights= start= stop= every= last=]`."""
-    defaults = {"from": None, "to": None, "dtype": None, "component": None, "weights": None}
-    settings = parse_words(words, {**defaults, "start": None, "stop": None, "every": "1", "last": None})
+    """`from=PATH to=FILE.safetensors [dtype=...]`, or `from=PATH to=FOLDER codec=lossless|lossy [settings]`.
+
+    Both take `component= weights= start= stop= every= last=`.
+    """
+    own: dict[str, str | None] = {"from": None, "to": None, "dtype": None, "codec": None, "optimizer": "false"}
+    settings = parse_words(words, {**own, **_SELECT, **_STEPS, **dict.fromkeys(_CODEC)})
     path, to = Path(need(settings, "from")), Path(need(settings, "to"))
     bank = CheckpointBank.open(
         path,
@@ -26,6 +42,13 @@ def main(words: Sequence[str]) -> None:
     )
     for note in bank.notes:
         print(note)
+    if settings["codec"] is not None:
+        _code(bank, to, settings)
+        return
+    if given := [key for key in (*_CODEC, "optimizer") if settings[key] not in (None, "false")]:
+        raise ConfigError(
+            f"`{given[0]}` is a setting of a codec, and there is none. Add codec=lossless or codec=lossy."
+        )
     began = time.perf_counter()
     with passing("pack", unit="columns") as progress:
         dtype = write_pack(bank, to, settings["dtype"], progress)
@@ -33,3 +56,36 @@ def main(words: Sequence[str]) -> None:
         f"packed: {to} ({bank.num_checkpoints} checkpoints x {bank.layout.num_parameters:,} {dtype}, "
         f"{to.stat().st_size / 1e9:.3g} GB, {time.perf_counter() - began:.1f} s)"
     )
+
+
+def _code(bank: CheckpointBank, to: Path, settings: Mapping[str, str | None]) -> None:
+    from lcsc.bank.coded import write_coded
+    from lcsc.bank.optimizer_file import states_of
+    from lcsc.cli.sizes import size_text
+    from lcsc.codec.settings import CodecSettings
+
+    if settings["dtype"] is not None:
+        raise ConfigError(f"`dtype` is `{settings['dtype']}`, and a codec keeps the dtypes of the files. Leave it out.")
+    if settings["optimizer"] not in ("true", "false"):
+        raise ConfigError(f"`optimizer` is `{settings['optimizer']}`; it must be true or false.")
+    given = {key: _number(key, str(settings[key])) for key in _CODEC if settings[key] is not None}
+    how = CodecSettings(mode=str(settings["codec"]), **given)  # type: ignore[arg-type]
+    paths, shapes = [row.path for row in bank.rows], bank.layout.shapes
+    state_of = (lambda k: states_of(paths, shapes, k)) if settings["optimizer"] == "true" else None
+    began = time.perf_counter()
+    with passing("pack", unit="checkpoints") as progress:
+        write_coded(bank, to, how, progress, state_of)
+    took, nbytes = time.perf_counter() - began, sum(file.stat().st_size for file in to.iterdir())
+    raw = bank.num_checkpoints * sum(s.nbytes for s in set(bank.rows[-1].table.values()))
+    print(
+        f"packed: {to} ({bank.num_checkpoints} checkpoints, codec {how.mode}, {size_text(raw)} of weights in "
+        f"{size_text(nbytes)}, {took:.1f} s)"
+    )
+
+
+def _number(key: str, text: str) -> int | float:
+    try:
+        return _CODEC[key](text)
+    except ValueError:
+        kind = "a whole number" if _CODEC[key] is int else "a number"
+        raise ConfigError(f"`{key}` is `{text}`; it must be {kind}.") from None

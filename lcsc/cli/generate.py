@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lcsc.cli.settings import need, parse_words
 from lcsc.core.errors import ConfigError, RunError, did_you_mean
@@ -13,8 +14,8 @@ DEFAULTS: dict[str, str | None] = {
     **{"to": None, "model": None, "num": "1", "seed": "0", "tries": "16", "top_p": "0.9", "temperature": "1.0"},
     **{"max_tokens": "1024", "device": "auto"},
 }
-#: Where the experiment's own models lie.
-RUNS, BANK = Path("runs"), Path("banks/text_to_music_small")
+#: Where the experiments' own models lie.
+RUNS, BANKS = Path("runs"), (Path("banks/text_to_music_tuned"), Path("banks/text_to_music_small"))
 
 
 def main(words: Sequence[str]) -> None:
@@ -53,19 +54,25 @@ def find_model(path: Path | None) -> Path:
 
     Args:
         path: of any of the three; None takes the newest finished run on tunes below `runs/`, or else the bank of
-            experiment=text_to_music_small.
+            experiment=text_to_music_tuned or text_to_music_small.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none, or a run's winner is where a training begins.
     """
     if path is None:
-        path = _newest_run() or BANK
-        if not path.is_dir():
+        path = _newest_run() or next((bank for bank in BANKS if bank.is_dir()), None)
+        if path is None:
             raise RunError(
                 "there is no model that writes tunes here yet. Give one with model=DIR, or make one with: "
                 "lcsc search experiment=text_to_music_small train_if_missing=true"
             )
     if (path / "best" / "config.json").is_file():
+        if _begins(path):
+            raise RunError(
+                f"`model` is `{path}`, whose winner was scored behind a fine-tuning and is saved as it was before. "
+                "Train it: lcsc search experiment=text_to_music_tuned train_if_missing=true "
+                f"trainer.start={path / 'best'}"
+            )
         return path / "best"
     if (path / "config.json").is_file():
         return path
@@ -79,18 +86,27 @@ def find_model(path: Path | None) -> Path:
 
 
 def _newest_run() -> Path | None:
-    """The last finished run that searched models of tunes."""
-    from lcsc.report.run import Run
-
+    """The last finished run that searched models of tunes as they are."""
     done = []
     for summary in RUNS.glob("*/summary.json"):
-        try:
-            info = Run.open(summary.parent).info
-        except RunError:  # of another lcsc, or damaged
-            continue
-        if info["config"].get("dataset", {}).get("name") == "tunes":
+        if _config(summary.parent).get("dataset", {}).get("name") == "tunes" and not _begins(summary.parent):
             done.append((summary.stat().st_mtime, summary.parent))
     return max(done)[1] if done else None
+
+
+def _begins(path: Path) -> bool:
+    """Whether a run's winner is where a training begins."""
+    return bool(_config(path).get("objective", {}).get("num_steps"))
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """The configuration of a run; nothing of one that is of another lcsc, or damaged."""
+    from lcsc.report.run import Run
+
+    try:
+        return Run.open(path).info["config"]  # type: ignore[no-any-return]
+    except RunError:
+        return {}
 
 
 def _plain(words: Sequence[str]) -> list[str]:

@@ -75,6 +75,6 @@ def idle_settings(config: Mapping[str, Any], given: Sequence[str]) -> list[str]:
         notes.append(
             f"note: objective `{objective}` takes no {', no '.join(idle)}; what you set there counts for nothing"
         )
-    if "search.drop_level" in given and not config["search"]["prefixes"]:
-        notes.append("note: `search.drop_level` counts for nothing without `search.prefixes`")
+    if "search.drop_level" in given and not (config["search"]["prefixes"] or config["search"]["race_steps"]):
+        notes.append("note: `search.drop_level` counts for nothing without `search.prefixes` or `search.race_steps`")
     return notes

@@ -1,4 +1,4 @@
-"""`lcsc verify`: make a model again from its recipe and compare."""
+"""`lcsc verify`: make a model again from its recipe and compare; decode a coded bank and compare."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lcsc.bank.coded import is_coded
 from lcsc.cli.passes import passing
 from lcsc.cli.settings import need, parse_words
 from lcsc.cli.sizes import size_text
+from lcsc.cli.verify_coded import verify_coded
 from lcsc.core.errors import ConfigError
 from lcsc.export.verify import verify
 
 
 def main(words: Sequence[str]) -> None:
-    """`OUT [bank=PATH]`: a model folder, or a folder of them."""
+    """`OUT [bank=PATH]`: a model folder, a folder of them, or a coded bank."""
     plain = [word for word in words if "=" not in word or Path(word).exists()]
     settings = parse_words(
         [word for word in words if word not in plain] + [f"model={word}" for word in plain],
@@ -24,6 +26,9 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError("no model is named. Write: lcsc verify OUT [bank=PATH]")
     began = time.perf_counter()
     bank = settings["bank"]
+    if is_coded(Path(settings["model"])):
+        print(verify_coded(Path(settings["model"]), None if bank is None else Path(bank)))
+        return
     with passing("verify") as progress:
         checked = verify(Path(need(settings, "model")), None if bank is None else Path(bank), progress)
     for model in checked:

@@ -238,11 +238,12 @@ def is_sound(recipe: Mapping[str, Any]) -> bool:
 
 
 def _is_sound_remade(recipe: Mapping[str, Any]) -> bool:
-    """The same for a model that an operator made of one checkpoint, by its settings and a point."""
+    """The same for a model that an operator made of one checkpoint, or few, by its settings and a point."""
     steps, settings, parents, point = (recipe.get(key) for key in ("steps", "settings", "parents", "point"))
     return (
         isinstance(steps, list)
-        and [type(step) for step in steps] == [int]
+        and bool(steps)
+        and all(type(step) is int for step in steps)
         and isinstance(settings, dict)
         and settings.get("name") == recipe.get("operator")
         and isinstance(recipe.get("bank", {}), dict)

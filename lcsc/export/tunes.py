@@ -12,8 +12,8 @@ from torch import nn
 from lcsc.core.errors import ConfigError, OutputExistsError, RunError
 from lcsc.core.files import new_directory, writing
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.models.causal_lm import CAUSAL_LMS, check_text
 from lcsc.models.sampling import check_sampling, sample
+from lcsc.models.tune_pairs import TUNE_MODELS, check_tunes
 from lcsc.music.abc import ascii_text
 from lcsc.music.check import UNFINISHED, problems
 from lcsc.music.files import (
@@ -25,7 +25,7 @@ from lcsc.music.files import (
     picture,
     whole_abc,
 )
-from lcsc.music.tokens import END, PAD, TOKENS, VOCAB_SIZE, decode, prompt_tokens
+from lcsc.music.tokens import END, PAD, TOKENS, decode, prompt_tokens
 
 #: Stream of the first try; each further one has the next.
 TRY = 16
@@ -82,24 +82,26 @@ def find_tunes(net: nn.Module, wish: Wish) -> tuple[list[Found], list[str]]:
     """Valid tunes for a text, in their order, and why the last try of each missing one was refused.
 
     A tune that is not valid is written again with other draws from its first wrong bar on, and where that does not get
-    further, from a bar earlier each time. Valid is what our own reading of notation and bars accepts, and abc2midi too
-    where it is installed.
+    further, from 1, 3, 7 and so on bars earlier. Valid is what our own reading of notation and bars accepts, and
+    abc2midi too where it is installed.
 
     Raises:
-        ConfigError: the network is no language model of these tokens, or reads too few.
+        ConfigError: the network is no language model or encoder-decoder of these tokens, or reads too few.
     """
     kind = type(net).__name__
-    if kind not in CAUSAL_LMS:
-        raise ConfigError(f"tunes are written by language models of transformers, and this is a `{kind}`.")
+    if kind not in TUNE_MODELS:
+        raise ConfigError(
+            f"tunes are written by language models and encoder-decoders of transformers, and this is a `{kind}`."
+        )
     prompt, seeds = prompt_tokens(wish.text), SeedRange(wish.seed, Purpose.FRESH)
-    check_text(net.config, VOCAB_SIZE, 2)
+    check_tunes(net.config, 2)
     drafts, found = {number: _Draft() for number in range(wish.num)}, []
     how = {key: getattr(wish, key) for key in ("top_p", "temperature", "max_tokens")}
     for turn in range(wish.tries):
         numbers = sorted(drafts)
         rngs = [seeds.generator(number, TRY + turn) for number in numbers]
-        prompts = [prompt + drafts[number].kept for number in numbers]
-        texts = sample(net, prompts, rngs, end=END, pad=PAD, **how)
+        begun = [drafts[number].kept for number in numbers]
+        texts = sample(net, [prompt] * len(numbers), rngs, begun=begun, end=END, pad=PAD, **how)
         for number, tokens in zip(numbers, texts, strict=True):
             draft = drafts[number]
             draft.judge(draft.kept + tokens, wish.max_tokens)
@@ -137,7 +139,7 @@ class _Draft:
             sound.append(end)
         self.stuck = 0 if sound[-1] > self.reached else self.stuck + 1
         self.reached = max(self.reached, sound[-1])
-        self.kept = tokens[: sound[max(0, len(sound) - 1 - self.stuck)]]
+        self.kept = tokens[: sound[max(0, len(sound) - 2**self.stuck)]]
 
 
 def write_tunes(net: nn.Module, wish: Wish, to: Path, model: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def compare_remade(bank: CheckpointBank, model: Exported) -> None:
     """Carry the recipe's plan out again, and compare recipe, configuration and every tensor.
 
     Args:
-        bank: opened with the recipe's step alone.
+        bank: opened with the recipe's steps alone.
         model: its recipe is sound.
 
     Raises:

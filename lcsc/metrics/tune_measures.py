@@ -10,6 +10,7 @@ import numpy as np
 
 from lcsc.core.errors import EvaluationError, not_installed
 from lcsc.metrics.paired import paired_draws
+from lcsc.music.check import whole_bars
 
 #: Longest runs of characters that BLEU compares.
 ORDERS = (1, 2, 3, 4)
@@ -54,6 +55,7 @@ def measure_tunes(
     | `bleu_1` .. `bleu_4` | BLEU of characters against the references, 0 to 100 | unrelated real tunes | 100 |
     | `eds` | 1 - edit distance / longer length | unrelated real tunes | 1 |
     | `validity` | share of valid tunes | 0 | the references' |
+    | `whole_bars` | share of a tune's bars that are as long as its metre says | 0 | the references' |
     | `diversity` | 1 - likeness to the most similar other tune | 0 | the references' |
     | `copying` | likeness to the most similar training tune | the references' | 1 |
 
@@ -79,6 +81,8 @@ def measure_tunes(
     found = {f"bleu_{n}": measured(counts_NS, floor_NS, 100.0, _bleu_of(n)) for n in ORDERS}
     found["eds"] = measured(eds(tunes, references), eds(unrelated, references), 1.0)
     found["validity"] = measured(valid_N, zeros_N, float(real_N.mean()))
+    bars_N, real_bars_N = (np.array([whole_bars(tune) for tune in some]) for some in (tunes, references))
+    found["whole_bars"] = measured(bars_N, zeros_N, float(real_bars_N.mean()))
     found["diversity"] = measured(apart(tunes), zeros_N, float(apart(references).mean()))
     found["copying"] = measured(nearest(tunes, training), nearest(references, training), 1.0)
     return found

@@ -25,6 +25,12 @@ CAUSAL_LMS = (
     *("Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM"),
 )
 
+#: Classes of transformers that tell hidden tokens from those on both sides.
+MASKED_LMS = ("BertForMaskedLM", "CamembertForMaskedLM", "RobertaForMaskedLM", "XLMRobertaForMaskedLM")
+
+#: Kinds whose first token has the position behind that of padding, which is the padding token's number.
+COUNTED_FROM_PADDING = ("camembert", "roberta", "xlm-roberta")
+
 #: Tokens of a text of bytes, and rows that a network may have beyond the tokens of a tokenizer.
 BYTES, SPARE_TOKENS = 256, 1024
 
@@ -65,7 +71,7 @@ def save_causal_lm(cls: Any, net: nn.Module, folder: Path, max_shard_size: str) 
 def saved_settings(arch: Mapping[str, Any]) -> dict[str, Any] | None:
     """config.json of a transformers network in float32, None where `arch` is none."""
     config = {key: value for key, value in arch["config"].items() if key not in ("torch_dtype", "architectures")}
-    if arch["class"] not in CAUSAL_LMS and "model_type" not in config:
+    if arch["class"] not in (*CAUSAL_LMS, *MASKED_LMS) and "model_type" not in config:
         return None
     if "model_type" not in config:
         import transformers
@@ -156,6 +162,8 @@ def check_text(config: Any, vocab_size: int, length: int) -> None:
             f"a network with `vocab_size` {vocab_size}, trained on such tokens."
         )
     most = getattr(config, "max_position_embeddings", None)
+    if most is not None and config.model_type in COUNTED_FROM_PADDING:
+        most -= config.pad_token_id + 1
     if most is not None and length > most:
         raise ConfigError(
             f"`block_length` is {length}, and the network reads at most {most} tokens. Give shorter blocks, or a "

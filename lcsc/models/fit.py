@@ -58,11 +58,6 @@ class Fit:
     mixed_precision: str = "no"
     cpu: bool = False
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that pass through the network."""
-        return self.num_steps * self.batch_size * self.block_length
-
     def run(
         self,
         net: nn.Module,
@@ -70,7 +65,6 @@ class Fit:
         folder: Path,
         *,
         callbacks: Sequence[TrainerCallback] = (),
-        save: Callable[[Path], None] | None = None,
         begun: str | None = None,
     ) -> None:
         """Train `net` in place.
@@ -80,7 +74,6 @@ class Fit:
             windows: as many as its steps take.
             folder: where transformers may write.
             callbacks: of transformers.
-            save: writes the network into a state's folder in place of transformers.
             begun: a state to go on from.
         """
         from transformers import PrinterCallback, Trainer
@@ -89,12 +82,34 @@ class Fit:
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
             warnings.filterwarnings("ignore", message="Version v4.12.0 introduces")  # of encoder-decoders, at each step
             trainer = Trainer(
-                net, self.arguments(folder, windows.seed), train_dataset=windows, callbacks=list(callbacks)
+                net,
+                self.arguments(folder, windows.seed),
+                data_collator=windows.collate,
+                train_dataset=windows,
+                callbacks=list(callbacks),
             )
             trainer.remove_callback(PrinterCallback)
-            if save is not None:
-                trainer.save_model = lambda to, **_: save(Path(to))  # type: ignore[method-assign]
+            trainer.save_model = lambda to, **_: _save(net, Path(to))  # type: ignore[method-assign]
             trainer.train(resume_from_checkpoint=begun)
+
+    def run_until(self, net: nn.Module, windows: Windows, folder: Path, stop: int, begun: str | None) -> str | None:
+        """Train on until so many steps are done, on the way to all of them.
+
+        Args:
+            net: as for `run`; where it was begun, as it was left.
+            windows: of all steps.
+            folder: where transformers may write.
+            stop: steps, at most `num_steps`.
+            begun: what this returned for fewer steps; None from the first.
+
+        Returns:
+            a state to go on from, None behind the last step.
+        """
+        if stop == self.num_steps:
+            self.run(net, windows, folder, begun=begun)
+            return None
+        self.run(net, windows, folder, callbacks=[_pause(stop)], begun=begun)
+        return str(folder / f"checkpoint-{stop}")
 
     def arguments(self, folder: Path, seed: int) -> TrainingArguments:
         """What transformers is told.
@@ -137,14 +152,43 @@ class Fit:
         return arguments
 
 
+def _pause(stop: int) -> TrainerCallback:
+    """What ends a training behind a step and leaves its state."""
+    from transformers import TrainerCallback
+
+    class Pause(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_save = control.should_training_stop = state.global_step == stop
+
+    return Pause()
+
+
+def _save(net: nn.Module, folder: Path) -> None:
+    """The network in a state, each tensor once.
+
+    transformers would take a mixture's experts apart and not find them again, and safetensors refuses views of a row.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {(t.data_ptr(), t.shape): name for name, t in reversed(net.state_dict().items())}
+    folder.mkdir(parents=True, exist_ok=True)
+    state = net.state_dict()
+    whole = {name: state[name].clone(memory_format=torch.contiguous_format) for name in tensors.values()}
+    save_file(whole, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """The windows of a training in their order; a step's are neighbours, and each is drawn by (seed, i) alone.
+
+    `collate` makes one input of those of a step; None stacks them.
 
     Args:
         stretches_SL: the training text.
         fit: how many there are and how long; whatever has its three fields.
         seeds: what they are drawn by.
     """
+
+    collate: Callable[[list[Any]], Any] | None = None
 
     def __init__(self, stretches_SL: Tensor, fit: Any, seeds: SeedRange) -> None:
         self._stretches_SL, self._length, self._seeds = stretches_SL, fit.block_length, seeds

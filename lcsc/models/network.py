@@ -34,7 +34,7 @@ NETWORKS: dict[str, str] = {
     "PixArtTransformer2DModel": "diffusers",
     "SD3Transformer2DModel": "diffusers",
     "FluxTransformer2DModel": "diffusers",
-    **dict.fromkeys(causal_lm.CAUSAL_LMS, "transformers"),
+    **dict.fromkeys((*causal_lm.CAUSAL_LMS, *causal_lm.MASKED_LMS), "transformers"),
     STOCK[0]: "transformers",
     SHARED[0]: "lcsc.models.encoder_decoder",
 }

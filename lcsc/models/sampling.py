@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +11,14 @@ from torch import Tensor, nn
 
 from lcsc.core.errors import ConfigError
 from lcsc.models.causal_lm import quiet
+from lcsc.models.generation import own_settings_aside
+from lcsc.models.pairs import is_composite
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
+
+#: Room of a network that reads any number of tokens.
+ENDLESS = 2**31
 
 
 def check_sampling(settings: Any, section: str = "") -> None:
@@ -43,65 +47,92 @@ def sample(
     *,
     end: int,
     pad: int,
+    begun: Sequence[Sequence[int]] | None = None,
     top_p: float = 0.9,
     temperature: float = 1.0,
     max_tokens: int = 1024,
 ) -> list[list[int]]:
-    """What the network writes behind each prompt: N lists of tokens, up to `end`, which is in the list where it came.
+    """What the network writes for each prompt: N lists of tokens, up to `end`, which is in the list where it came.
 
-    The smallest set of tokens that has a probability of `top_p` is kept and drawn from at `temperature`, in this order;
-    transformers has the other one. Each text is drawn by its own generator, so what stands beside it in a batch makes
-    no difference but by rounding.
+    A language model goes on behind its prompt, an encoder-decoder reads it with its encoder. The smallest set of tokens
+    that has a probability of `top_p` is kept and drawn from at `temperature`, in this order; transformers has the other
+    one. Each text is drawn by its own generator, so what stands beside it in a batch makes no difference but by
+    rounding.
 
     Args:
-        net: a language model of transformers, in evaluation mode.
+        net: a language model or an encoder-decoder of transformers, in evaluation mode.
         prompts: tokens of each, at least one.
         rngs: a generator for each prompt; one draw a token is taken from it.
         end: token that ends a text.
         pad: token that fills up shorter prompts.
+        begun: what each text begins with; the list holds what comes behind. None begins them all.
         top_p: above 0, at most 1.
         temperature: above 0.
         max_tokens: most that are written; fewer where the network reads no more.
 
     Raises:
-        ConfigError: a prompt leaves no room in the network.
+        ConfigError: a prompt, or what is begun, leaves no room in the network.
     """
     from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-    device, width = next(net.parameters()).device, max(map(len, prompts))
-    room = (getattr(net.config, "max_position_embeddings", None) or width + max_tokens) - width
-    if room < 1:
+    begun = begun or [[]] * len(prompts)
+    if not is_composite(net):
+        groups = [(range(len(prompts)), *_continued(net, prompts, begun, pad))]
+    else:  # a decoder's positions count from its first token, so texts that are begun unequally stand apart
+        lengths = [len(some) for some in begun]
+        alike = [[row for row in range(len(begun)) if lengths[row] == length] for length in sorted(set(lengths))]
+        groups = [(rows, *_composed(net, prompts, begun, rows, pad)) for rows in alike]
+    texts: list[list[int]] = [[] for _ in prompts]
+    for rows, inputs, width, room in groups:
+        how = GenerationConfig(
+            max_new_tokens=min(max_tokens, room), do_sample=False, eos_token_id=end, pad_token_id=pad, use_cache=True
+        )
+        if is_composite(net):
+            how.decoder_start_token_id = inputs["decoder_input_ids"][0, 0].item()
+        drawn = _drawn([rngs[row] for row in rows])
+        processors = LogitsProcessorList([TopPLogitsWarper(top_p), TemperatureLogitsWarper(temperature), drawn])
+        with quiet(), own_settings_aside(net):
+            found_NT = net.generate(**inputs, generation_config=how, logits_processor=processors)  # type: ignore
+        for row, text in zip(rows, found_NT[:, width:].tolist(), strict=True):
+            texts[row] = text[: text.index(end) + 1] if end in text else text
+    return texts
+
+
+def _continued(
+    net: nn.Module, prompts: Sequence[Sequence[int]], begun: Sequence[Sequence[int]], pad: int
+) -> tuple[dict[str, Tensor], int, int]:
+    """Inputs of a language model, their width and the room behind them; what is shorter is padded before it."""
+    rows = [[*prompt, *some] for prompt, some in zip(prompts, begun, strict=True)]
+    device, width = next(net.parameters()).device, max(map(len, rows))
+    room = _room(getattr(net.config, "max_position_embeddings", None), width, "prompt")
+    ids_NT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask_NT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"input_ids": ids_NT, "attention_mask": mask_NT}, width, room
+
+
+def _composed(
+    net: nn.Module, prompts: Sequence[Sequence[int]], begun: Sequence[Sequence[int]], rows: Sequence[int], pad: int
+) -> tuple[dict[str, Tensor], int, int]:
+    """Inputs of an encoder-decoder for rows that are begun equally far; prompts are padded behind them."""
+    config: Any = net.config
+    device, width = next(net.parameters()).device, max(len(prompts[row]) for row in rows)
+    _room(getattr(config.encoder, "max_position_embeddings", None), width, "prompt", 0)
+    first_NT = torch.tensor([[config.decoder_start_token_id, *begun[row]] for row in rows], device=device)
+    room = _room(getattr(config.decoder, "max_position_embeddings", None), first_NT.shape[1], "beginning")
+    ids_NS = [[*prompts[row]] + [pad] * (width - len(prompts[row])) for row in rows]
+    mask_NS = [[1] * len(prompts[row]) + [0] * (width - len(prompts[row])) for row in rows]
+    inputs = {"input_ids": torch.tensor(ids_NS, device=device), "attention_mask": torch.tensor(mask_NS, device=device)}
+    return {**inputs, "decoder_input_ids": first_NT}, first_NT.shape[1], room
+
+
+def _room(most: int | None, width: int, what: str, least: int = 1) -> int:
+    """Tokens that a network reads behind so many; raises ConfigError where there are fewer than `least`."""
+    if most is not None and most - width < least:
         raise ConfigError(
-            f"a prompt has {width} tokens, and the network reads at most {width + room}. Give a shorter text, or a "
+            f"a {what} has {width} tokens, and the network reads at most {most}. Give a shorter text, or a "
             "network with more `max_position_embeddings`."
         )
-    ids_NT = torch.full((len(prompts), width), pad)
-    for row, prompt in enumerate(prompts):
-        ids_NT[row, width - len(prompt) :] = torch.tensor(prompt)
-    lengths_N1 = torch.tensor([[len(prompt)] for prompt in prompts])
-    mask_NT = (torch.arange(width)[None] >= width - lengths_N1).long()
-    how = GenerationConfig(
-        max_new_tokens=min(max_tokens, room), do_sample=False, eos_token_id=end, pad_token_id=pad, use_cache=True
-    )
-    processors = LogitsProcessorList([TopPLogitsWarper(top_p), TemperatureLogitsWarper(temperature), _drawn(rngs)])
-    with quiet(), _own_settings_aside(net):
-        found_NT = net.generate(  # type: ignore[operator]
-            ids_NT.to(device), attention_mask=mask_NT.to(device), generation_config=how, logits_processor=processors
-        )
-    texts = found_NT[:, width:].tolist()
-    return [text[: text.index(end) + 1] if end in text else text for text in texts]
-
-
-@contextlib.contextmanager
-def _own_settings_aside(net: nn.Module) -> Iterator[None]:
-    """Without what a network's folder says of beams, penalties or words to avoid: the draws are what was asked for."""
-    from transformers import GenerationConfig
-
-    own, net.generation_config = net.generation_config, GenerationConfig()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        net.generation_config = own
+    return ENDLESS if most is None else most - width
 
 
 def _drawn(rngs: Sequence[np.random.Generator]) -> LogitsProcessor:

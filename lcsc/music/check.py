@@ -29,7 +29,7 @@ _WORDS = re.compile(
     )
 )
 #: Problems that what comes behind may mend.
-UNFINISHED = ("a slur is open", "it has no bars")
+UNFINISHED = ("a slur is open", "it has no bars", "a repeat is open")
 _TIMES = {2: 3, 3: 2, 4: 3, 6: 2, 8: 3}
 
 
@@ -42,9 +42,11 @@ class _Bars:
     length: Fraction = Fraction(0)
     begins: str = ""
     number: int = 0
+    wrong: int = 0
     lines: int = 0
     notes: int = 0
     slurs: int = 0
+    repeats: bool = False
     tuplet: tuple[int, Fraction] = (0, Fraction(1))
     next_factor: Fraction = Fraction(1)
     last: Fraction | None = None
@@ -72,11 +74,24 @@ class _Bars:
         if self.metre is not None and self.length:
             whole = self.begins == sign == "|"
             if self.length > self.metre or (whole and self.length < self.metre):
+                self.wrong += 1
                 self.problems.append(f"bar {self.number} is {self.length} long instead of {self.metre}")
         if self.next_factor != 1 or self.tuplet[0]:
             self.problems.append(f"bar {self.number} ends within a figure")
+        self.repeat(sign)
         self.length, self.begins, self.last = Fraction(0), sign, None
         self.next_factor, self.tuplet = Fraction(1), (0, Fraction(1))
+
+    def repeat(self, sign: str) -> None:
+        """A repeat or a first ending is to be followed by `:|`; without `|:` it goes back to the beginning."""
+        lines = sign.rstrip("[1234567890,-")
+        ends, begins, ending = lines.startswith(":"), lines.endswith(":"), sign[len(lines) :].lstrip("[")
+        if self.repeats and begins and not ends:
+            self.problems.append(f"a repeat begins behind bar {self.number}, and the one before has no end")
+        behind = ends or (not self.length and self.begins.startswith(":"))  # `:|` and `[2` may stand in two lines
+        if ending[:1] > "1" and not behind:
+            self.problems.append(f"ending {ending} behind bar {self.number} has no repeat before it")
+        self.repeats = begins or ending.startswith("1") or (self.repeats and not ends)
 
     def change(self, name: str, value: str) -> None:
         if name == "L":
@@ -89,17 +104,29 @@ def problems(abc: str) -> list[str]:
     """What is wrong with a tune, in sentences; empty for one that can be played.
 
     A bar between two plain bar lines has to be as long as the metre says. One beside a repeat, an ending or a double
-    bar line may be a part of a bar, since its rest often stands elsewhere, but not longer.
+    bar line may be a part of a bar, since its rest often stands elsewhere, but not longer. A repeat that begins has an
+    end, and a second ending stands behind one.
 
     Args:
         abc: fields M, L and K, each once and in a line of its own, and lines of notes.
     """
+    return _read(abc).problems
+
+
+def whole_bars(abc: str) -> float:
+    """Share of a tune's bars that `problems` finds neither too long nor too short; 0 where there are none."""
+    bars = _read(abc)
+    return 1 - bars.wrong / bars.number if bars.number else 0.0
+
+
+def _read(abc: str) -> _Bars:
     heads = re.match(r"M:(.+)\nL:(.+)\nK:([A-G][#b]?[ A-Za-z]*)\n", abc)
     if heads is None:
-        return ["it does not begin with metre, unit and key, as in `M:6/8`, `L:1/8`, `K:D`"]
+        said = ["it does not begin with metre, unit and key, as in `M:6/8`, `L:1/8`, `K:D`"]
+        return _Bars(Fraction(1), None, problems=said)
     unit, metre = _unit(heads[2]), metre_length(heads[1])
     if unit is None or (metre is None and heads[1] != "none"):
-        return [f"`M:{heads[1]}` or `L:{heads[2]}` is no length"]
+        return _Bars(Fraction(1), None, problems=[f"`M:{heads[1]}` or `L:{heads[2]}` is no length"])
     bars = _Bars(unit, metre, problems=foreign(abc))
     for line in abc[heads.end() :].split("\n"):
         if (found := FIELD.fullmatch(line)) is not None:
@@ -113,7 +140,9 @@ def problems(abc: str) -> list[str]:
         bars.bar("|]")
     if not bars.notes or not bars.lines:
         bars.problems.append(UNFINISHED[1])
-    return bars.problems
+    if bars.repeats:
+        bars.problems.append(UNFINISHED[2])
+    return bars
 
 
 def foreign(abc: str) -> list[str]:

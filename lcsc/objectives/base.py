@@ -167,6 +167,27 @@ class Raceable(Protocol):
 
 
 @runtime_checkable
+class RaceableBySteps(Raceable, Protocol):
+    """What an objective offers beside `Raceable` when it trains candidates and can look at them on the way."""
+
+    #: steps of a candidate's training
+    num_steps: int
+
+    def leg_states(
+        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, num_blocks: int, steps: range
+    ) -> Blocks:
+        """As `block_states`, after `steps.stop` of its steps, of which those before `steps` were paid for already.
+
+        A candidate that is asked about again with more steps goes on where it was; behind all of them it is, to the
+        bit, what it is without a stop.
+
+        Raises:
+            EvaluationError: the candidate produced something that cannot be scored.
+        """
+        ...
+
+
+@runtime_checkable
 class Timed(Protocol):
     """What an objective offers beside `Objective` when its candidates have a speed: measured once, after the search.
 

@@ -61,12 +61,14 @@ class MeanLoss:
         se = grouped_se(losses_N, self._groups(rows_N))
         return Score(value, len(images), self.forwards[0], se, self._others(live, purpose, rows_N, value, se))
 
-    @torch.no_grad()
     def block_states(
         self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, num_blocks: int
     ) -> Blocks:
         """See `Raceable.block_states`; a state is the number of items and the sum of their losses, float64 (2,)."""
-        live = self._live(candidate)
+        return self._states(self._live(candidate), seed, purpose, images, num_blocks)
+
+    @torch.no_grad()
+    def _states(self, live: LiveModel, seed: int, purpose: Purpose, images: range, num_blocks: int) -> Blocks:
         losses_N = torch.cat(list(self.batches(live, seed, purpose, images))).double().cpu().numpy()
         blocks = np.array_split(losses_N, min(num_blocks, len(losses_N)))
         states = tuple(np.array([len(block), block.sum()]) for block in blocks)

@@ -20,15 +20,17 @@ from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import PairDataset, TextPart, need_pairs
 from lcsc.datasets.content import text_digest
 from lcsc.metrics.tune_measures import Measured, measure_tunes, need_measures
-from lcsc.models.causal_lm import CAUSAL_LMS, check_text
+from lcsc.models.fit import Fit
 from lcsc.models.flat import LiveModel
 from lcsc.models.sampling import check_sampling, sample
+from lcsc.models.tune_pairs import TUNE_MODELS, TuneSteps, check_tunes, tune_losses
 from lcsc.music.files import CHECKER, abc2midi_version, tune_problems
 from lcsc.music.pairs import Pair
-from lcsc.music.tokens import END, PAD, VOCAB_SIZE, decode, encode, pair_tokens, prompt_tokens
+from lcsc.music.tokens import END, PAD, decode, pair_tokens, prompt_tokens
 from lcsc.objectives.base import Score, spending
-from lcsc.objectives.mean_loss import MeanLoss, grouped_se
+from lcsc.objectives.mean_loss import grouped_se
 from lcsc.objectives.shared import KeptLive
+from lcsc.objectives.uptraining import Uptraining
 from lcsc.operators.base import Candidate
 
 #: Stream of what is drawn for a sample.
@@ -38,16 +40,20 @@ CHECKERS = ("auto", CHECKER, "lcsc")
 
 @register("objective", "music", source="arXiv:2211.11216; Papineni et al. 2002 (BLEU); Levenshtein 1966 (EDS)")
 @dataclass(frozen=True)
-class Music(MeanLoss):
+class Music(Uptraining):
     """Mean cross-entropy of a held-out tune's tokens given its text, in nats; a network call a pair.
+
+    An encoder-decoder reads the text with its encoder, a language model as the beginning of the tune. With `num_steps`
+    each candidate is fine-tuned on the pairs of the training part first, as trainer=tunes does it and for all
+    candidates alike: so are the plans of operator=warm_start compared. Full scores then hold `trained_tokens` too.
 
     Image i of (seed, purpose) is a pair of text and tune, of the search or the report part; each comes up once before
     any comes up again. The loss of a pair is the mean over the tokens of its tune and the end behind it.
 
     Full scores also hold `shuffled_loss`, the loss with the text of another tune, and `conditioning_gap`, by how much
     that is higher: near 0 the model does not listen to the text. The model also writes tunes for the texts of the first
-    `samples` pairs, with the same noise for all candidates, and `bleu_1` to `bleu_4`, `eds`, `validity`, `diversity`
-    and `copying` of them are told, with the `_floor` and `_ceiling` that are no constants: see
+    `samples` pairs, with the same noise for all candidates, and `bleu_1` to `bleu_4`, `eds`, `validity`, `whole_bars`,
+    `diversity` and `copying` of them are told, with the `_floor` and `_ceiling` that are no constants: see
     `lcsc.metrics.tune_measures.measure_tunes`. This needs the extra `lcsc[music]`.
 
     Args:
@@ -94,7 +100,16 @@ class Music(MeanLoss):
         if self.samples:
             need_measures()
         _ = SeedRange(self.sample_seed, Purpose.REPORT)  # checks it
+        self._check_training()
         self.__dict__["_kept"] = KeptLive()
+
+    @property
+    def fit(self) -> Fit:
+        """The fine-tuning of a candidate; no pair is cut."""
+        return self._fit(self._longest)
+
+    def _windows(self, net: nn.Module, seeds: SeedRange) -> TuneSteps:
+        return TuneSteps(self.dataset.pairs(TextPart.TRAIN), self.fit, seeds, net)
 
     def __call__(
         self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, full: bool = False
@@ -105,7 +120,7 @@ class Music(MeanLoss):
         further = len(images) + len(self._sampled(self._rows(seed, purpose, images)))
         with spending(further):
             score = super().__call__(candidate, seed=seed, purpose=purpose, images=images, full=True)
-        return dataclasses.replace(score, further=further)
+        return dataclasses.replace(score, further=score.further + further)
 
     def batches(self, live: LiveModel, seed: int, purpose: Purpose, images: range) -> Iterator[Tensor]:
         """See `MeanLoss.batches`."""
@@ -121,7 +136,7 @@ class Music(MeanLoss):
         settings = {key: getattr(self, key) for key in ("samples", "top_p", "temperature", "max_tokens", "sample_seed")}
         settings |= {"checker": f"abc2midi {abc2midi_version()}" if self._checker == CHECKER else "lcsc"}
         settings |= {"transformers": importlib.metadata.version("transformers")}
-        return {
+        said = {
             "metric": self.name,
             "detector": self.name,
             "detector_digest": value_digest({"name": self.name, **settings}),
@@ -131,6 +146,7 @@ class Music(MeanLoss):
             "data_digest": text_digest(self.dataset),
             **settings,
         }
+        return self._with_training(said) if self.num_steps else said
 
     def write(self, net: nn.Module, rows: np.ndarray, purpose: Purpose) -> list[str]:
         """A tune for the text of each row, empty where it has no end within `max_tokens`.
@@ -167,6 +183,9 @@ class Music(MeanLoss):
         groups_N = self._groups(rows_N)
         losses = {"shuffled_loss": other_N, "conditioning_gap": other_N - own_N}
         found = {name: _row(float(some.mean()), grouped_se(some, groups_N)) for name, some in losses.items()}
+        if self.num_steps:
+            tokens = self._windows(live.net, SeedRange(self.train_seed, Purpose.TRAIN)).tokens
+            found["trained_tokens"] = _row(float(tokens), 0.0)
         rows = self._sampled(rows_N)
         if len(rows) < 2:
             return found
@@ -221,41 +240,29 @@ class Music(MeanLoss):
     def _checker(self) -> str:
         return self.checker if self.checker != "auto" else CHECKER if abc2midi_version() else "lcsc"
 
-    def _live(self, candidate: Candidate) -> LiveModel:
+    def _fresh(self, candidate: Candidate) -> LiveModel:
         arch = candidate.arch
-        if arch is not None and arch.get("class") not in CAUSAL_LMS:
+        if arch is not None and arch.get("class") not in TUNE_MODELS:
             raise ConfigError(
-                f"objective `{self.name}` runs language models of transformers, and the checkpoints hold "
-                f"`{arch.get('class')}`. Use one of: {', '.join(CAUSAL_LMS)}."
+                f"objective `{self.name}` runs language models and encoder-decoders of transformers, and the "
+                f"checkpoints hold `{arch.get('class')}`. Use one of: {', '.join(TUNE_MODELS)}."
             )
-        live = super()._live(candidate)
-        check_text(live.net.config, VOCAB_SIZE, 2)
-        most = getattr(live.net.config, "max_position_embeddings", None)
+        live = super()._fresh(candidate)
+        check_tunes(live.net.config, 2)
+        config: Any = live.net.config
+        most = getattr(getattr(config, "decoder", config), "max_position_embeddings", None)
         if most is not None and self._longest > most:
             raise ConfigError(
-                f"the longest held-out pair has {self._longest} tokens, and the network reads at most {most}. Set "
+                f"the longest pair has {self._longest} tokens, and the network reads at most {most}. Set "
                 f"`dataset.longest` to {most}, or take a network with more `max_position_embeddings`."
             )
         return live
 
     @functools.cached_property
     def _longest(self) -> int:
-        return max(len(pair_tokens(pair.text, pair.tune)) for pair in self._held)
-
-
-def tune_losses(net: nn.Module, pairs: list[Pair]) -> Tensor:
-    """Mean cross-entropy of each tune's tokens and its end, given the text before them, in nats, float32 (N,)."""
-    rows = [torch.tensor(pair_tokens(pair.text, pair.tune)) for pair in pairs]
-    device = next(net.parameters()).device
-    ids_NT = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD).to(device)
-    # nothing looks ahead, so what pads a row behind its end changes nothing before it
-    logits_NTV = net(input_ids=ids_NT, use_cache=False).logits.float()
-    losses_NT = nn.functional.cross_entropy(logits_NTV[:, :-1].transpose(1, 2), ids_NT[:, 1:], reduction="none")
-    begins_N1 = torch.tensor([[len(prompt_tokens(pair.text)) - 1] for pair in pairs], device=device)
-    lengths_N1 = torch.tensor([[len(encode(pair.tune)) + 1] for pair in pairs], device=device)
-    places_T = torch.arange(losses_NT.shape[1], device=device)[None]
-    mine_NT = (places_T >= begins_N1) & (places_T < begins_N1 + lengths_N1)
-    return (losses_NT * mine_NT).sum(1) / lengths_N1[:, 0]
+        """Tokens of the longest pair that is read; those of the training part are where it is fine-tuned."""
+        read = self._held + (self.dataset.pairs(TextPart.TRAIN) if self.num_steps else ())
+        return max(len(pair_tokens(pair.text, pair.tune)) for pair in read)
 
 
 def _rows(name: str, found: Measured) -> dict[str, dict[str, float]]:
@@ -263,7 +270,7 @@ def _rows(name: str, found: Measured) -> dict[str, dict[str, float]]:
     rows = {name: _row(found.value, found.se)}
     if found.floor:
         rows[f"{name}_floor"] = _row(found.floor, 0.0)
-    if name in ("validity", "diversity"):
+    if name in ("validity", "whole_bars", "diversity"):
         rows[f"{name}_ceiling"] = _row(found.ceiling, 0.0)
     return rows
 

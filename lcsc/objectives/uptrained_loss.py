@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import tempfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lcsc.core.digests import value_digest
-from lcsc.core.errors import ConfigError
-from lcsc.core.registry import plain, register
+from lcsc.core.registry import register
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import TextPart
-from lcsc.models.fit import Fit, Windows, check_fit, own_randomness
+from lcsc.models.fit import Fit, Windows
 from lcsc.models.flat import LiveModel
 from lcsc.models.flops import training_flops
-from lcsc.objectives.base import Blocks, Score, spending
 from lcsc.objectives.language_modeling import LanguageModeling
-from lcsc.objectives.shared import choose_device
-from lcsc.operators.base import Candidate
-
-#: Network evaluations that a window costs in training; a backward pass counts two.
-FORWARDS = 3
-DEVICES = ("auto", "cpu", "cuda", "cuda:0")
+from lcsc.objectives.uptraining import Uptraining
 
 
 @register("objective", "uptrained_loss", source="lcsc; uptraining of arXiv:2305.13245 and arXiv:2212.05055")
 @dataclass(frozen=True)
-class UptrainedLoss(LanguageModeling):
+class UptrainedLoss(Uptraining, LanguageModeling):
     """`language_modeling` of what a fixed budget of continued training makes of a candidate.
 
     Each candidate is trained with transformers' `Trainer` from a new optimizer, on the same windows of the text's
@@ -60,124 +46,40 @@ class UptrainedLoss(LanguageModeling):
     """
 
     num_steps: int = 50
-    learning_rate: float = 1e-3
-    warmup_steps: int = 0
-    schedule: str = "constant_with_warmup"
-    train_batch_size: int = 16
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    train_seed: int = 0
-    keep: int = 4
 
     name: ClassVar[str] = "uptrained_loss"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fit(self, "objective.")
-        for name, least in (("num_steps", 0), ("train_batch_size", 1), ("keep", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"`objective.{name}` is {getattr(self, name)}; it must be at least {least}.")
-        if self.device not in DEVICES:
-            raise ConfigError(
-                f"`objective.device` is `{self.device}`, and transformers trains on the first GPU that it sees. Use "
-                f"one of {', '.join(DEVICES)}, and CUDA_VISIBLE_DEVICES to choose."
-            )
-        _ = SeedRange(self.train_seed, Purpose.TRAIN)  # checks it
-        self.__dict__["_trained"] = OrderedDict()
+        self._check_training()
 
     @property
     def fit(self) -> Fit:
         """The training of a candidate."""
-        return Fit(
-            self.num_steps,
-            self.train_batch_size,
-            self.block_length,
-            self.learning_rate,
-            self.weight_decay,
-            self.schedule,
-            self.warmup_steps,
-            self.max_grad_norm,
-            cpu=choose_device(self.device).type == "cpu",
-        )
-
-    def __call__(
-        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, full: bool = False
-    ) -> Score:
-        """See `Objective.__call__`."""
-        further = self._further(images)
-        with spending(further):
-            score = super().__call__(candidate, seed=seed, purpose=purpose, images=images, full=full)
-        return dataclasses.replace(score, further=further)
-
-    def block_states(
-        self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range, num_blocks: int
-    ) -> Blocks:
-        """See `Raceable.block_states`."""
-        further = self._further(images)
-        with spending(further):
-            blocks = super().block_states(candidate, seed=seed, purpose=purpose, images=images, num_blocks=num_blocks)
-        return dataclasses.replace(blocks, image_forwards=blocks.image_forwards + further)
-
-    @property
-    def no_gradient(self) -> str | None:
-        """See `Differentiable.no_gradient`."""
-        return f"objective `{self.name}` is behind a training, which has no derivative here" if self.num_steps else None
+        return self._fit(self.block_length)
 
     def circumstances(self) -> dict[str, Any]:
         """What `language_modeling` says, and the training."""
-        said = super().circumstances()
-        training = {**dataclasses.asdict(self.fit), "train_seed": self.train_seed}
-        del training["cpu"]
-        digest = value_digest({"name": self.name, "before": said["detector_digest"], **training})
-        return {**said, "detector_digest": digest, "training": training}
+        return self._with_training(super().circumstances())
 
     def _others(
         self, live: LiveModel, purpose: Purpose, rows_N: np.ndarray, value: float, se: float | None
     ) -> Mapping[str, Mapping[str, float]]:
-        costs = {"trained_tokens": self.fit.tokens, "training_flops": self._training_flops(live.net)}
+        tokens = self.num_steps * self.train_batch_size * self._window
+        costs = {"trained_tokens": tokens, "training_flops": self._training_flops(live.net)}
         return {
             **super()._others(live, purpose, rows_N, value, se),
             **{name: {"value": float(cost), "se": 0.0} for name, cost in costs.items()},
         }
 
-    def _further(self, images: range) -> int:
-        """Network evaluations of the training, where this score is the first of its images."""
-        return 0 if images.start else FORWARDS * self.num_steps * self.train_batch_size
-
-    def _live(self, candidate: Candidate) -> LiveModel:
-        if not self.num_steps:
-            return super()._live(candidate)
-        fresh = super()._live(candidate)
-        kept: OrderedDict[str, LiveModel] = self.__dict__["_trained"]
-        key = _digest(candidate, fresh.theta_P)
-        if (live := kept.pop(key, None)) is None or not live.intact:
-            live = self._train(fresh)
-            self.__dict__["_kept"].forget()  # its weights are no longer a candidate's
-        kept[key] = live
-        while len(kept) > self.keep:
-            kept.popitem(last=False)
-        return live
-
     def _training_flops(self, net: nn.Module) -> int:
-        return training_flops(net, self.fit.tokens, self.block_length)
+        return training_flops(net, self.num_steps * self.train_batch_size * self._window, self._window)
+
+    @property
+    def _window(self) -> int:
+        """Tokens of a window, as a network reads them."""
+        return self.block_length
 
     def _windows(self, net: nn.Module, seeds: SeedRange) -> Windows:
         """What it trains on."""
         return Windows(self.dataset.tokens(TextPart.TRAIN), self.fit, seeds)
-
-    def _train(self, live: LiveModel) -> LiveModel:
-        """The network trained in place."""
-        seeds = SeedRange(self.train_seed, Purpose.TRAIN)
-        windows = self._windows(live.net, seeds)
-        live.net.requires_grad_(True)
-        with own_randomness(), torch.enable_grad(), tempfile.TemporaryDirectory(prefix="lcsc-") as folder:
-            self.fit.run(live.net, windows, Path(folder))
-        live.net.zero_grad(set_to_none=True)
-        live.net.requires_grad_(False).eval()
-        return live
-
-
-def _digest(candidate: Candidate, theta_P: Tensor) -> str:
-    """Hex SHA-256 of a candidate: its architecture and its weights."""
-    arch = value_digest([plain(candidate.arch), {name: list(shape) for name, shape in candidate.layout.shapes.items()}])
-    return hashlib.sha256(arch.encode() + theta_P.cpu().numpy().tobytes()).hexdigest()

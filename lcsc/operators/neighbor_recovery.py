@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lcsc.bank import CheckpointBank, Layout
 from lcsc.bank.lora import refuse_lora
+from lcsc.core.digests import value_digest
 from lcsc.core.errors import ConfigError, did_you_mean
 from lcsc.core.registry import plain, register
 from lcsc.core.seeds import Purpose, SeedRange
@@ -21,7 +22,10 @@ from lcsc.operators.base import Baseline, Candidate
 from lcsc.operators.linear import need_arch
 from lcsc.operators.surgery import Piece, Plan, candidate, refuse_ties, row_of
 from lcsc.recycling.rebuild import RULES, LostLayer, Mix, lost_layers, mix_by_rule
-from lcsc.recycling.stages import Stages, find_stages, neighbours, norm_weights
+from lcsc.recycling.stages import NORMS, Stages, find_stages, neighbours, norm_weights, stage_norms
+
+#: rules that weigh by gradients
+WEIGHED = ("checkfree", "checkfree_plus")
 
 
 @register("operator", "neighbor_recovery", source="arXiv:2506.15461 (CheckFree, CheckFree+)")
@@ -29,9 +33,9 @@ from lcsc.recycling.stages import Stages, find_stages, neighbours, norm_weights
 class NeighborRecovery:
     """Rebuilds lost stages of a language model from the stages beside them; what is left null is searched.
 
-    Without a search, null `rule` is `checkfree_plus` where `grad_norms` are given and `average` where not. What the
-    lost layers hold is not read: they may be full of NaN, or missing. Embedding and head are kept; in a pipeline the
-    stages beside them hold copies of both.
+    Without a search, null `rule` is `checkfree_plus` where norms of gradients are known and `average` where not. What
+    the lost layers hold is not read: they may be full of NaN, or missing. Embedding and head are kept; in a pipeline
+    the stages beside them hold copies of both.
 
     Args:
         lost: the lost stage, counted from 0, or a list of stages; their neighbours must not be lost.
@@ -41,7 +45,9 @@ class NeighborRecovery:
             outputs are zero, so that the stage does nothing) or `random` (a new stage).
         weights: of the previous and the next stage instead of a rule's, or a list of such pairs, one a lost stage.
         scale: of the matrices that write into the residual stream.
-        grad_norms: norms of the gradients of all stages, or a JSON file with a list, or with it under `grad_norms`.
+        grad_norms: norms of the gradients of all stages, or a JSON file with a list, or with it under `grad_norms`, or
+            with those of all layers under `layers`. Null takes what the trainer wrote beside the checkpoint
+            (`trainer.gradient_norms=true`), if it did.
         norm_power: power of the norms in the weights: 1 as the authors' code has it, 2 squares them.
         lr_factor: factor of the learning rate for the rebuilt stages, which the recipe tells whoever trains on.
         step: training step of the checkpoint; null is the last.
@@ -71,11 +77,6 @@ class NeighborRecovery:
             raise ConfigError(f"`operator.rule` is `{self.rule}`, which has weights of its own. Leave `weights` out.")
         if self.rule == "skip" and self.scale is not None:
             raise ConfigError(f"`operator.scale` is {self.scale}, and `skip` scales by 0. Leave one of the two out.")
-        if self.rule in ("checkfree", "checkfree_plus") and self.grad_norms is None:
-            raise ConfigError(
-                f"`operator.rule` is `{self.rule}`, which weighs by gradients, and `operator.grad_norms` is not set. "
-                "Give the norms of all stages, or take `rule=average`."
-            )
         if not all(np.isfinite(x) for x in (self.scale or 0.0, self.lr_factor)) or self.lr_factor <= 0:
             raise ConfigError(
                 f"`operator.scale` and `lr_factor` are {self.scale} and {self.lr_factor}; they must be finite, the "
@@ -102,15 +103,15 @@ class NeighborRecovery:
     def baselines(self, bank: CheckpointBank) -> list[Baseline]:
         """Every rule that can be followed and is not excluded."""
         stages, space = self._stages(bank), self.space(bank)
-        free = self.rule is None and self.weights is None
+        free, norms = self.rule is None and self.weights is None, self._norms(bank, stages)
         rows = []
         for rule in RULES if free else (self.rule,):
-            if free and (rule in ("checkfree", "checkfree_plus") and self.grad_norms is None):
+            if free and rule in WEIGHED and norms is None:
                 continue
             if free and rule == "skip" and self.scale is not None:
                 continue
             try:
-                mixes = self._ruled(stages, rule or self._rule)
+                mixes = self._ruled(stages, rule or self._rule(norms), norms)
             except ConfigError:
                 if not free:
                     raise
@@ -133,7 +134,8 @@ class NeighborRecovery:
     def plan(self, bank: CheckpointBank, point: Point | None = None) -> Plan:
         """How it is made; see `lcsc.operators.surgery`. A layer is made of the same layers of its neighbours."""
         stages, arch, row = self._stages(bank), need_arch(bank), row_of(bank, self.step)
-        mixes = self._mixes(stages, point)
+        norms = self._norms(bank, stages)
+        mixes = self._mixes(stages, point, norms)
         jobs = self._layers(stages, bank, mixes)
         refuse_ties(bank, {name for job in jobs for name in job.reads + tuple(job.names.values())})
         recipe = {
@@ -141,27 +143,27 @@ class NeighborRecovery:
             "steps": [bank.steps[row]],
             "lost": list(self.lost),
             "num_stages": stages.num_stages,
-            "rule": self._rule if point is None else "searched" if "weights" in point else self._rule,
+            "rule": "searched" if "weights" in (point or {}) else self._rule(norms),
             "weights": [list(mix.weights) for mix in mixes],
             "scale": [mix.scale for mix in mixes],
             "random": [mix.random for mix in mixes],
-            "grad_norms": self._norms(stages),
+            "grad_norms": norms,
             "norm_power": self.norm_power,
             "seed": self.seed,
             "train_on": {"fresh_optimizer_for_layers": [job.layer for job in jobs], "lr_factor": self.lr_factor},
             "point": plain({name: np.asarray(x).tolist() for name, x in (point or {}).items()}),
         }
-        return Plan(row, arch, _pieces(jobs), recipe)
+        return Plan(row, arch, _pieces(jobs), recipe, settled=replace(self, grad_norms=norms))
 
     def pull_back(self, bank: CheckpointBank, point: Point, grad_P: Tensor) -> dict[str, np.ndarray]:
         """Inner products of the derivative with what each number multiplies."""
         stages, plan = self._stages(bank), self.plan(bank, point)
         own = {entry.name: entry.shape for entry in bank.layout.entries}
         grads = Layout.of(plan.shapes(own), bank.layout.ties).views(grad_P.cpu())
-        kept = candidate(plan, bank).weights()
-        slopes = {"weights": [0.0] * sum(len(mix.weights) for mix in self._mixes(stages, point))}
+        kept, mixes = candidate(plan, bank).weights(), self._mixes(stages, point, self._norms(bank, stages))
+        slopes = {"weights": [0.0] * sum(len(mix.weights) for mix in mixes)}
         slopes |= {name: [0.0] * len(self.lost) for name in ("scale", "random")}
-        for job in self._layers(stages, bank, self._mixes(stages, point)):
+        for job in self._layers(stages, bank, mixes):
             sources, scale = job.slopes(kept, grads, with_fresh="random" in point)
             slopes["scale"][job.place] += scale
             for k, slope in enumerate(sources[: len(job.mix.weights)]):
@@ -169,13 +171,18 @@ class NeighborRecovery:
             slopes["random"][job.place] += sum(sources[len(job.mix.weights) :])
         return {name: np.asarray(slopes[name]) for name in point}
 
+    def other_checkpoints(self, bank: CheckpointBank) -> dict[str, str]:
+        """See `lcsc.operators.base.ReadsMore`: of norms that lie in a file."""
+        norms = self._norms(bank, self._stages(bank))
+        told = norms is None or (self.grad_norms is not None and not isinstance(self.grad_norms, str))
+        return {} if told else {"norms of gradients": value_digest(norms)}
+
     # ------------------------------------------------------------------------------------------------- details
 
-    @property
-    def _rule(self) -> str:
+    def _rule(self, norms: Sequence[float] | None) -> str:
         if self.weights is not None:
             return "weights"
-        return self.rule or ("average" if self.grad_norms is None else "checkfree_plus")
+        return self.rule or ("average" if norms is None else "checkfree_plus")
 
     def _stages(self, bank: CheckpointBank) -> Stages:
         """The model's stages; raises ConfigError for lost ones that it does not have, or that lack a neighbour."""
@@ -195,27 +202,32 @@ class NeighborRecovery:
                 )
         return stages
 
-    def _norms(self, stages: Stages) -> list[float] | None:
-        """The norms of all stages, from the settings or a file."""
-        given, said = self.grad_norms, "`operator.grad_norms`"
+    def _norms(self, bank: CheckpointBank, stages: Stages) -> list[float] | None:
+        """The norms of all stages, from the settings, a file, or what lies beside the checkpoint; None for none."""
+        given, said, S = self.grad_norms, "`operator.grad_norms`", stages.num_stages
         if given is None:
-            return None
+            beside = bank.rows[row_of(bank, self.step)].files[0].parent / NORMS
+            if beside.is_file():
+                given = str(beside)
+            elif self.rule in WEIGHED:
+                raise ConfigError(
+                    f"`operator.rule` is `{self.rule}`, which weighs by gradients, and `operator.grad_norms` is not "
+                    f"set and no `{NORMS}` lies beside the checkpoint. Give the norms of all stages, train with "
+                    "`trainer.gradient_norms=true`, or take `rule=average`."
+                )
+            else:
+                return None
         if isinstance(given, str):
             said = f"{said} `{given}`"
-            try:
-                given = json.loads(Path(given).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"{said} cannot be read as JSON: {error}. Give a file with a list.") from error
-            given = given.get("grad_norms") if isinstance(given, Mapping) else given
-        fits = isinstance(given, Sequence) and not isinstance(given, str) and len(given) == stages.num_stages
-        if not fits or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in given):
-            raise ConfigError(f"{said} must be a list of {stages.num_stages} numbers, one for each stage.")
+            given = _read(given, said, len(stages.layers), S)
+        if not _numbers(given, S):
+            raise ConfigError(f"{said} must be a list of {S} numbers, one for each stage.")
         norm_weights(given)  # checks them
         return [float(x) for x in given]
 
-    def _mixes(self, stages: Stages, point: Point | None) -> list[Mix]:
+    def _mixes(self, stages: Stages, point: Point | None, norms: Sequence[float] | None) -> list[Mix]:
         """What each lost stage is made of at a point, or as set."""
-        mixes = self._ruled(stages, self._rule)
+        mixes = self._ruled(stages, self._rule(norms), norms)
         if point is None:
             return mixes
         made, start = [], 0
@@ -231,9 +243,9 @@ class NeighborRecovery:
             start = stop
         return made
 
-    def _ruled(self, stages: Stages, rule: str) -> list[Mix]:
+    def _ruled(self, stages: Stages, rule: str, norms: Sequence[float] | None) -> list[Mix]:
         """What a rule, or the setting `weights` for `weights`, makes each lost stage of."""
-        norms, scale = self._norms(stages), 1.0 if self.scale is None else self.scale
+        scale = 1.0 if self.scale is None else self.scale
         mixes = []
         for n, lost in enumerate(self.lost):
             if rule == "weights":
@@ -263,6 +275,29 @@ class NeighborRecovery:
         """Every lost layer."""
         std = float(need_arch(bank)["config"].get("initializer_range") or 0.02)
         return list(lost_layers(stages, self.lost, mixes, bank.layout.shapes, std, self.seed))
+
+
+def _numbers(given: Any, num: int) -> bool:
+    """Whether it is a list of so many numbers."""
+    fits = isinstance(given, Sequence) and not isinstance(given, str) and len(given) == num
+    return fits and all(isinstance(x, int | float) and not isinstance(x, bool) for x in given)
+
+
+def _read(path: str, said: str, num_layers: int, num_stages: int) -> Any:
+    """What a file says of the norms: a list, one under `grad_norms`, or that of the stages by one under `layers`."""
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{said} cannot be read as JSON: {error}. Give a file with a list.") from error
+    if not isinstance(given, Mapping):
+        return given
+    if "layers" not in given:
+        return given.get("grad_norms")
+    layers = given["layers"]
+    if not _numbers(layers, num_layers):
+        raise ConfigError(f"{said} must have a list of {num_layers} numbers under `layers`, one for each layer.")
+    norm_weights(layers)  # checks them
+    return stage_norms(layers, num_stages)
 
 
 def _pieces(jobs: Sequence[LostLayer]) -> tuple[Piece, ...]:

@@ -23,7 +23,7 @@ from lcsc.operators.linear import need_arch
 from lcsc.operators.surgery import Piece, row_of
 from lcsc.recycling.families import FAMILIES, Family, find_family
 from lcsc.recycling.growth import filled_config
-from lcsc.recycling.vocabulary import Vocabulary, find_vocabulary, overlap
+from lcsc.recycling.vocabulary import Rows, Vocabulary, find_rows, find_vocabulary
 from lcsc.recycling.warm_start import Origin, Side, Target, find_origin, projection, shared, side_targets
 
 #: which layers are taken where a number of them is set: rules for the baselines
@@ -185,16 +185,16 @@ def mix_of(given: Any, role: str, L: int, point: Point | None) -> tuple[float, .
     return tuple(map(float, given))
 
 
-def token_rows(found: Found, role: str, new: Vocabulary) -> tuple[np.ndarray, np.ndarray] | None:
-    """Tokens of a new vocabulary that a source has too, by their numbers in both; None for a random side."""
+def token_rows(found: Found, role: str, new: Vocabulary, how: str) -> Rows | None:
+    """What rows for a new vocabulary are made of by one of `RENEWED`; None for a random side."""
     if found.random:
         return None
     if (old := find_vocabulary(found.folder)) is None:
         raise ConfigError(
-            f"`operator.{role}_embeddings` is `overlap`, and `{found.folder}` has no tokenizer.json, vocab.json or "
+            f"`operator.{role}_embeddings` is `{how}`, and `{found.folder}` has no tokenizer.json, vocab.json or "
             "vocab.txt to compare with. Put it there."
         )
-    return overlap(old, new)
+    return find_rows(old, new, spell=how == "pieces")
 
 
 def all_targets(sides: Mapping[str, Side], seeds: SeedRange, share: str, cross: str | None) -> list[Target]:

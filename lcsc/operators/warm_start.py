@@ -39,7 +39,7 @@ from lcsc.operators.warm_sources import (
 from lcsc.recycling.composite import COMBINATIONS, composite_config, find_tokens, part_config
 from lcsc.recycling.families import FAMILIES
 from lcsc.recycling.vocabulary import find_vocabulary
-from lcsc.recycling.warm_start import CROSS, EMBEDDINGS, SHARES, Side, totals
+from lcsc.recycling.warm_start import CROSS, EMBEDDINGS, RENEWED, SHARES, Side, totals
 
 
 @register("operator", "warm_start", source="arXiv:1907.12461; sharing in transformers 5 by lcsc")
@@ -64,8 +64,9 @@ class WarmStart:
         share: `none`, `embeddings` (one matrix) or `all` (the decoder's tensors are the encoder's, but for attention
             to the encoder and the head).
         cross_attention: `random`, `copy` (of self-attention) or `zero` (an output of zero).
-        encoder_embeddings, decoder_embeddings: `copy`, `random`, or `overlap` with the tokens of `vocabulary`.
-        vocabulary: folder of the tokenizer that the new model has where embeddings are `overlap`.
+        encoder_embeddings, decoder_embeddings: `copy`, `random`, `overlap` with the tokens of `vocabulary`, or
+            `pieces`: the same, and rows of its other tokens are the mean of those that spell them.
+        vocabulary: folder of the tokenizer that the new model has where embeddings are `overlap` or `pieces`.
         start_token, end_token, pad_token: of the decoder; null finds them.
         try_random: whether a search may also draw a side that the bank gives, as if that were one more checkpoint.
         seed: of what is drawn.
@@ -105,11 +106,11 @@ class WarmStart:
         for role in ("encoder", "decoder"):
             self._check_layers(f"{role}_layers", f"num_{role}_layers")
             self._check_mix(role)
-        overlaps = "overlap" in (self.encoder_embeddings, self.decoder_embeddings)
+        overlaps = not {self.encoder_embeddings, self.decoder_embeddings}.isdisjoint(RENEWED)
         if overlaps != (self.vocabulary is not None):
             raise ConfigError(
                 f"`operator.vocabulary` is {self.vocabulary} and embeddings are `{self.encoder_embeddings}` and "
-                f"`{self.decoder_embeddings}`; a vocabulary goes with `overlap`. Give both, or neither."
+                f"`{self.decoder_embeddings}`; a vocabulary goes with `overlap` or `pieces`. Give both, or neither."
             )
         if self.decoder == "none":
             raise ConfigError("`operator.decoder` is `none`; a decoder is needed. Give null, `random` or a folder.")
@@ -158,16 +159,16 @@ class WarmStart:
             warm = not found.random
             num = found.bank.num_checkpoints + (self.try_random and getattr(self, role) is None)
             if warm and getattr(self, f"{role}_step") is None and num > 1:
-                boxes.append(Box(f"{role}_step", 1, 0.0, float(num), scale=0.5))
+                boxes.append(Box(f"{role}_step", 1, 0.0, float(num), scale=num / 4))
             if warm and getattr(self, f"num_{role}_layers") is not None:
-                boxes.append(Box(f"{role}_layers", found.sizes["layers"], -1.0, 1.0, scale=0.5))
+                boxes.append(Box(f"{role}_layers", found.sizes["layers"], -1.0, 1.0, scale=0.6))
             if warm and getattr(self, f"{role}_other") is not None and getattr(self, f"{role}_mix") is None:
                 size = len(self._layers(found, role, None)) + 1
-                boxes.append(Box(f"{role}_mix", size, 0.0, 1.0, scale=0.25))
+                boxes.append(Box(f"{role}_mix", size, 0.0, 1.0, scale=0.3))
         if "encoder" in self._roles():
             for name, options in (("share", self._shares(bank)), ("cross_attention", self._crosses(bank))):
                 if len(options) > 1:
-                    boxes.append(Box(name, 1, 0.0, float(len(options)), scale=0.5))
+                    boxes.append(Box(name, 1, 0.0, float(len(options)), scale=len(options) / 4))
         space = SearchSpace(tuple(boxes))
         self.plan(bank, space.to_point(np.zeros(space.size)))  # refuses settings that do not fit
         return space
@@ -184,8 +185,8 @@ class WarmStart:
             point = space.to_point(np.zeros(space.size))
             for name in free:
                 count = getattr(self, f"num_{name}")
-                point[name][:] = -0.5
-                point[name][list(by_rule(rule or "", sizes[name], count))] = 0.5
+                point[name][:] = -0.25  # near enough for others to take their place
+                point[name][list(by_rule(rule or "", sizes[name], count))] = 0.25
             if share is not None:
                 point["share"][:] = shares.index(share) + 0.5
             if cross is not None:
@@ -262,7 +263,7 @@ class WarmStart:
 
     def _folders(self, found: Mapping[str, Found]) -> dict[str, Path]:
         """Where the tokenizers of the new model are: the encoder's, and the decoder's where it is another."""
-        overlaps = {role: getattr(self, f"{role}_embeddings") == "overlap" for role in found}
+        overlaps = {role: getattr(self, f"{role}_embeddings") in RENEWED for role in found}
         places = {r: Path(str(self.vocabulary)) if overlaps[r] else f.folder for r, f in found.items()}
         first = next(iter(places.values()))
         return {"": first} | ({"decoder": places["decoder"]} if places["decoder"] != first else {})
@@ -318,9 +319,9 @@ class WarmStart:
         sizes = {**found.sizes, "layers": len(layers), "T": found.sizes.get("T", 2)}
         stem = f"{role}." if "encoder" in self._roles() else ""
         embeddings, rows = getattr(self, f"{role}_embeddings"), None
-        if embeddings == "overlap":
+        if embeddings in RENEWED:
             new = need_vocabulary(self.vocabulary)
-            sizes["V"], rows = new.size, token_rows(found, role, new)
+            sizes["V"], rows = new.size, token_rows(found, role, new, embeddings)
         std = float(found.config.get("initializer_range") or 0.02)
         side = Side(stem, family, sizes, layers, None, embeddings=embeddings, rows=rows, std=std)
         if found.random:
@@ -387,7 +388,7 @@ class WarmStart:
         if alone:
             return {"class": "GPT2LMHeadModel", "config": {**parts["decoder"], "dtype": dtype}}, {}
         f = found["decoder"]
-        known = need_vocabulary(self.vocabulary) if self.decoder_embeddings == "overlap" else find_vocabulary(f.folder)
+        known = need_vocabulary(self.vocabulary) if self.decoder_embeddings in RENEWED else find_vocabulary(f.folder)
         given = {"start": self.start_token, "end": self.end_token, "pad": self.pad_token}
         tokens = find_tokens(f.config, known, sides["decoder"].sizes["V"], given)
         name, config = composite_config(parts["encoder"], parts["decoder"], share, tokens, dtype)

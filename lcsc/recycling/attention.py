@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcsc.core.errors import BankError, did_you_mean
+from lcsc.core.errors import BankError
+from lcsc.recycling.kinds import known_kind
 
 #: the setting of transformers' configurations that counts them
 HEADS = "num_key_value_heads"
@@ -76,7 +77,8 @@ def find_attention(arch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         BankError: a model of another family (named), a quantized one, or tensors that do not fit the configuration.
     """
     config = arch["config"]
-    names = FAMILIES[_family(arch, config, path)]
+    otherwise = "is not among the models whose heads lcsc knows how to turn"
+    names = FAMILIES[known_kind(arch, path, FAMILIES, REFUSED, otherwise)]
     if config.get("quantization_config") is not None:
         raise BankError(f"`{path}` holds quantized weights, whose heads cannot be averaged. Save it unquantized.")
     found: dict[int, dict[str, str]] = {}
@@ -93,17 +95,6 @@ def find_attention(arch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     layers = tuple(found[i] for i in range(len(found)))
     Q, H, d = _sizes(config, layers, shapes, path)
     return Attention(Q, H, d, _rotary_dims(config, d), layers)
-
-
-def _family(arch: Mapping[str, Any], config: Mapping[str, Any], path: Any) -> str:
-    kind = config.get("model_type")
-    if kind in FAMILIES:
-        return str(kind)
-    said = f"`{path}` is a `{arch['class']}`"
-    if kind is None:
-        raise BankError(f"{said}, no language model of transformers. Give one of: {', '.join(sorted(FAMILIES))}.")
-    reason = REFUSED.get(str(kind), "is not among the models whose heads lcsc knows how to turn")
-    raise BankError(f"{said}, and `{kind}` {reason}.{did_you_mean(str(kind), FAMILIES)}")
 
 
 def _sizes(

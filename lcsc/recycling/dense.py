@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lcsc.core.errors import BankError, ConfigError, MissingExtraError, did_you_mean
+from lcsc.core.errors import BankError, ConfigError, MissingExtraError
 from lcsc.recycling.experts import expert_names, router_name
+from lcsc.recycling.kinds import known_kind
 
 Shape = tuple[int, ...]
 _GATED = {"gate_proj.weight": "gate", "up_proj.weight": "up", "down_proj.weight": "down"}
@@ -81,7 +82,9 @@ def find_dense(arch: Mapping[str, Any], shapes: Mapping[str, Shape], path: Any) 
         BankError: a model of another family (named), a quantized one, one with a block that no mixture class has, or
             tensors that do not fit together.
     """
-    config, kind = arch["config"], _family(arch, path)
+    otherwise = "is not among the dense models for which lcsc knows a mixture"
+    kind = known_kind(arch, path, FAMILIES, REFUSED, otherwise, "model of transformers")
+    config = arch["config"]
     if config.get("quantization_config") is not None:
         raise BankError(f"`{path}` holds quantized weights, which cannot be experts. Save it unquantized.")
     _check_kind(kind, config, shapes, path)
@@ -116,17 +119,6 @@ def _num_layers(kind: str, config: Mapping[str, Any]) -> int:
         return int(config.get("num_hidden_layers") or 0)
     own = int(config.get("num_layers") or 0)
     return own + int(config.get("num_decoder_layers") or own)
-
-
-def _family(arch: Mapping[str, Any], path: Any) -> str:
-    kind = arch["config"].get("model_type")
-    if kind in FAMILIES:
-        return str(kind)
-    said = f"`{path}` is a `{arch['class']}`"
-    if kind is None:
-        raise BankError(f"{said}, no model of transformers. Give one of: {', '.join(sorted(FAMILIES))}.")
-    reason = REFUSED.get(str(kind), "is not among the dense models for which lcsc knows a mixture")
-    raise BankError(f"{said}, and `{kind}` {reason}.{did_you_mean(str(kind), FAMILIES)}")
 
 
 def _check_kind(kind: str, config: Mapping[str, Any], shapes: Mapping[str, Shape], path: Any) -> None:

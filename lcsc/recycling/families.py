@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lcsc.core.errors import BankError, did_you_mean
+from lcsc.core.errors import BankError
+from lcsc.recycling.kinds import known_kind
 
 Shape = tuple[int, ...]
 
@@ -161,13 +162,11 @@ def find_family(arch: Mapping[str, Any] | None, path: Any, role: str) -> Family:
             attention with other positions than learned ones, or a GPT-2 as an encoder.
     """
     config = (arch or {}).get("config", {})
-    kind = str(config.get("model_type"))
     if arch is None or config.get("model_type") is None:
         raise BankError(f"`{path}` is no model of transformers with a config.json. Give one of: {', '.join(FAMILIES)}.")
     said = f"`{path}` is a `{arch['class']}`"
-    if kind not in FAMILIES:
-        reason = REFUSED.get(kind, "is not among the models that lcsc can begin an encoder or a decoder from")
-        raise BankError(f"{said}, and `{kind}` {reason}.{did_you_mean(kind, FAMILIES)}")
+    otherwise = "is not among the models that lcsc can begin an encoder or a decoder from"
+    kind = known_kind(arch, path, FAMILIES, REFUSED, otherwise)
     if config.get("quantization_config") is not None:
         raise BankError(f"{said} of quantized weights, which cannot be copied into a model to train. Save it plain.")
     if role == "encoder" and not FAMILIES[kind].encodes:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcsc.core.errors import BankError, ConfigError, did_you_mean
+from lcsc.core.errors import BankError, ConfigError
 from lcsc.recycling.experts import MIXTURES
+from lcsc.recycling.kinds import known_kind
 
 METHODS = ("interposition", "stack")
 #: model_types whose layers add what they compute to their input, so that a layer with outputs of zero changes nothing
@@ -97,8 +98,11 @@ def find_decoder(arch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
         BankError: a model of another family (named), a quantized one, one whose layers depend on their number, or
             tensors that do not fit the configuration.
     """
-    _check_family(arch, path)
-    config, full = arch["config"], filled_config(arch["config"])
+    config = arch["config"]
+    if config.get("quantization_config") is not None:
+        raise BankError(f"`{path}` holds quantized weights, to which no noise can be added. Save it unquantized.")
+    known_kind(arch, path, FAMILIES, REFUSED, "is not among the models that lcsc knows how to grow")
+    full = filled_config(config)
     found: dict[int, dict[str, str]] = {}
     stems: set[str] = set()
     for name in shapes:
@@ -118,18 +122,6 @@ def find_decoder(arch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
         raise BankError(f"the layers of `{path}` depend on their place or end in a norm, so copies would not fit in.")
     layers = tuple(found[i] for i in range(len(found)))
     return Decoder(stems.pop(), layers, full, key, _mixture(arch, full, layers, shapes, path))
-
-
-def _check_family(arch: Mapping[str, Any], path: Any) -> None:
-    kind = arch["config"].get("model_type")
-    if arch["config"].get("quantization_config") is not None:
-        raise BankError(f"`{path}` holds quantized weights, to which no noise can be added. Save it unquantized.")
-    if kind not in FAMILIES:
-        said = f"`{path}` is a `{arch['class']}`"
-        if kind is None:
-            raise BankError(f"{said}, no language model of transformers. Give one of: {', '.join(FAMILIES)}.")
-        reason = REFUSED.get(str(kind), "is not among the models that lcsc knows how to grow")
-        raise BankError(f"{said}, and `{kind}` {reason}.{did_you_mean(str(kind), FAMILIES)}")
 
 
 def filled_config(config: Mapping[str, Any]) -> dict[str, Any]:

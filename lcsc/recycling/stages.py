@@ -8,6 +8,7 @@ neighbour that learnt to stand in for them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcsc.core.errors import BankError, ConfigError, did_you_mean
+from lcsc.core.errors import BankError, ConfigError
+from lcsc.recycling.kinds import known_kind
 
 #: model_type -> where its layers lie, and which of a layer's tensors write into the residual stream
 _O, _EXPERTS = r"self_attn\.o_proj\.(weight|bias)", r"mlp\.(shared_expert\.|experts\.(\d+\.)?)?down_proj(\.weight)?"
@@ -34,6 +36,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "gpt_neox": ("layers", r"(attention\.dense|mlp\.dense_4h_to_h)\.(weight|bias)"),
     "opt": ("layers", r"(self_attn\.out_proj|fc2)\.(weight|bias)"),
 }
+#: file in a checkpoint's folder with the norms of its layers' gradients, `{"step": ..., "layers": [...]}`
+NORMS = "gradient_norms.json"
 #: these families keep the gains of their norms less one
 LESS_ONE = ("gemma", "gemma2", "gemma3_text")
 
@@ -81,35 +85,48 @@ def find_stages(
         BankError: another family, quantized weights, or layers that are missing though their stage is not lost.
         ConfigError: stages that cannot be equal.
     """
-    config = arch["config"]
-    kind = str(config.get("model_type"))
-    if kind not in FAMILIES:
-        raise BankError(
-            f"`{path}` is a `{arch['class']}`, and `{kind}` is not among the models whose layers lcsc can tell apart."
-            f"{did_you_mean(kind, FAMILIES)}"
-        )
-    if config.get("quantization_config") is not None:
-        raise BankError(f"`{path}` holds quantized weights, whose layers cannot be averaged. Save it unquantized.")
-    folder, outputs = FAMILIES[kind]
-    found: dict[int, dict[str, str]] = {}
-    for name in names:
-        if match := re.fullmatch(rf"(?:[^\d]+\.)?{folder}\.(\d+)\.(.+)", name):
-            found.setdefault(int(match[1]), {})[match[2]] = name
-    said = config.get("num_hidden_layers") or config.get("n_layer")
-    num_layers = int(said) if said else max(found, default=-1) + 1
-    if not found or max(found) >= num_layers:
-        raise BankError(f"`{path}` has layers {sorted(found)}, its configuration has {num_layers}; they do not fit.")
+    kind, found = _found(arch, names, path)
+    num_layers = _num_layers(arch, found, path)
     S = num_layers if num_stages is None else num_stages
     if S < 2 or num_layers % S:
         raise ConfigError(
             f"`operator.num_stages` is {S}, and {num_layers} layers cannot be divided into {S} equal stages. Choose "
             f"one of {[n for n in range(2, num_layers + 1) if num_layers % n == 0]}."
         )
-    stages = Stages(S, tuple(found.get(i, {}) for i in range(num_layers)), re.compile(outputs), kind in LESS_ONE)
+    stages = Stages(
+        S, tuple(found.get(i, {}) for i in range(num_layers)), re.compile(FAMILIES[kind][1]), kind in LESS_ONE
+    )
     gone = {layer for stage in lost if 0 <= stage < S for layer in stages.of(stage)}
     if missing := sorted(set(range(num_layers)) - set(found) - gone):
         raise BankError(f"`{path}` lacks layer {missing[0]}, whose stage is not in `operator.lost`. Name it there too.")
     return stages
+
+
+def layer_names(arch: Mapping[str, Any], names: Sequence[str], path: Any) -> list[list[str]]:
+    """Names of the tensors of each layer of a model that has all of them; see `find_stages`."""
+    _, found = _found(arch, names, path)
+    return [list(found[i].values()) for i in range(_num_layers(arch, found, path)) if i in found]
+
+
+def _found(arch: Mapping[str, Any], names: Sequence[str], path: Any) -> tuple[str, dict[int, dict[str, str]]]:
+    """The kind of a model, and the names of its layers' tensors by role, by the layers' numbers."""
+    kind = known_kind(arch, path, FAMILIES, {}, "is not among the models whose layers lcsc can tell apart")
+    if arch["config"].get("quantization_config") is not None:
+        raise BankError(f"`{path}` holds quantized weights, whose layers cannot be averaged. Save it unquantized.")
+    found: dict[int, dict[str, str]] = {}
+    for name in names:
+        if match := re.fullmatch(rf"(?:[^\d]+\.)?{FAMILIES[kind][0]}\.(\d+)\.(.+)", name):
+            found.setdefault(int(match[1]), {})[match[2]] = name
+    return kind, found
+
+
+def _num_layers(arch: Mapping[str, Any], found: Mapping[int, Any], path: Any) -> int:
+    """Layers of a model, some of which may be missing."""
+    said = arch["config"].get("num_hidden_layers") or arch["config"].get("n_layer")
+    num_layers = int(said) if said else max(found, default=-1) + 1
+    if not found or max(found) >= num_layers:
+        raise BankError(f"`{path}` has layers {sorted(found)}, its configuration has {num_layers}; they do not fit.")
+    return num_layers
 
 
 def names_of(stages: Stages, layer: int) -> dict[str, str]:
@@ -143,6 +160,12 @@ def norm_weights(norms: Sequence[float], power: float = 1.0) -> tuple[float, ...
     top = max(norms)
     raised = [(norm / top) ** power if top > 0 else 1.0 for norm in norms]
     return tuple(x / sum(raised) for x in raised)
+
+
+def stage_norms(layers: Sequence[float], num_stages: int) -> list[float]:
+    """Norms of the gradients of equal stages from those of their layers: roots of sums of squares."""
+    size = len(layers) // num_stages
+    return [math.hypot(*layers[stage * size : (stage + 1) * size]) for stage in range(num_stages)]
 
 
 def blended(sources: Sequence[Tensor], weights: Sequence[float], scale: float = 1.0, offset: float = 0.0) -> Tensor:

@@ -99,12 +99,46 @@ def _from_tokenizer(said: Mapping[str, Any]) -> dict[str, Any]:
     return ids | {str(row.get("content")): row.get("id") for row in rows if isinstance(row, dict)}
 
 
-def overlap(old: Vocabulary, new: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of `new` that `old` has too: their numbers in both, int64, shapes (N,) and (N,)."""
-    before = old.surfaces()
-    pairs = sorted((number, before[surface]) for surface, number in new.surfaces().items() if surface in before)
-    found_N2 = np.array(pairs, np.int64).reshape(-1, 2)
-    return found_N2[:, 0], found_N2[:, 1]
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What rows of a table by tokens are made of, all int64.
+
+    Args:
+        same: numbers of tokens that are in both vocabularies, in the new one and in the old one, shapes (N,).
+        spelled: of others, each with all of the old one's tokens that spell it, a pair of numbers a piece, shapes (M,).
+    """
+
+    same: tuple[np.ndarray, np.ndarray]
+    spelled: tuple[np.ndarray, np.ndarray]
+
+
+def find_rows(old: Vocabulary, new: Vocabulary, spell: bool) -> Rows:
+    """Which tokens of `new` are tokens of `old`, and with `spell` which are spelled by some of them.
+
+    A surface is cut from the left into the longest tokens of `old`, as wordpieces are; one that they do not spell is
+    left out, and so are special tokens.
+    """
+    before, same, spelled = old.surfaces(), [], []
+    longest = max(map(len, before), default=0)
+    for surface, number in sorted(new.surfaces().items(), key=lambda item: item[1]):
+        if surface in before:
+            same.append((number, before[surface]))
+        elif spell and not surface.startswith(b"\0"):
+            spelled += [(number, piece) for piece in _pieces(surface, before, longest)]
+    same_N2, spelled_M2 = (np.array(pairs, np.int64).reshape(-1, 2) for pairs in (same, spelled))
+    return Rows((same_N2[:, 0], same_N2[:, 1]), (spelled_M2[:, 0], spelled_M2[:, 1]))
+
+
+def _pieces(surface: bytes, known: Mapping[bytes, int], longest: int) -> list[int]:
+    """Tokens that spell a surface, the longest first from the left; empty where they do not."""
+    found, at = [], 0
+    while at < len(surface):
+        end = next((e for e in range(min(len(surface), at + longest), at, -1) if surface[at:e] in known), None)
+        if end is None:
+            return []
+        found.append(known[surface[at:end]])
+        at = end
+    return found
 
 
 def _byte_of() -> dict[str, int]:

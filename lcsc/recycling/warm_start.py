@@ -19,12 +19,15 @@ from lcsc.core.digests import value_digest
 from lcsc.core.errors import BankError
 from lcsc.core.seeds import SeedRange
 from lcsc.recycling.families import Family, Shape
+from lcsc.recycling.vocabulary import Rows
 
 #: what a tensor may be: as it was, between two checkpoints, rows of another vocabulary, drawn, zero, or another's
 WAYS = ("copied", "mixed", "overlap", "random", "zero", "shared")
 SHARES = ("none", "embeddings", "all")
 CROSS = ("random", "copy", "zero")
-EMBEDDINGS = ("copy", "random", "overlap")
+EMBEDDINGS = ("copy", "random", "overlap", "pieces")
+#: those that make rows for another vocabulary
+RENEWED = EMBEDDINGS[2:]
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Side:
         other: a second origin that it lies between; None where there is none.
         mix: share of the second in each layer and, at the end, in everything else, L + 1 numbers in [0, 1].
         embeddings: one of `EMBEDDINGS`, of all tensors with a row a token.
-        rows: tokens of the new vocabulary and of the origin's that are the same, for `overlap`.
+        rows: which of the origin's rows those of another vocabulary are made of, for `RENEWED`.
         std: standard deviation of what is drawn.
         pad: token whose row of drawn embeddings is zero; None for none.
     """
@@ -98,7 +101,7 @@ class Side:
     other: Origin | None = None
     mix: tuple[float, ...] = ()
     embeddings: str = "copy"
-    rows: tuple[np.ndarray, np.ndarray] | None = None
+    rows: Rows | None = None
     std: float = 0.02
     pad: int | None = None
 
@@ -165,7 +168,7 @@ def _target(side: Side, seeds: SeedRange, name: str, source: str, axes: str, pla
     how, weight = "copied", side.mix[place] if other is not None else 0.0
     if other is not None and weight > 0:
         how, reads, make = "mixed", (*reads, other.read(source)), functools.partial(_between, weight)
-    if by_token and side.embeddings == "overlap":
+    if by_token and side.embeddings in RENEWED:
         assert side.rows is not None
         how, make = "overlap", functools.partial(_rows, side.rows, fresh, make)
     return Target(own, shape, how, reads, make)
@@ -254,15 +257,18 @@ def _between(weight: float, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _rows(
-    rows: tuple[np.ndarray, np.ndarray],
-    fresh: Callable[[], Tensor],
-    make: Callable[[Sequence[Tensor]], Tensor],
-    tensors: Sequence[Tensor],
+    rows: Rows, fresh: Callable[[], Tensor], make: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]
 ) -> Tensor:
-    """Drawn rows, but for the tokens that were there before."""
+    """Drawn rows, but for the tokens that were there before, and the means of those that spell another one."""
     old = make(tensors)
     out = fresh().to(old.dtype)
-    new_N, old_N = (torch.from_numpy(ids) for ids in rows)
+    new_M, piece_M = (torch.from_numpy(ids) for ids in rows.spelled)
+    if len(new_M):
+        sums = torch.zeros(out.shape, dtype=torch.float64).index_add_(0, new_M, old[piece_M].double())
+        counts = torch.bincount(new_M, minlength=len(out)).reshape(-1, *(1,) * (out.ndim - 1))
+        found = new_M.unique()
+        out[found] = (sums[found] / counts[found]).to(out.dtype)
+    new_N, old_N = (torch.from_numpy(ids) for ids in rows.same)
     out[new_N] = old[old_N]
     return out
 

@@ -49,7 +49,7 @@ def compare_runs(paths: Iterable[Path | str], to: Path | str) -> Path:
     """Write comparison.html and comparison.csv into the folder `to`; older ones are replaced.
 
     Runs at several NFEs also give front.png and front.csv, quality against NFE; runs with caches of several sizes
-    cache.png and cache.csv. The page shows the pictures.
+    cache.png and cache.csv, with coded files size.png and size.csv. The page shows the pictures.
 
     Returns:
         The path of comparison.html.
@@ -75,8 +75,19 @@ def compare_runs(paths: Iterable[Path | str], to: Path | str) -> Path:
     ]
     title = "lcsc · comparison of runs"
     caches = cache_files(runs)
-    drawn = [data_uri(data) for name, data in caches.items() if name.endswith(".png")]
-    page = render("comparison", title=title, under=_headline(groups), groups=shown, fronts=pictures, caches=drawn)
+    drawn = {
+        kind: [data_uri(data) for name, data in caches.items() if name.startswith(kind) and name.endswith(".png")]
+        for kind in ("cache", "size")
+    }
+    page = render(
+        "comparison",
+        title=title,
+        under=_headline(groups),
+        groups=shown,
+        fronts=pictures,
+        caches=drawn["cache"],
+        sizes=drawn["size"],
+    )
     table = pd.DataFrame(rows).astype({"rank": "Int64"}).to_csv(index=False, lineterminator="\n").encode()
     folder = Path(to)
     folder.mkdir(parents=True, exist_ok=True)

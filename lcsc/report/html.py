@@ -29,7 +29,8 @@ def write_report(run_dir: Path | str) -> Path:
     """Draw a run, finished or not, into `<run_dir>/report/`; an older report is replaced file by file.
 
     Writes report.html, and beside it convergence, coefficients, scores, geometry and, for several network calls, front,
-    for several sizes of a cache, cache, as PNG and CSV, and samples.png; what the run does not have (yet) is left out.
+    for several sizes of a cache, cache, of a coded file, size, as PNG and CSV, and samples.png; what the run does not
+    have (yet) is left out.
     The same run gives the same bytes.
 
     Returns:
@@ -115,7 +116,9 @@ def _page(run: Run, pictures: Mapping[str, bytes]) -> bytes:
     head, rows = score_rows(run)
     place_head, places = place_rows(run)
     prints = run.info.get("fingerprints") or {}
-    embedded = dict.fromkeys(("scores", "front", "cache", "convergence", "coefficients", "geometry", "samples"), "")
+    embedded = dict.fromkeys(
+        ("scores", "front", "cache", "size", "convergence", "coefficients", "geometry", "samples"), ""
+    )
     embedded |= {name: data_uri(data) for name, data in pictures.items()}
     config = io.StringIO()
     json.dump(run.info["config"], config, indent=2, ensure_ascii=False, sort_keys=True)

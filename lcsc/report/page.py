@@ -74,6 +74,8 @@ baseline; each baseline was tuned on the same search seeds.</p>
 {% if pictures.scores %}<img src="{{ pictures.scores }}" alt="bar chart of the final scores">{% endif %}
 {% if pictures.front %}<h2>Quality against network calls</h2>
 <img src="{{ pictures.front }}" alt="scores against network calls an image, winner and baselines">{% endif %}
+{% if pictures.size %}<h2>Loss against file</h2>
+<img src="{{ pictures.size }}" alt="scores against bytes of a coded checkpoint, trials and baselines">{% endif %}
 {% if pictures.cache %}<h2>Loss against cache</h2>
 <img src="{{ pictures.cache }}" alt="scores against bytes of cache a token, trials and baselines">{% endif %}
 
@@ -125,6 +127,10 @@ COMPARISON = """{% extends "shell" %}
 {% for picture in caches %}
 <h2>Loss against cache</h2>
 <img src="{{ picture }}" alt="scores against bytes of cache a token, winners and baselines">
+{% endfor %}
+{% for picture in sizes %}
+<h2>Loss against file</h2>
+<img src="{{ picture }}" alt="scores against bytes of a coded checkpoint, winners and baselines">
 {% endfor %}
 {% endblock %}
 """

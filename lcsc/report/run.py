@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcsc.core.errors import RunError
+from lcsc.report.races import dropped_note
 from lcsc.search.frames import Record, read_records
 from lcsc.search.rundir import SCHEMA
 
@@ -117,8 +118,9 @@ class Run:
 
     @property
     def account(self) -> tuple[str, ...]:
-        """What the searcher says about its way, in sentences; empty where it says nothing."""
-        return tuple(str(line) for record in self._records("account") for line in record["lines"])
+        """What the searcher says about its way, and which trials a race dropped, in sentences; may be empty."""
+        said = tuple(str(line) for record in self._records("account") for line in record["lines"])
+        return said + dropped_note(self._records("trial"))
 
     @property
     def reports(self) -> tuple[Record, ...]:

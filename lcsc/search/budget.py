@@ -25,6 +25,9 @@ class Budget:
         num_images_select, num_images_report: images of those, and of the final scores.
         prefixes: sizes of a race, increasing and below `num_images`: trials are scored on so many images first and
             dropped when they cannot win. Empty scores all trials on all images.
+        race_steps: numbers of training steps, increasing and below the objective's `num_steps`, where an objective
+            trains its candidates: trials are scored on all images after so many steps, and dropped when they cannot win
+            as with `prefixes`, which go without it. A trial that stays trains on to the same bits as without a race.
         drop_level: a trial is dropped when it beats the best one in less than this share of the paired bootstrap
             resamples of the images so far.
         guards: further metrics that veto a finalist, and the relative share by which each may be worse than the best
@@ -42,6 +45,7 @@ class Budget:
     num_images_select: int = 2000
     num_images_report: int = 4000
     prefixes: list[int] = field(default_factory=list)
+    race_steps: list[int] = field(default_factory=list)
     drop_level: float = 0.05
     guards: dict[str, float] | None = None
     penalty: float = 0.0
@@ -59,6 +63,13 @@ class Budget:
                 f"`search.prefixes` is {self.prefixes}; it must increase, from above 0 to below `search.num_images`, "
                 f"which is {self.num_images}."
             )
+        if self.race_steps and self.prefixes:
+            raise ConfigError(
+                f"`search.prefixes` is {self.prefixes} and `search.race_steps` {self.race_steps}; a race is over "
+                "images or over training steps. Leave one of the two out."
+            )
+        if any(a >= b for a, b in itertools.pairwise([0, *self.race_steps])):
+            raise ConfigError(f"`search.race_steps` is {self.race_steps}; it must increase, from above 0.")
         if not 0 < self.drop_level < 0.5:
             raise ConfigError(f"`search.drop_level` is {self.drop_level}; it must lie between 0 and 0.5.")
         if not 0 <= self.penalty < math.inf:
@@ -69,15 +80,21 @@ class Budget:
             if not isinstance(share, int | float) or not share >= 0:
                 raise ConfigError(f"`search.guards.{name}` is `{share}`; a share is a number of at least 0.")
 
+    @property
+    def race(self) -> str:
+        """The setting that makes trials race and its value, for messages; empty where they do not."""
+        given = [f"`search.{name}` {rungs}" for name in ("prefixes", "race_steps") if (rungs := getattr(self, name))]
+        return "".join(given)
+
 
 def check_budget(objective: Objective, operator: Operator, budget: Budget) -> None:
     """Raise ConfigError for a budget that does not fit the objective or the operator."""
-    check_penalty(operator, budget.penalty, budget.prefixes)
+    check_penalty(operator, budget.penalty, budget.race)
     for name in ("num_images", "num_images_select", "num_images_report"):
         num, least = getattr(budget, name), objective.min_images
         if num < least:
             raise ConfigError(
                 f"`search.{name}` is {num}: too few images for `{objective.name}`; it needs at least {least}."
             )
-    check_race(objective, budget.prefixes)
+    check_race(objective, budget.prefixes, budget.race_steps, budget.num_images)
     check_guards(objective, budget.guards or {})

@@ -52,7 +52,8 @@ class Job:
 
     def key(self, budget: Budget) -> str:
         """What two jobs have in common that give the same row, where bank, operator and evaluator are the same."""
-        race = [budget.prefixes, budget.num_images, budget.drop_level] if self.call in ("race", "full") else None
+        rungs = [*budget.prefixes, *(-step for step in budget.race_steps)]
+        race = [rungs, budget.num_images, budget.drop_level] if self.call in ("race", "full") else None
         return value_digest([{**self.to_plain(), "uid": ""}, race])[:16]
 
     def to_plain(self) -> dict[str, Any]:
@@ -120,10 +121,13 @@ class Performer:
         return failed_row({}, reason, 0, cause="oom")
 
     def _use(self, evaluator: Evaluator) -> None:
-        budget = self._problem.budget
+        budget, steps = self._problem.budget, ()
         sizes = (*budget.prefixes, budget.num_images)
+        if budget.race_steps:
+            steps = (*budget.race_steps, evaluator.objective.num_steps)  # type: ignore[attr-defined]
+            sizes = (budget.num_images,) * len(steps)
         self._evaluator = evaluator
-        self._racer = Racer(evaluator, sizes, budget.drop_level) if budget.prefixes else None
+        self._racer = Racer(evaluator, sizes, budget.drop_level, steps) if budget.race else None
 
     def _rescored(self, job: Job) -> Row:
         row = self._scored(job)

@@ -132,7 +132,7 @@ class Search:
         """Score the operator's baselines, with the objective's own boxes idle or as they are in `own`."""
         records, budget = [], self.problem.budget
         idle = {**self.space.to_point(np.zeros(self.space.size)), **(own or {})}
-        call = "full" if budget.prefixes else "score"
+        call = "full" if budget.race else "score"
 
         def step(baseline: Baseline) -> Step:
             vector = self.space.to_vector({**idle, **baseline.point}).tolist()
@@ -160,7 +160,7 @@ class Search:
     ) -> list[Record]:
         worst = max((start.value for start in starts), default=None)
         best = (tuple(starts[0].vector.tolist()), starts[0].value) if starts else None
-        ground = Ground(floor, penalty, worst, best if self.problem.budget.prefixes else None)
+        ground = Ground(floor, penalty, worst, best if self.problem.budget.race else None)
         trials = Trials(self.problem, session, self.steps, ground, self.say_fitting)
         records = trials.run()
         self.saved = trials.saved

@@ -14,7 +14,7 @@ from lcsc.operators.base import Distances, Measured, Operator
 from lcsc.searchers.base import Start
 
 
-def check_penalty(operator: Operator, weight: float, prefixes: list[int]) -> None:
+def check_penalty(operator: Operator, weight: float, race: str) -> None:
     """Raise ConfigError when a search cannot be penalised."""
     if not weight:
         return
@@ -23,9 +23,9 @@ def check_penalty(operator: Operator, weight: float, prefixes: list[int]) -> Non
             f"`search.penalty` is {weight}, but the operator `{type(operator).__name__}` knows no distance of weights. "
             "Leave it at 0, or use operator=linear or operator=linear_grouped."
         )
-    if prefixes:
+    if race:
         raise ConfigError(
-            f"`search.penalty` is {weight} and `search.prefixes` {prefixes}, but a race compares scores without a "
+            f"`search.penalty` is {weight} and {race}, but a race compares scores without a "
             "penalty. Leave one of the two out."
         )
 

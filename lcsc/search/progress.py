@@ -18,10 +18,11 @@ class Progress:
         name: what is running.
         total: steps of the plan, 0 while unknown.
         quiet: show nothing at all.
+        items: what scores are made of, several of them, such as `images` or `blocks`.
     """
 
-    def __init__(self, name: str, total: int, quiet: bool = False) -> None:
-        self._name, self._total, self._quiet = name, total, quiet
+    def __init__(self, name: str, total: int, quiet: bool = False, items: str = "images") -> None:
+        self._name, self._total, self._quiet, self._unit = name, total, quiet, f"{items}/s"
         self._console = Console(stderr=False)
         self._live = (
             Live(console=self._console, refresh_per_second=4) if self._console.is_terminal and not quiet else None
@@ -75,7 +76,7 @@ class Progress:
             and (changed or time.monotonic() - self._said > 10 or self._done == self._total)
         ):
             self._said = time.monotonic()
-            self._console.print(self._line(), highlight=False, soft_wrap=True)
+            self._console.print(self._line(), highlight=False, markup=False, soft_wrap=True)
 
     def _rate(self) -> float:
         return self._images / max(time.monotonic() - self._began, 1e-9)
@@ -91,12 +92,12 @@ class Progress:
         best = "-" if self._best is None else f"{self._best:.2f}"
         return (
             f"{self._name} {self._phase:<9} {self._done}/{self._total} best {best} "
-            f"[{self._baseline or 'no baseline yet'}] {self._rate():.0f} images/s, {self._left()} left"
+            f"[{self._baseline or 'no baseline yet'}] {self._rate():.0f} {self._unit}, {self._left()} left"
         )
 
     def _table(self) -> Table:
         table = Table(title=self._name, title_justify="left", show_header=True)
-        for column in ("phase", "steps", "best so far", "best baseline", "images/s", "time left"):
+        for column in ("phase", "steps", "best so far", "best baseline", self._unit, "time left"):
             table.add_column(column)
         best = "-" if self._best is None else f"{self._best:.2f}"
         steps = f"{self._done}/{self._total}"

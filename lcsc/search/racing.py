@@ -1,6 +1,8 @@
 """Racing: score a candidate on a few images first, and go on only while it may still be the best.
 
-Prefixes are nested ranges of the same images, so nothing is sampled twice and all candidates meet the same noise.
+Prefixes are nested ranges of the same images, so nothing is sampled twice and all candidates meet the same noise. An
+objective that trains its candidates can be raced over training steps instead, on all images each time: training goes on
+where it was, and all candidates see the same data in the same order.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.seeds import Purpose
 from lcsc.metrics.paired import chance_better
-from lcsc.objectives.base import Objective, Raceable, tuned
+from lcsc.objectives.base import Objective, Raceable, RaceableBySteps, tuned
 from lcsc.search.evaluate import Evaluator, Row, done_row, failed_row, head_of
 
 #: Blocks of images at every size; the bootstrap resamples them.
@@ -25,8 +27,10 @@ NUM_BLOCKS = 20
 Incumbent = tuple[tuple[float, ...], float]
 
 
-def check_race(objective: Objective, prefixes: Sequence[int]) -> None:
-    """Raise ConfigError when an objective cannot be raced over `prefixes`."""
+def check_race(objective: Objective, prefixes: Sequence[int], race_steps: Sequence[int], num_images: int) -> None:
+    """Raise ConfigError when an objective cannot be raced over `prefixes`, or over `race_steps`."""
+    if race_steps:
+        _check_steps(objective, race_steps, num_images)
     if not prefixes:
         return
     if not isinstance(objective, Raceable):
@@ -39,6 +43,21 @@ def check_race(objective: Objective, prefixes: Sequence[int]) -> None:
         raise ConfigError(f"`search.prefixes` begins with {prefixes[0]}; a race needs at least {least} images.")
 
 
+def _check_steps(objective: Objective, race_steps: Sequence[int], num_images: int) -> None:
+    if not isinstance(objective, RaceableBySteps):
+        raise ConfigError(
+            f"`search.race_steps` is {list(race_steps)}, but objective `{objective.name}` trains no candidates. Leave "
+            "the setting out, or choose one that does, such as objective=uptrained_loss."
+        )
+    if race_steps[-1] >= objective.num_steps:
+        raise ConfigError(
+            f"`search.race_steps` is {list(race_steps)}; all must be below `objective.num_steps`, which is "
+            f"{objective.num_steps}."
+        )
+    if num_images < NUM_BLOCKS:
+        raise ConfigError(f"`search.num_images` is {num_images}; a race needs at least {NUM_BLOCKS} images.")
+
+
 class Racer:
     """Scores candidates in one and the same way, whether they are dropped or not.
 
@@ -49,12 +68,15 @@ class Racer:
 
     Args:
         evaluator: makes candidates; its objective is `Raceable`.
-        sizes: numbers of images, increasing; the last one is the full size.
+        sizes: numbers of images, increasing; the last one is the full size, and with `steps` all are.
         drop_level: share of resamples.
+        steps: of training at each stage, increasing, of a `RaceableBySteps`; empty for a race over images.
     """
 
-    def __init__(self, evaluator: Evaluator, sizes: Sequence[int], drop_level: float) -> None:
-        self._evaluator, self._sizes, self._level = evaluator, tuple(sizes), drop_level
+    def __init__(
+        self, evaluator: Evaluator, sizes: Sequence[int], drop_level: float, steps: Sequence[int] = ()
+    ) -> None:
+        self._evaluator, self._sizes, self._level, self._steps = evaluator, tuple(sizes), drop_level, tuple(steps)
         self._rival: _Course | None = None
         self._last: _Course | None = None
 
@@ -72,7 +94,7 @@ class Racer:
 
     def _score(self, vector: np.ndarray, incumbent: Incumbent | None) -> Row:
         rival = self._course_of(incumbent) if incumbent else None
-        course = self._last = _Course(self._evaluator, vector, self._sizes)
+        course = self._last = _Course(self._evaluator, vector, self._sizes, self._steps)
         for stage in range(len(self._sizes)):
             try:
                 value = course.reach(stage)
@@ -87,6 +109,7 @@ class Racer:
                 estimate = self._beaten(course, rival, incumbent[1], stage)
             if estimate is not None:
                 tail = {"dropped_at": self._sizes[stage], "prefix_value": value}
+                tail |= {"dropped_after": self._steps[stage]} if self._steps else {}
                 return self._row(course, stage, done_row(course.head, estimate, course.image_forwards, tail))
         return self._row(course, len(self._sizes) - 1, done_row(course.head, value, course.image_forwards, {}))
 
@@ -97,7 +120,7 @@ class Racer:
         """The incumbent's course, kept from its own race or from the last one against it."""
         vector = np.array(incumbent[0])
         known = [c for c in (self._rival, self._last) if c is not None and np.array_equal(c.vector, vector)]
-        self._rival = known[0] if known else _Course(self._evaluator, vector, self._sizes)
+        self._rival = known[0] if known else _Course(self._evaluator, vector, self._sizes, self._steps)
         return self._rival
 
     def _beaten(self, course: _Course, rival: _Course, full: float, stage: int) -> float | None:
@@ -115,9 +138,9 @@ class _Course:
     grow with the images, and equal stages are cut alike for all candidates.
     """
 
-    def __init__(self, evaluator: Evaluator, vector: np.ndarray, sizes: Sequence[int]) -> None:
+    def __init__(self, evaluator: Evaluator, vector: np.ndarray, sizes: Sequence[int], steps: Sequence[int]) -> None:
         self._candidate, self.vector = evaluator.candidate(vector), vector
-        self._evaluator, self._sizes = evaluator, sizes
+        self._evaluator, self._sizes, self._steps = evaluator, sizes, steps
         self._states: tuple[Any, ...] = ()
         self.head = head_of(self._candidate)
         self.image_forwards = 0
@@ -134,15 +157,15 @@ class _Course:
         objective = tuned(self._evaluator.objective, self._evaluator.space.to_point(self.vector))
         purpose = Purpose.SEARCH
         assert isinstance(objective, Raceable)
-        begin, end = self._sizes[stage - 1] if stage else 0, self._sizes[stage]
-        kept = min(max(round(NUM_BLOCKS * begin / end), 1), NUM_BLOCKS - 1) if stage else 0
-        new = objective.block_states(
-            self._candidate,
-            seed=self._evaluator.seed,
-            purpose=purpose,
-            images=range(begin, end),
-            num_blocks=NUM_BLOCKS - kept,
-        )
+        begin, end = self._sizes[stage - 1] if stage and not self._steps else 0, self._sizes[stage]
+        kept = min(max(round(NUM_BLOCKS * begin / end), 1), NUM_BLOCKS - 1) if begin else 0
+        given: dict[str, Any] = {"seed": self._evaluator.seed, "purpose": purpose, "images": range(begin, end)}
+        if self._steps:
+            assert isinstance(objective, RaceableBySteps)
+            leg = range(self._steps[stage - 1] if stage else 0, self._steps[stage])
+            new = objective.leg_states(self._candidate, **given, num_blocks=NUM_BLOCKS, steps=leg)
+        else:
+            new = objective.block_states(self._candidate, **given, num_blocks=NUM_BLOCKS - kept)
         self.image_forwards += new.image_forwards
         old = [objective.merge_states(self._states[a:b]) for a, b in _groups(len(self._states), kept)]
         self._states = (*old, *new.states)

@@ -12,6 +12,7 @@ import numpy as np
 from lcsc.bank.content import duplicates_note
 from lcsc.core.files import write_bytes, write_json
 from lcsc.core.seeds import Purpose
+from lcsc.core.words import words_of
 from lcsc.export.model import export_model, searched_levels
 from lcsc.metrics.frechet import FrechetDistance
 from lcsc.objectives.base import Timed, tuned
@@ -72,7 +73,7 @@ def run_search(
     if not quiet:
         for line in (*_opening(problem), f"{'continuing' if state == 'resumed' else 'searching in'} {run.path}"):
             say(line)
-    with Progress(name, 0, quiet) as progress, Journal(run.path, progress.note) as journal:
+    with _progress(name, info, quiet) as progress, Journal(run.path, progress.note) as journal:
         site = Site(problem, info["config"], info["fingerprints"], run.path, progress.note)
         with _crew(engine or Inline(), site, run if state == "new" else None) as crew:
             search = Search(problem, journal, progress, crew, inherited_rows(run, progress.note))
@@ -90,6 +91,11 @@ def run_search(
         summary |= _speed(problem, search, outcome)
         write_json(run.path / "summary.json", summary)
     return run.path
+
+
+def _progress(name: str, info: dict[str, Any], quiet: bool) -> Progress:
+    """The display of a search, whose rate is in the items of its score."""
+    return Progress(name, 0, quiet, words_of(info["fingerprints"]["evaluator"]).many)
 
 
 def _crew(engine: Engine, site: Site, made: RunDir | None) -> Crew:

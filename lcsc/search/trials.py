@@ -157,7 +157,7 @@ class Trials:
         if block is not None:
             purpose, images = Purpose.FRESH, (block * num, (block + 1) * num)
         common = block is None and num == budget.num_images
-        raced = bool(budget.prefixes) and common and not proposal.gradient
+        raced = bool(budget.race) and common and not proposal.gradient
         self._say_unraced(raced)
         self._say(proposal)
         call = "race" if raced else "slope" if proposal.gradient else "score"
@@ -186,8 +186,8 @@ class Trials:
             raise EvaluationError(pause_text(failed))
 
     def _say_unraced(self, raced: bool) -> None:
-        """Once, that `search.prefixes` is not for proposals on noise of their own or with a derivative."""
-        if self._problem.budget.prefixes and not raced and not self._told_unraced:
+        """Once, that a race is not for proposals on noise of their own or with a derivative."""
+        if self._problem.budget.race and not raced and not self._told_unraced:
             self._steps.progress.note("note: the searcher's gradients and trials on noise of their own are not raced")
             self._told_unraced = True
 

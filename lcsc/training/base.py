@@ -52,7 +52,7 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Settings of the loop that cost accuracy or repeatability for speed; a trainer has them by inheriting.
+    """Settings of the loop that cost accuracy or repeatability for speed or room; a trainer has them by inheriting.
 
     The defaults change nothing and are left out of `train.json`.
 
@@ -61,11 +61,13 @@ class Speed:
             stay float32.
         channels_last: keep images and convolution weights as NHWC in memory, which tensor cores read faster.
         compile: `no`, or a backend of torch.compile, usually `inductor`.
+        codec: `no`, or how the bank is coded: `lossless`, or `lossy`, where the bank holds nearly what was trained.
     """
 
     mixed_precision: str = "no"
     channels_last: bool = False
     compile: str = "no"
+    codec: str = "no"
 
 
 class Recipe(Protocol):

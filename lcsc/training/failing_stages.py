@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lcsc.core.errors import ConfigError
 from lcsc.models.causal_lm import quiet
+from lcsc.models.fit import Windows
 from lcsc.recycling.failures import Failure
 from lcsc.recycling.rebuild import RULES, lost_layers, mix_by_rule
 from lcsc.recycling.stages import Stages, find_stages, route
-from lcsc.training.causal_lm import CausalLM, Windows
+from lcsc.training.causal_lm import CausalLM
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments

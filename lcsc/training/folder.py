@@ -7,12 +7,16 @@ import dataclasses
 import fcntl
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor, nn
 
+from lcsc.bank.layout_read import read_arch
+from lcsc.codec.chain import file_name
+from lcsc.codec.settings import CodecSettings
 from lcsc.core.differences import differences
 from lcsc.core.digests import value_digest
 from lcsc.core.errors import OutputExistsError, RunError
@@ -21,6 +25,7 @@ from lcsc.core.registry import describe, plain
 from lcsc.datasets.base import Dataset
 from lcsc.datasets.content import images_digest
 from lcsc.models.network import save_network
+from lcsc.training.coded import CodedSaver
 
 SCHEMA = 1
 
@@ -57,12 +62,14 @@ class BankFolder:
         config: plain configuration; what `train.json` holds.
         steps: the steps that are saved, ascending.
         component: folder inside a checkpoint that holds the network; empty where the checkpoint itself does.
+        codec: `no`, or how the checkpoints are coded (`lcsc.codec`): `lossless` or `lossy`.
     """
 
     path: Path
     config: dict[str, Any]
     steps: tuple[int, ...]
     component: str = "unet"
+    codec: str = "no"
 
     @property
     def digest(self) -> str:
@@ -81,6 +88,8 @@ class BankFolder:
 
     def has(self, step: int) -> bool:
         """Whether the checkpoint of `step` is there; its folder appears complete or not at all."""
+        if self.codec != "no":
+            return (self.path / file_name(step)).is_file()
         return (self.path / checkpoint_name(step)).is_dir()
 
     @property
@@ -125,11 +134,32 @@ class BankFolder:
         if not (self.path / "train.json").exists():
             write_json(self.path / "train.json", {"schema": SCHEMA, "config": self.config})
 
-    def write_checkpoint(self, net: nn.Module, step: int) -> None:
-        """Save the network under the name of `step`, atomically; nothing happens when it is there."""
-        if not self.has(step):
+    def write_checkpoint(self, net: nn.Module, step: int, beside: Mapping[str, Any] | None = None) -> None:
+        """Save the network under the name of `step`, atomically; nothing happens where it is there.
+
+        Args:
+            net: the network.
+            step: optimizer steps behind it.
+            beside: plain values for JSON files in the checkpoint's folder, by name; a coded checkpoint has none.
+        """
+        if self.has(step):
+            return
+        if self.codec != "no":
+            self._saver(net).save(step, net)
+        else:
             with new_directory(self.path / checkpoint_name(step)) as folder:
                 save_network(net, folder / self.component)
+                for name, values in (beside or {}).items():
+                    write_json(folder / name, values)
+
+    def _saver(self, net: nn.Module) -> CodedSaver:
+        """What codes the checkpoints, which carry what config.json would say of the network."""
+        if "_coded" not in self.__dict__:
+            with tempfile.TemporaryDirectory(prefix="lcsc-") as folder:
+                save_network(net, Path(folder))
+                arch, _, _ = read_arch(Path(folder))
+            self.__dict__["_coded"] = CodedSaver(self.path, CodecSettings(self.codec), arch)
+        return self.__dict__["_coded"]
 
     @contextlib.contextmanager
     def open_log(self, step: int) -> Iterator[TextIO]:

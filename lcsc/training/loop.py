@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import Tensor, nn
 
+from lcsc.codec.settings import MODES
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import Dataset, need_images
@@ -55,6 +56,8 @@ def check_numbers(recipe: Recipe) -> None:
     precision = speed_of(recipe).mixed_precision
     if precision not in ("no", "bf16"):
         raise ConfigError(f"`mixed_precision` is `{precision}`; it is `no` or `bf16`.")
+    if (codec := speed_of(recipe).codec) not in ("no", *MODES):
+        raise ConfigError(f"`codec` is `{codec}`; it is `no`, {' or '.join(f'`{mode}`' for mode in MODES)}.")
 
 
 def check_finite(loss: float, step: int, learning_rate: float) -> None:
@@ -118,7 +121,8 @@ def fit(
     config = make_config(recipe, arch=arch, model=model, dataset=dataset, images_NCHW=images_NCHW, seed=seed)
     usual = dataclasses.asdict(Speed())  # left out, so that banks made before these settings existed still fit
     config["trainer"] = {k: v for k, v in config["trainer"].items() if k not in usual or v != usual[k]}
-    folder = BankFolder(out, config, checkpoint_steps(recipe.num_steps, recipe.save_every))
+    codec = speed_of(recipe).codec
+    folder = BankFolder(out, config, checkpoint_steps(recipe.num_steps, recipe.save_every), codec=codec)
     folder.check()
     if folder.finished:
         return out

@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lcsc.core.errors import RunError
+from lcsc.models.fit import Windows
 from lcsc.recycling.stages import neighbours
-from lcsc.training.causal_lm import CausalLM, Windows
+from lcsc.training.causal_lm import CausalLM
 from lcsc.training.failing_stages import Recovery, rebuild
 from lcsc.training.pipeline_stage import Passed, Stage
 

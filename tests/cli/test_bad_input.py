@@ -111,7 +111,7 @@ def test_nothing_is_trained_for_a_search_that_cannot_be(here, lcsc, words, text)
             ["objective=denoising_loss", "other_metrics=[]", "search.drop_level=0.1"],
             [
                 "note: objective `denoising_loss` takes no `other_metrics`; what you set there counts for nothing",
-                "note: `search.drop_level` counts for nothing without `search.prefixes`",
+                "note: `search.drop_level` counts for nothing without `search.prefixes` or `search.race_steps`",
             ],
         ),
         (["sampler.num_steps=9", "metric=kid_pixels", "search.drop_level=0.1", "search.prefixes=[32]"], []),

@@ -179,7 +179,7 @@ def test_a_file_whose_name_has_an_equals_sign(tmp_path, lcsc):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ([], "`lcsc bank` needs one more word. Known: convert, pack, scan."),
+        ([], "`lcsc bank` needs one more word. Known: convert, pack, scan, unpack."),
         (["scna", "x"], "`scna` is no word for `lcsc bank`. Did you mean `scan`?"),
         (["scan"], "`path` is not set"),
         (["scan", "nowhere"], "no checkpoint found under `nowhere`. Tried checkpoint-<step>/<component>/"),

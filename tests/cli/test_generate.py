@@ -11,7 +11,9 @@ from lcsc.export.tunes import _Draft
 from lcsc.models.network import build_network, save_network
 from lcsc.music.check import problems
 from lcsc.music.files import abc2midi_version
-from lcsc.music.tokens import END, VOCAB_SIZE, decode, encode, prompt_tokens
+from lcsc.music.tokens import END, PAD, VOCAB_SIZE, decode, encode, prompt_tokens
+from lcsc.music.tokens import TUNE as TUNE_MARK
+from lcsc.report.run import SCHEMA
 
 TEXT, TUNE = "a jig in D, 6/8", "M:6/8\nL:1/8\nK:D\n|:d2f efg|d3 A3:|\n"
 WIDTH = 128
@@ -98,10 +100,14 @@ def test_a_draft_goes_on_from_its_first_wrong_bar(no_tools):
     draft = _Draft()
     assert kept("|:d2f efg|d3 A3|d3 A2|d6:|") == "|:d2f efg|d3 A3|"
     assert draft.wrong == "bar 3 is 5/8 long instead of 3/4"
-    # no further: a bar earlier each time, and from the last one again when it got further
+    # no further: 1, 3 and so on bars earlier, and from the last one again when it got further
     assert kept("|:d2f efg|d3 A3|d3 A2|d6:|") == "|:d2f efg|"
     assert kept("|:d2f efg|d3 A4|d3 A2|d6:|") == ""
     assert kept("|:d2f efg|d3 A3|d3 A3|d5|d6:|") == "|:d2f efg|d3 A3|d3 A3|"
+    five = "|:d2f efg|d3 A3|d3 A3|d6|d6|"  # its repeat has no end
+    assert kept(five) == five
+    assert kept(five) == "|:d2f efg|d3 A3|d3 A3|d6|"
+    assert kept(five) == "|:d2f efg|d3 A3|"
     kept("|:d2f efg|d6|", most=20)
     assert draft.wrong == "it has no end after 20 tokens"
     kept("|:d2f efg|d3 A3:|\n")
@@ -130,6 +136,64 @@ def test_mistakes_are_said_in_a_sentence(here, lcsc, words, said):
     assert code == 2
     assert said in err
     assert list(here.iterdir()) == []
+
+
+def finished(folder, net, **objective):
+    """What of a finished run on tunes is looked at."""
+    save_network(net, folder / "best")
+    info = {"schema": SCHEMA, "name": "x", "metric": "music", "bank": {"steps": []}}
+    info["config"] = {"dataset": {"name": "tunes"}, "objective": objective}
+    (folder / "run.json").write_text(json.dumps(info))
+    (folder / "summary.json").write_text("{}")
+
+
+def test_a_model_that_is_still_to_be_trained_is_not_asked(here, lcsc, no_tools):
+    finished(here / "runs" / "b", knowing(TUNE))
+    finished(here / "runs" / "a", knowing("K:D\nd#"), num_steps=40)
+    code, out, err = lcsc("generate", "music", TEXT, "to=out")
+    assert code == 0, err
+    assert "model: runs/b/best" in out
+    code, _, err = lcsc("generate", "music", TEXT, "to=two", "model=runs/a")
+    assert code == 2
+    assert "`model` is `runs/a`, whose winner was scored behind a fine-tuning and is saved as it was before" in err
+    assert "trainer.start=runs/a/best" in err
+
+
+def listening(text, tune):
+    """An encoder-decoder that is drawn but for a decoder whose places know the tokens of a tune."""
+    side = {"vocab_size": VOCAB_SIZE, "hidden_size": WIDTH, "num_attention_heads": 1, "num_hidden_layers": 1}
+    encoder = {**side, "model_type": "bert", "intermediate_size": 8, "max_position_embeddings": WIDTH}
+    decoder = {"model_type": "gpt2", "vocab_size": VOCAB_SIZE, "n_embd": WIDTH, "n_positions": WIDTH, "n_layer": 1}
+    decoder |= {"n_head": 1, "is_decoder": True, "add_cross_attention": True, "tie_word_embeddings": False}
+    tokens = {"decoder_start_token_id": TUNE_MARK, "eos_token_id": END, "pad_token_id": PAD}
+    config = {"encoder": encoder, "decoder": decoder, **tokens, "is_encoder_decoder": True}
+    net = build_network({"class": "EncoderDecoderModel", "config": config})
+    known = knowing(tune)
+    with torch.no_grad():
+        for name, tensor in known.state_dict().items():
+            net.decoder.state_dict()[name].copy_(tensor)
+        for parameter in net.decoder.transformer.h[0].crossattention.parameters():
+            parameter.zero_()
+        shift = len(prompt_tokens(text)) - 1  # its first place is the tune's, not behind a text
+        net.decoder.lm_head.weight.copy_(torch.roll(known.lm_head.weight, -shift, 1))
+    return net.eval()
+
+
+def test_an_encoder_decoder_writes_and_goes_on_from_its_first_wrong_bar(here, lcsc, no_tools):
+    net = listening(TEXT, TUNE)
+    with torch.no_grad():  # the last note of the first bar may be too long for it
+        place = len(encode(TUNE[: TUNE.index("g|")])) + 1
+        net.decoder.lm_head.weight[encode("3")[0], place] = 3.0
+    save_network(net, here / "model")
+    code, _, err = lcsc("generate", "music", TEXT, "to=out", "model=model", "num=6", "tries=20")
+    assert code == 0, err
+    told = json.loads((here / "out" / "tunes.json").read_text())
+    assert max(tune["tries"] for tune in told["tunes"]) > 1
+    for number in range(1, 7):
+        assert (here / "out" / f"tune-{number}.abc").read_text() == f"X:{number}\nT:{TEXT}\n{TUNE}"
+    code, _, err = lcsc("generate", "music", "x" * 200, "to=two", "model=model")
+    assert code == 2
+    assert f"a prompt has 202 tokens, and the network reads at most {WIDTH}" in err
 
 
 def test_networks_of_other_tokens_are_refused(here, lcsc):

@@ -53,6 +53,14 @@ def test_elsewhere_plain_lines_say_each_phase_once(capsys):
     assert lines[2].endswith("0:00 left")
 
 
+def test_the_rate_is_in_the_items_of_the_score(capsys):
+    for items in ("images", "blocks"):
+        with Progress("toy", 1, items=items) as progress:
+            progress.step("report", images=10)
+        assert re.search(rf"\[no baseline yet\] \d+ {items}/s, 0:00 left$", capsys.readouterr().out.strip())
+        assert f"{items}/s" in [column.header for column in progress._table().columns]
+
+
 def test_replayed_steps_are_silent_and_cost_no_time(capsys):
     with Progress("toy", 3) as progress:
         progress.step("trial", 2.0, 10, replayed=True)

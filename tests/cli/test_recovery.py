@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 SMALL = [
     *("operator=neighbor_recovery", "experiment=recovery_small", "quiet=true"),
     *(f"network.config.{key}={value}" for key, value in {**CONFIG, "num_hidden_layers": 4}.items()),
-    *("operator.lost=2", "operator.grad_norms=[1,2,3,4]"),
+    "operator.lost=2",
     *("trainer.num_steps=6", "trainer.save_every=6", "trainer.batch_size=4", "trainer.block_length=32"),
     *("objective.block_length=32", "search.num_trials=4", "search.num_images=16", "search.num_finalists=1"),
     *("search.num_images_select=16", "search.num_images_report=32"),
@@ -31,6 +31,7 @@ def test_a_search_repairs_a_model_and_a_transform_does_it_once(here, lcsc):
     assert summary["searcher_ran"] == "gradient"
     assert (here / "run" / "report" / "report.html").is_file()
     best, (model,) = here / "run" / "best", (here / "banks" / "recovery_small").glob("checkpoint-*6")
+    assert len(json.loads((model / "gradient_norms.json").read_text())["layers"]) == 4  # what checkfree weighs by
     old, new = load_file(model / "model.safetensors"), load_file(best / "model.safetensors")
     assert {name for name in old if not torch.equal(old[name], new[name])} == {n for n in old if "layers.2." in n}
     assert not any(AutoModelForCausalLM.from_pretrained(best, output_loading_info=True)[1].values())

@@ -33,6 +33,8 @@ def test_train_search_report_export(here, lcsc):
     assert summary["num_checkpoints"] == 4
     assert set(summary["report"]["baselines"]) >= {"last", "ema", "wsm", "uniform"}
     assert "language_modeling" in out
+    assert re.search(r"\[.+\] \d+ blocks/s, ", out)
+    assert "images/s" not in out
     best = here / "run" / "best"
     assert sorted(path.name for path in best.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     card = (best / "README.md").read_text()

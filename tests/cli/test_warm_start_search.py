@@ -12,8 +12,14 @@ from lcsc.models.network import load_network
 TINY = [
     *("operator=warm_start", "experiment=warm_start_small", "network.config.n_embd=16", "network.config.n_layer=3"),
     *("trainer.num_steps=2", "trainer.save_every=1", "trainer.batch_size=2", "trainer.block_length=32"),
-    *("objective.num_steps=1", "objective.block_length=24", "objective.source_length=16"),
-    *("objective.train_batch_size=2", "search.num_trials=2", "search.num_images=4", "search.num_finalists=1"),
+    *(
+        "objective.num_steps=2",
+        "search.race_steps=[1]",
+        "objective.samples=2",
+        "objective.block_length=24",
+        "objective.source_length=16",
+    ),
+    *("objective.train_batch_size=2", "search.num_trials=8", "search.num_images=20", "search.num_finalists=1"),
     *(
         "operator.cross_attention=copy",
         "search.num_images_select=4",
@@ -30,7 +36,9 @@ def test_train_search_export_verify_generate(here, lcsc):
     assert code == 0, err
     records = [json.loads(line) for line in (here / "run" / "journal.jsonl").read_text().splitlines()]
     trials = [record for record in records if record["kind"] == "trial"]
-    assert len(trials) == 2
+    assert len(trials) == 8
+    # moves are long enough that other layers and steps come up
+    assert len({(*trial["decoder_layers"], trial["decoder_step"]) for trial in trials}) >= 3
     assert all(len(trial["decoder_layers"]) == trial["encoder_layers"] == 2 for trial in trials)
     baselines = {record["label"] for record in records if record["kind"] == "baseline"}
     assert baselines == {"first layers", "last layers", "spread layers"}

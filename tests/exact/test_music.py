@@ -80,7 +80,9 @@ def test_measures_are_those_of_the_tunes_that_it_writes(bank):
     assert found["bleu_4_floor"]["value"] == pytest.approx(bleu(bleu_counts(other, real).sum(0), 4))
     assert found["validity"]["value"] == 0
     assert found["validity_ceiling"]["value"] == 1
-    assert {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "diversity", "diversity_ceiling", "copying"} <= set(found)
+    assert {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "diversity", "diversity_ceiling", "copying", "whole_bars"} <= set(
+        found
+    )
     assert "validity_floor" not in found
     assert set(objective(samples=0)(single(bank), **GIVEN, full=True).others) == {"shuffled_loss", "conditioning_gap"}
 
@@ -170,7 +172,7 @@ def test_what_does_not_fit_is_refused(settings, message):
 def test_networks_that_do_not_fit_are_refused(tmp_path):
     arch = {**ARCH, "config": {**ARCH["config"], "max_position_embeddings": 99}}
     short = CheckpointBank.open(language_bank(tmp_path / "short", arch))
-    with pytest.raises(ConfigError, match=r"held-out pair has [12]\d\d tokens, and the network reads at most 99"):
+    with pytest.raises(ConfigError, match=r"longest pair has [12]\d\d tokens, and the network reads at most 99"):
         objective()(single(short), **GIVEN)
     of_bytes = CheckpointBank.open(language_bank(tmp_path / "bytes"))
     with pytest.raises(ConfigError, match="the network has 256 tokens, and the text 128"):

@@ -14,8 +14,9 @@ from lcsc.bank import CheckpointBank
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.export.transform import transform_model
 from lcsc.operators.neighbor_recovery import NeighborRecovery
+from lcsc.operators.surgery import told
 from lcsc.recycling.rebuild import RULES
-from lcsc.recycling.stages import FAMILIES, blended, neighbours, norm_weights, route
+from lcsc.recycling.stages import FAMILIES, NORMS, blended, neighbours, norm_weights, route
 
 SMALL = {"vocab_size": 24, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2}
 MORE = {
@@ -185,6 +186,32 @@ def test_orders_of_stages():
         route(3, swapped=True)
     x, y = torch.tensor([1.0, torch.inf]), torch.tensor([3.0, 5.0])
     assert torch.equal(blended([x, y], (0.0, 1.0)), y)  # what weighs nothing is not read
+
+
+def test_norms_that_lie_beside_the_checkpoint_are_found(bank, tmp_path):
+    place = bank.rows[-1].files[0].parent / NORMS
+    assert NeighborRecovery(lost=1).plan(bank).recipe["rule"] == "average"
+    assert NeighborRecovery(lost=1).other_checkpoints(bank) == {}
+    place.write_text(json.dumps({"step": 7, "layers": [3, 4, 12, 5]}))
+    try:
+        found = NeighborRecovery(lost=1)
+        plan = found.plan(bank)
+        assert (plan.recipe["rule"], plan.recipe["grad_norms"]) == ("checkfree_plus", [3, 4, 12, 5])
+        assert plan.recipe["weights"] == [[3 / 15, 12 / 15]]
+        assert told(found, None, plan)["settings"]["grad_norms"] == [3, 4, 12, 5]  # what verifies it needs no file
+        assert {"checkfree", "checkfree_plus"} <= {row.label for row in found.baselines(bank)}
+        halves = NeighborRecovery(lost=1, num_stages=2).plan(bank).recipe
+        assert halves["grad_norms"] == [5, 13]  # roots of sums of squares
+        (digest,) = found.other_checkpoints(bank).values()
+        place.write_text(json.dumps({"layers": [3, 4, 12, 6]}))
+        assert list(found.other_checkpoints(bank).values()) != [digest]
+        assert NeighborRecovery(lost=1, grad_norms=[1, 1, 1, 1]).other_checkpoints(bank) == {}
+        for layers in ([1, 2], [1, 2, 3, "x"], [1, 2, 3, -1]):
+            place.write_text(json.dumps({"layers": layers}))
+            with pytest.raises(ConfigError, match=r"list of 4 numbers under `layers`|a gradient's norm is"):
+                found.plan(bank)
+    finally:
+        place.unlink()
 
 
 def test_refusals_are_one_sentence(bank, tmp_path):

@@ -12,6 +12,8 @@ from lcsc.core.errors import ConfigError
 from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import TextPart
+from lcsc.datasets.pair_tasks import pairs_of, plain_text
+from lcsc.metrics.text_measures import measure_texts
 from lcsc.models.fit import Windows
 from lcsc.models.flops import pair_training_flops
 from lcsc.models.pairs import PairWindows
@@ -125,3 +127,76 @@ def test_what_does_not_fit_is_refused(banks, tmp_path):
     small = WarmStart().apply(saved(model("bert"), tmp_path / "small"), {})
     with pytest.raises(ConfigError, match="the network has 40 tokens, and the text 256"):
         objective()(small, **ASKED)
+
+
+def test_sources_to_restore_are_plain_and_as_long_as_their_targets(banks):
+    assert plain_text(b"Who's there?\n\nNAY, answer  me: stand!") == b"whos there nay answer me stand"
+    assert plain_text("É-ä".encode()) == "Éä".encode()  # bytes of other letters stay
+    text = b"Long live\nthe King! "
+    pair = pairs_of(torch.tensor([list(text)]), "restore")
+    assert bytes(pair[0].tolist()) == b"long live the king  " + text
+    assert pairs_of(torch.tensor(list(text), dtype=torch.uint8), "continue").tolist() == list(text)
+    scorer = objective(task="restore", source_length=None, num_steps=1, train_batch_size=2)
+    net = live(made(banks, "bert2bert"))
+    row = scorer._windows(net, SeedRange(0, Purpose.TRAIN))[1]
+    assert bytes(row["input_ids"].tolist()) == plain_text(bytes(row["labels"].tolist())).ljust(20)
+    assert row["decoder_input_ids"].tolist() == [1, *row["labels"][:-1].tolist()]
+    assert (scorer._source, scorer._window) == (20, 40)
+
+
+@torch.no_grad()
+def test_restoring_is_transformers_loss_of_whole_blocks(banks):
+    scorer, candidate = objective(task="restore", source_length=None), made(banks, "bertshare")
+    blocks = scorer._blocks(Purpose.SEARCH)[torch.from_numpy(scorer._rows(5, Purpose.SEARCH, range(6)))].long()
+    sources = torch.tensor([list(plain_text(bytes(row)).ljust(20)) for row in blocks.tolist()])
+    score = scorer(candidate, **ASKED, full=True)
+    assert score.value == pytest.approx(float(live(candidate)(input_ids=sources, labels=blocks).loss), rel=1e-6)
+    assert score.others["bits_per_byte"]["value"] == pytest.approx(score.value / np.log(2))
+
+
+@pytest.mark.parametrize("name", ["bertshare", "rnd2gpt", "gpt"])
+def test_texts_are_the_likeliest_tokens_one_after_the_other(banks, name):
+    """Against a forward pass on all that was written, for each token, without a cache."""
+    scorer, candidate = objective(samples=3, batch_size=2), made(banks, name)
+    rows = scorer._rows(5, Purpose.SEARCH, range(3))
+    net = live(candidate)
+    written = [row[0] for row in scorer.write(net, rows, Purpose.SEARCH)]
+    for text, block in zip(written, scorer._blocks(Purpose.SEARCH)[torch.from_numpy(rows)].long(), strict=True):
+        given = block[None, :12] if name == "gpt" else torch.tensor([[net.config.decoder_start_token_id]])
+        first = given.shape[1]
+        for _ in range(8):
+            with torch.no_grad():
+                more = (
+                    {"input_ids": given}
+                    if name == "gpt"
+                    else {"input_ids": block[None, :12], "decoder_input_ids": given}
+                )
+                given = torch.cat([given, net(**more).logits[:, -1:].argmax(-1)], 1)
+        assert text == bytes(given[0, first:].tolist()).decode(errors="replace").strip()
+
+
+def test_full_scores_hold_measures_of_what_it_writes(banks):
+    scorer, candidate = objective(samples=4), made(banks, "bert2bert")
+    score = scorer(candidate, **ASKED, full=True)
+    rows = scorer._rows(5, Purpose.SEARCH, range(6))[:4]
+    wanted = measure_texts(*zip(*scorer.write(live(candidate), rows, Purpose.SEARCH), strict=True))
+    for key, measure in wanted.items():
+        assert score.others[key] == {"value": measure.value, "se": measure.se}
+        assert score.others[f"{key}_floor"]["value"] == measure.floor
+    assert (score.further, score.image_forwards) == (4, 10)
+    assert scorer(candidate, **ASKED).further == 0
+    assert "bleu" not in objective()(candidate, **ASKED, full=True).others
+    assert scorer.circumstances()["detector_digest"] != objective().circumstances()["detector_digest"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "translate"}, "`objective.task` is `translate`; it must be one of continue, restore"),
+        ({"task": "restore"}, "`objective.task` is `restore` with `source_length` 12"),
+        ({"samples": 1}, "`objective.samples` is 1; it must be 0, or at least 2"),
+    ],
+)
+def test_tasks_and_samples_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        objective(**settings)

@@ -155,3 +155,25 @@ def test_the_size_of_a_scoring_batch_changes_no_training(tmp_path):
     one, _ = candidates(tmp_path)
     values = [uptrained(batch_size=size)(one, **ASKED).value for size in (1, 64)]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_a_training_in_legs_gives_the_same_bits(tmp_path):
+    """With dropout and a rate that falls over all steps; another candidate comes between."""
+    arch = {**LLAMA, "config": {**LLAMA["config"], "attention_dropout": 0.2}}
+    one, two = candidates(tmp_path, arch)
+    settings = {"num_steps": 4, "schedule": "linear"}
+    objective, asked = uptrained(**settings), {**ASKED, "num_blocks": 2}
+    legs = [objective.leg_states(c, **asked, steps=steps) for steps in (range(1), range(1, 3)) for c in (one, two)]
+    folders = [course.folder for course in objective.__dict__["_courses"].values()]
+    assert len(folders) == 2
+    assert all(folder.is_dir() for folder in folders)
+    last = objective.leg_states(one, **asked, steps=range(3, 4))
+    whole = uptrained(**settings).block_states(one, **asked)
+    assert [state.tolist() for state in last.states] == [state.tolist() for state in whole.states]
+    assert objective(one, **ASKED).value == uptrained(**settings)(one, **ASKED).value
+    assert [leg.image_forwards for leg in (*legs, last)] == [6 + 9, 6 + 9, 6 + 18, 6 + 18, 6 + 9]
+    assert sorted(folder.exists() for folder in folders) == [False, True]  # `two` may go on
+    early = uptrained(num_steps=3, schedule="linear").block_states(two, **asked)
+    assert [state.tolist() for state in legs[3].states] != [state.tolist() for state in early.states]  # falls earlier
+    objective.__dict__["_courses"].clear()
+    assert not any(folder.exists() for folder in folders)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from helpers_fake_run import make_fake_run
 from PIL import Image
+
+from lcsc.music.compose import compose
+from lcsc.music.files import whole_abc
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -83,3 +88,26 @@ def test_coefficient_curves_notebook_compares_searchers(tmp_path, monkeypatch):
     assert "46.4" in first
     assert "81.8" in first
     assert [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_text_to_music_notebook_plays_and_shows_three_tunes(tmp_path, monkeypatch):
+    """Where abcm2ps is missing; with it a score stands in place of each picture."""
+    for number in range(1, 5):
+        tune = compose(np.random.default_rng(number), number).abc
+        (tmp_path / f"tune-{number}.abc").write_text(whole_abc(tune, "a jig", number))
+    files = [{"files": [f"tune-{number}.abc"], "tries": number} for number in range(1, 5)]
+    told = {"wish": {"text": "a jig in D"}, "model": "best", "tunes": files}
+    (tmp_path / "tunes.json").write_text(json.dumps(told))
+    outputs = execute("03_text_to_music.ipynb", tmp_path, monkeypatch, LCSC_TUNES=str(tmp_path), PATH="")
+    text = "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
+    assert text.count("no bar is wrong") == 3
+    shown = [output.get("data", {}) for output in outputs]
+    sounds = [data["text/html"] for data in shown if "<audio" in data.get("text/html", "")]
+    assert len(sounds) == 3
+    waves = [base64.b64decode(sound.split("base64,")[1].split('"')[0]) for sound in sounds]
+    assert all(wave[:4] == b"RIFF" for wave in waves)
+    assert all(len(wave) > 2 * 22050 * 10 for wave in waves)  # 16 bits, more than ten seconds
+    pictures = [Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) for data in shown if "image/png" in data]
+    assert len(pictures) == 3

@@ -251,6 +251,17 @@ def test_overlapping_tokens_keep_their_rows(tmp_path):
     assert candidate.recipe["share"] == "none"
     net = live(candidate)
     assert (net.config.decoder_start_token_id, net.config.eos_token_id, net.config.pad_token_id) == (0, 2, 1)
+    # ` news` is in no vocabulary of the source, and ` dogs` is spelled by ` dog` and `s`
+    (tmp_path / "new" / "vocab.json").write_text(json.dumps({**new, "Ġdogs": 8, "Ġdogss": 9, "Ġnews": 10}))
+    spelled = WarmStart(**{**how, "decoder_embeddings": "pieces"}).apply(bank, {}).weights()
+    pieces = spelled["decoder.bert.embeddings.word_embeddings.weight"]
+    assert torch.equal(pieces[:5], table[:5])
+    torch.testing.assert_close(pieces[8], before[[4, 5]].mean(0))
+    torch.testing.assert_close(pieces[9], before[[4, 5, 5]].mean(0))
+    assert pieces[[5, 6, 10]].abs().max() < 0.1
+    bias = spelled["decoder.cls.predictions.bias"]
+    torch.testing.assert_close(bias[8], old["cls.predictions.bias"][[4, 5]].mean())
+    (tmp_path / "new" / "vocab.json").write_text(json.dumps(new))
     both = WarmStart(**how, encoder_embeddings="overlap").apply(bank, {})
     assert both.recipe["share"] == "embeddings"
     drawn = WarmStart(encoder_embeddings="random", decoder_embeddings="random").apply(bank, {})

@@ -56,6 +56,17 @@ def test_a_run_shows_its_trials_and_baselines(tmp_path):
     assert set(files) == {"cache.png", "cache.csv"}
     assert pd.read_csv(io.BytesIO(files["cache.csv"]))["value"].tolist() == points["value"].tolist()
     assert Image.open(io.BytesIO(files["cache.png"])).size == (1800, 920)
+    coded = make_fake_run(tmp_path / "coded", num_trials=8, samples=False)
+    records = [json.loads(line) for line in (coded / "journal.jsonl").read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "trial":
+            record |= {"bits": [2, 1 + record["uid"]], "file_bytes": 1000 + record["uid"]}
+    (coded / "journal.jsonl").write_bytes(framed(records))
+    with fine():
+        files = cache_files([Run.open(coded)])
+    assert set(files) == {"size.png", "size.csv"}
+    table = pd.read_csv(io.BytesIO(files["size.csv"]))
+    assert table["file_bytes"].tolist() == [1000 + r["uid"] for r in records if r["kind"] == "trial" and r["value"]]
     assert cache_files([Run.open(make_fake_run(tmp_path / "plain", num_trials=3, samples=False))]) == {}
 
 

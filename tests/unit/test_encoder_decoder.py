@@ -10,7 +10,7 @@ from helpers_warm import GPT, SIZES
 
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.models.network import build_network, load_network, save_network
-from lcsc.recycling.vocabulary import find_vocabulary, overlap
+from lcsc.recycling.vocabulary import find_rows, find_vocabulary
 
 BERT = {**SIZES, "model_type": "bert"}
 DECODER = {**GPT, "model_type": "gpt2", "is_decoder": True, "add_cross_attention": True}
@@ -95,8 +95,8 @@ def test_tokens_are_read_from_what_models_have(tmp_path, name, text, ids, specia
     surfaces = found.surfaces()
     by_word = {word.lstrip("Ġ▁#"): number for word, number in ids.items()}
     assert (surfaces[b" the"], surfaces[b"s"]) == (by_word["the"], by_word["s"])
-    same = overlap(found, found)
-    assert [len(rows) for rows in same] == [found.size] * 2
+    rows = find_rows(found, found, spell=True)
+    assert [len(ids) for ids in (*rows.same, *rows.spelled)] == [found.size, found.size, 0, 0]
 
 
 @pytest.mark.parametrize("text", ["[]", '{"a": -1}', '{"a": "b"}', "{}"])

@@ -23,6 +23,7 @@ from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import TextPart
 from lcsc.models.fit import Windows
+from lcsc.recycling.stages import NORMS
 from lcsc.training.causal_lm import CausalLM
 
 DROPPING = {
@@ -93,6 +94,29 @@ def test_the_first_step_is_adams_on_transformers_loss(tmp_path):
         torch.testing.assert_close(tensor, net.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
+def test_checkpoints_may_have_the_norms_of_their_gradients(tmp_path):
+    """Of a step in plain torch, on the same windows from the checkpoint before; the weights' bits stay."""
+    bank = train(tmp_path / "bank", num_steps=2, save_every=1, max_grad_norm=0.5, gradient_norms=True)
+    told = [json.loads((bank / f"checkpoint-00000{step}" / NORMS).read_text()) for step in (1, 2)]
+    assert [row["step"] for row in told] == [1, 2]
+    plain = train(tmp_path / "plain", num_steps=2, save_every=1, max_grad_norm=0.5)
+    assert not list(plain.rglob(NORMS))
+    ours, theirs = weights(bank), weights(plain)
+    assert all(torch.equal(ours[step][name], theirs[step][name]) for step in ours for name in ours[step])
+    assert "gradient_norms" not in json.loads((plain / "train.json").read_text())["config"]["trainer"]
+
+    net = transformers.LlamaForCausalLM.from_pretrained(bank / "checkpoint-000001")
+    windows = Windows(TEXT.tokens(TextPart.TRAIN), CausalLM(**{**SMALL, "num_steps": 2}), SeedRange(3, Purpose.TRAIN))
+    ids_NT = torch.stack([windows[i]["input_ids"] for i in range(4, 8)])
+    net.train()(input_ids=ids_NT, labels=ids_NT).loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+    wanted = [sum(float(p.grad.square().sum()) for p in layer.parameters()) ** 0.5 for layer in net.model.layers]
+    assert told[1]["layers"] == pytest.approx(wanted, rel=1e-4)
+
+    with pytest.raises(RunError, match="gradient_norms"):
+        train(bank, num_steps=2, save_every=1, max_grad_norm=0.5)
+
+
 def test_same_call_on_a_finished_bank_touches_nothing(unbroken):
     before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*")}
     assert train(unbroken) == unbroken
@@ -117,8 +141,8 @@ sys.path[:0] = [{tests!r}, {unit!r}]
 import test_training_language as t
 from lcsc.training.folder import BankFolder
 real = BankFolder.write_checkpoint
-def write(self, net, step):
-    real(self, net, step)
+def write(self, net, step, *more):
+    real(self, net, step, *more)
     if step == 8 and {where!r} == "before the state":
         os.kill(os.getpid(), signal.SIGKILL)
 BankFolder.write_checkpoint = write

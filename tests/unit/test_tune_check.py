@@ -11,7 +11,7 @@ import pytest
 
 from lcsc.core.errors import EvaluationError
 from lcsc.music.abc import metre_length
-from lcsc.music.check import problems
+from lcsc.music.check import problems, whole_bars
 from lcsc.music.compose import compose
 from lcsc.music.files import abc2midi_errors, midi_bytes, picture, tune_problems
 
@@ -58,6 +58,11 @@ def test_what_can_be_played_has_no_problems(abc):
         (tune("d3 e3)|d6|"), "a slur is closed and was not open"),
         (tune("d3 e3|d3 [eg|d6|"), "`[eg|d6|` in bar 2 is no notation"),
         (tune("d3 e3|d3 #e3|d6|"), "`#e3|d6|` in bar 2 is no notation"),
+        (tune("|:d6|d6|"), "a repeat is open"),
+        (tune("d6::d6|d6|"), "a repeat is open"),
+        (tune("|:d6|1d6|"), "a repeat is open"),
+        (tune("|:d6|d6|:e6|e6:|"), "a repeat begins behind bar 2, and the one before has no end"),
+        (tune("d6|d6:|e6|2d6|"), "ending 2 behind bar 3 has no repeat before it"),
         (tune("d3e3"), "it has no bars"),
         (tune(""), "it has no bars"),
         (tune("d3 e3|\n%%EPS /a/file\nd6|"), "`%%EPS /a/file` is neither notes nor metre, unit or key"),
@@ -69,6 +74,12 @@ def test_what_can_be_played_has_no_problems(abc):
 )
 def test_what_is_wrong_is_said(abc, said):
     assert said in problems(abc)
+
+
+def test_bars_are_counted():
+    assert whole_bars(tune("d2f e2c|d3 c2|d3 d3|d6|")) == 3 / 4
+    assert whole_bars(tune("d7|d5|d6|d6|")) == 2 / 4
+    assert [whole_bars(abc) for abc in (TUNES[0], tune(""), "d6|d6|", "")] == [1, 0, 0, 0]
 
 
 def test_damaged_tunes_are_told_from_whole_ones():
@@ -88,6 +99,20 @@ def test_bars_are_as_long_as_music21_says():
             # it cuts a bar that is too long into whole ones and a rest
             wrong = any(Fraction(bar.duration.quarterLength) != whole for bar in bars)
             assert wrong == bool(problems(piece))
+
+
+REPEATS = {  # and whether it is in order
+    **{"|:d6|d6:|": True, "d6:|d6:|": True, "d6::e6|d6:|": True, "|:d6|e6||d6|d6:|": True},
+    **{"|:d6|1e6:|2d6||": True, "|:d6| [1e6:|\n[2d6||": True, "d6|1e6:|2d6|": True, "|:d6|e6|]": False},
+    **{"|:d6|d6:|:e6|e6:|": True, "|:d6|:e6:|": False, "d6|1e6|2d6|": False, "d6|d6:|e6|2d6|": False},
+}
+
+
+@pytest.mark.parametrize("judge", ["lcsc", "abc2midi"])
+def test_repeats_are_judged_as_abc2midi_judges_them(judge):
+    if shutil.which(judge) is None and judge != "lcsc":
+        pytest.skip("abc2midi is not installed")
+    assert {body: not tune_problems(tune(body), judge) for body in REPEATS} == REPEATS
 
 
 @pytest.mark.skipif(shutil.which("abc2midi") is None, reason="abc2midi is not installed")
