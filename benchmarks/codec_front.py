@@ -98,8 +98,12 @@ def draw(results: dict, to: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(AFTER), figsize=(11, 3.6), constrained_layout=True)
-    for ax, steps in zip(axes, AFTER, strict=True):
+    scored = [own["after"] for row in results["seeds"] for name, own in row["scores"].items() if name != "exact"]
+    shown = [steps for steps in AFTER if any(str(steps) in after for after in scored)]
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(2 + 3.6 * len(shown), 3.6), constrained_layout=True, squeeze=False
+    )
+    for ax, steps in zip(axes[0], shown, strict=True):
         for kind, color, mark in (("uniform", "#888888", "s"), ("searched", "#1f77b4", "o")):
             for row in results["seeds"]:
                 points = sorted(
@@ -112,8 +116,8 @@ def draw(results: dict, to: Path) -> None:
         ax.axhline(0, color="#bbbbbb", lw=0.8)
         ax.set_title(f"after {steps} steps" if steps else "as it is read back", fontsize=10)
         ax.set_xlabel("kB of a coded checkpoint, anchors included")
-    axes[0].set_ylabel("change of the loss, 1/1000 nat")
-    axes[0].legend(frameon=False)
+    axes[0][0].set_ylabel("change of the loss, 1/1000 nat")
+    axes[0][0].legend(frameon=False)
     figure.savefig(to, dpi=110)
 
 
