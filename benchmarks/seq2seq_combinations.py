@@ -41,9 +41,11 @@ TASKS: dict[str, dict[str, Any]] = {
 MEASURES = ("exact_match", "bleu", "sari", "rouge_1", "rouge_2", "rouge_l")
 
 
-def measure(args: argparse.Namespace, seed: int, folder: Path, clock: Clock) -> dict[str, Any]:
+def measure(args: argparse.Namespace, seed: int, folder: Path, notes: Notes, clock: Clock) -> None:
     """All starts on all tasks with one seed's sources; one training after the other is kept."""
-    text, notes = text_of(args.text), Notes(folder / "measured.json")
+    if all(f"{task}: {start}" in notes.values for task in args.tasks for start in STARTS):
+        return
+    text = text_of(args.text)
     for kind in ("bert", "gpt2", "roberta"):
         clock.check()
         steps = args.causal_steps if kind == "gpt2" else args.steps
@@ -55,7 +57,6 @@ def measure(args: argparse.Namespace, seed: int, folder: Path, clock: Clock) -> 
                 clock.check()
                 notes.keep(name, fine_tuned(args, text, seed, folder, task, start))
                 print(seed, name, notes.values[name]["loss_nats"], flush=True)
-    return {"seed": seed, "measured": notes.values}
 
 
 def fine_tuned(args: argparse.Namespace, text: Any, seed: int, folder: Path, task: str, start: str) -> dict[str, Any]:
@@ -104,10 +105,13 @@ def made(folder: Path, start: str, seed: int) -> Any:
 
 
 def summary(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds, differences on the same seed, and whether the targets are met."""
+    """Means over the seeds that have all of a task, differences on the same seed, and whether the targets are met."""
     out: dict[str, Any] = {}
     for task in args.tasks:
-        each = {start: [row["measured"][f"{task}: {start}"] for row in rows] for start in STARTS}
+        whole = [row for row in rows if all(f"{task}: {start}" in row["measured"] for start in STARTS)]
+        if not whole:
+            continue
+        each = {start: [row["measured"][f"{task}: {start}"] for row in whole] for start in STARTS}
         table = {
             start: {
                 "parameters": found[0]["parameters"]["parameters"],
@@ -118,7 +122,13 @@ def summary(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, A
             for start, found in each.items()
         }
         floors = {name: each["rnd2rnd"][0]["measures"][f"{name}_floor"]["value"] for name in MEASURES}
-        out[task] = {"starts": table, "source given back": floors, "differences_nats": differences(args, each)}
+        seeds = [row["seed"] for row in whole]
+        out[task] = {
+            "seeds": seeds,
+            "starts": table,
+            "source given back": floors,
+            "differences_nats": differences(args, each),
+        }
     return {"tasks": out, "targets": targets(args, out)}
 
 
@@ -183,8 +193,25 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
     figure.savefig(to, metadata={"Date": None})
 
 
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The results file and the figure, of what is measured by now."""
+    names = ("steps", "causal_steps", "marks", "learning_rate", "num_blocks", "samples")
+    result = {
+        **circumstances(),
+        "text": "dataset=text" if args.text is None else args.text.name,
+        **{key: getattr(args, key) for key in names},
+        "pretraining_windows": [BATCH, BLOCK],
+        "fine_tuning_windows": TUNED,
+        **summary(args, rows),
+        "runs": rows,
+    }
+    args.to.write_text(json.dumps(result, indent=2) + "\n")
+    if result["tasks"]:
+        draw(result, args.figure)
+
+
 def main() -> None:
-    """Measure, then write the results file after every seed."""
+    """Measure, then write the results file after every seed, and where the time is over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--text", type=Path, help="a text file; without it the text of dataset=text")
@@ -204,21 +231,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as spare:
         folder = (args.folder or Path(spare)).resolve()
         for seed in args.seeds:
-            rows.append(measure(args, seed, folder / f"seed-{seed}", clock))
-            names = ("steps", "causal_steps", "marks", "learning_rate", "num_blocks", "samples")
-            result = {
-                **circumstances(),
-                "seeds": [row["seed"] for row in rows],
-                "text": "dataset=text" if args.text is None else args.text.name,
-                **{key: getattr(args, key) for key in names},
-                "pretraining_windows": [BATCH, BLOCK],
-                "fine_tuning_windows": TUNED,
-                **summary(args, rows),
-                "runs": rows,
-            }
-            args.to.write_text(json.dumps(result, indent=2) + "\n")
-            draw(result, args.figure)
-        print(json.dumps(result["targets"], indent=2))
+            notes = Notes(folder / f"seed-{seed}" / "measured.json")
+            try:
+                measure(args, seed, folder / f"seed-{seed}", notes, clock)
+            finally:
+                rows.append({"seed": seed, "measured": notes.values})
+                write(args, rows)
+    print(json.dumps(summary(args, rows)["targets"], indent=2))
 
 
 if __name__ == "__main__":

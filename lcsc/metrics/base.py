@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -97,6 +97,18 @@ class DifferentiableMetric(Protocol):
         """The derivative of `compute(state, reference)` by the features of any of the images in `state`.
 
         The function takes features, shape (n, D), of images that `state` has seen, and gives float64, shape (n, D).
+        """
+
+
+@runtime_checkable
+class MixableMetric(Protocol):
+    """What a metric offers beside `DifferentiableMetric` when images may count more or less than one another."""
+
+    def mixed(self, states: Sequence[Any], weights: Sequence[float]) -> Any:
+        """The state of all images together where each image of `states[i]` counts `weights[i]` > 0.
+
+        `compute` and `gradient` take it; equal weights give what `merge` gives. With weights, `gradient` is the
+        derivative by an image that counts as one of the state's `count`.
         """
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -107,6 +109,20 @@ class FrechetDistance(FeatureMetric):
         """The state of both sets together: the sums add."""
         require_same_width(state_width(a.sum_D), state_width(b.sum_D))
         return FrechetState(a.count + b.count, a.sum_D + b.sum_D, a.outer_DD + b.outer_DD)
+
+    def mixed(self, states: Sequence[FrechetState], weights: Sequence[float]) -> FrechetState:
+        """The state in which each image of `states[i]` counts `weights[i]` > 0, relative to the others.
+
+        Its count is Kish's effective number (sum w)^2 / sum w^2, with which `cov_DD` is the unbiased weighted
+        covariance sum w (f - m)(f - m)^T / (1 - sum w^2), for weights that sum to one and are chosen before the images.
+        """
+        counts = [float(state.count) for state in states]
+        factor = sum(map(operator.mul, weights, counts)) / sum(w * w * n for w, n in zip(weights, counts, strict=True))
+        parts = [
+            FrechetState(s.count * (w * factor), s.sum_D * (w * factor), s.outer_DD * (w * factor))
+            for s, w in zip(states, weights, strict=True)
+        ]
+        return functools.reduce(self.merge, parts)
 
     def reference(self, state: FrechetState) -> FrechetReference:
         """Mean and square root of the covariance, by eigh in float64; negative eigenvalues (rounding) count as 0.

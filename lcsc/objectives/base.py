@@ -56,12 +56,14 @@ class Slope:
         grad_P: derivative with respect to the candidate's flat weights, float32, shape (P,).
         image_forwards: what it cost in network evaluations of one image; a backward pass counts two.
         own: derivative with respect to the objective's own boxes, by name (`Tunable`).
+        seen: what the images leave for later derivatives (`Remembering`); None where nothing does.
     """
 
     value: float
     grad_P: Tensor
     image_forwards: int
     own: Mapping[str, np.ndarray] = field(default_factory=dict)
+    seen: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +126,47 @@ class Differentiable(Protocol):
 
         Raises:
             EvaluationError: the candidate produced something that cannot be scored.
+        """
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """What an objective offers beside `Differentiable` when its statistics may hold images of earlier candidates.
+
+    A score that is no mean over images, such as the Fréchet distance, is biased on few images, and so is its
+    derivative. With the images of the last candidates in its statistics a few new ones are enough.
+    """
+
+    @property
+    def no_memory(self) -> str | None:
+        """Why this objective, as configured, cannot weigh images, as a clause; None when it can."""
+        ...
+
+    def seen(self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range) -> Any:
+        """What `slope` on these images leaves behind, `Slope.seen`, bit for bit.
+
+        Raises:
+            EvaluationError: the candidate produced something that cannot be scored.
+        """
+        ...
+
+    def slope(
+        self,
+        candidate: Candidate,
+        *,
+        seed: int,
+        purpose: Purpose,
+        images: range,
+        earlier: Sequence[tuple[Any, float]] = (),
+    ) -> Slope:
+        """`Differentiable.slope` with statistics of the new images and of `earlier` ones.
+
+        The derivative is that of the score by the statistics, as if all their images moved like the new ones.
+
+        Args:
+            candidate, seed, purpose, images: of the new images.
+            earlier: what earlier candidates left, and how much an image of theirs counts beside a new one, above 0.
         """
         ...
 
@@ -246,3 +289,10 @@ def why_no_gradient(objective: Objective, operator: object) -> str | None:
     if objective.no_gradient is not None:
         return objective.no_gradient
     return None if isinstance(operator, PullsBack) else f"operator `{type(operator).__name__}` is not differentiable"
+
+
+def why_no_memory(objective: Objective) -> str | None:
+    """Why images of earlier candidates cannot count in a problem's derivative, None when they can."""
+    if not isinstance(objective, Remembering):
+        return f"objective `{objective.name}` keeps no statistics of images"
+    return objective.no_memory

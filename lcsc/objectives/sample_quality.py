@@ -20,7 +20,7 @@ from lcsc.core.seeds import ImageNoise, Purpose, SeedRange
 from lcsc.core.space import Point, SearchSpace
 from lcsc.datasets.base import Dataset, need_images
 from lcsc.datasets.content import data_digest
-from lcsc.metrics.base import DifferentiableMetric, Metric
+from lcsc.metrics.base import DifferentiableMetric, Metric, MixableMetric
 from lcsc.metrics.bootstrap import bootstrap
 from lcsc.metrics.paired import paired_scores
 from lcsc.models.base import Model
@@ -189,37 +189,82 @@ class SampleQuality:
             return f"detector `{self.metric.detector}` rounds its images"
         return None
 
-    def slope(self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range) -> Slope:
+    @property
+    def no_memory(self) -> str | None:
+        """See `Remembering.no_memory`."""
+        if isinstance(self.metric, MixableMetric):
+            return None
+        return f"metric `{self.metric.name}` weighs all images alike"
+
+    @torch.enable_grad()
+    def seen(self, candidate: Candidate, *, seed: int, purpose: Purpose, images: range) -> Tensor:
+        """See `Remembering.seen`: features, shape (N, D), by the very calls that `slope` makes."""
+        live = self._live(candidate)
+        with self._collecting(live):
+            return torch.cat([part.detach() for part in self._watched(live, seed, purpose, images)])
+
+    def slope(
+        self,
+        candidate: Candidate,
+        *,
+        seed: int,
+        purpose: Purpose,
+        images: range,
+        earlier: Sequence[tuple[Tensor, float]] = (),
+    ) -> Slope:
         """Backward through detector and sampler; with `recompute` each network call is computed again when needed.
 
         Between the calls only images are then kept, so memory is that of one call on one batch, and the images in
         between: `nfe` of them for each image. Cost: one forward pass, one more when recomputing, one backward pass.
+        `earlier` features count in mean and covariance, see `Remembering.slope`; the derivative goes backward through
+        the new images alone and is divided by their share.
 
         Raises:
             EvaluationError: the candidate diverged or collapsed, or the derivative is not finite.
         """
         live = self._live(candidate)
         reference = self._reference(self.metric, _half(purpose))
-        detector = self.metric.load_detector()
-        moved = self.sampler if isinstance(self.sampler, Retimed) else None
-        with live.collecting() as grad_P, moved.collecting() if moved else contextlib.nullcontext() as grad_T:
-            batches = [
-                checkpoint(detector.features, batch, use_reentrant=False)
-                for batch in self._batches(live, seed, purpose, images, self.recompute)
-            ]
+        with self._collecting(live) as (grad_P, grad_T):
+            batches = list(self._watched(live, seed, purpose, images))
             state = self.metric.zeros()
             with spending(len(images) * self.sampler.nfe()):
                 for batch in batches:
                     state = self.metric.update(state, batch.detach())
+                state, scale = self._mixed(state, earlier, len(images))
                 value = self.metric.compute(state, reference)
                 derivative = self.metric.gradient(state, reference)  # type: ignore[attr-defined]
             for batch in batches:
-                batch.backward(derivative(batch.detach()).to(batch.dtype))
+                batch.backward((derivative(batch.detach()) * scale).to(batch.dtype))
         cost = (4 if self.recompute else 3) * len(images) * self.sampler.nfe()
         with spending(cost):
             if not torch.isfinite(grad_P).all():
                 raise EvaluationError("the derivative of the score is not finite; the candidate diverged.")
-        return Slope(value, grad_P, cost, {} if grad_T is None else {"times": grad_T})
+        own = {} if grad_T is None else {"times": grad_T}
+        return Slope(value, grad_P, cost, own, torch.cat([batch.detach() for batch in batches]))
+
+    @contextlib.contextmanager
+    def _collecting(self, live: LiveModel) -> Iterator[tuple[Tensor, np.ndarray | None]]:
+        """Inside, backward passes add up in the network's flat row and, where times are searched, in theirs."""
+        moved = self.sampler if isinstance(self.sampler, Retimed) else None
+        with live.collecting() as grad_P, moved.collecting() if moved else contextlib.nullcontext() as grad_T:
+            yield grad_P, grad_T
+
+    def _watched(self, live: LiveModel, seed: int, purpose: Purpose, images: range) -> Iterator[Tensor]:
+        """Features that a derivative goes back through, batch by batch, shape (n, D)."""
+        features = self.metric.load_detector().features
+        for batch in self._batches(live, seed, purpose, images, self.recompute):
+            yield checkpoint(features, batch, use_reentrant=False)
+
+    def _mixed(self, state: Any, earlier: Sequence[tuple[Tensor, float]], num: int) -> tuple[Any, float]:
+        """The state with earlier features in it, and what the derivative by one of its `num` images is multiplied by.
+
+        It is one over the share of the new images, times the weight of one among them: count / num.
+        """
+        if not earlier:
+            return state, 1.0
+        states = [self.metric.update(self.metric.zeros(), features) for features, _ in earlier]
+        mixed = self.metric.mixed([state, *states], [1.0, *(weight for _, weight in earlier)])  # type: ignore[attr-defined]
+        return mixed, float(mixed.count) / num
 
     def _sampled(
         self, candidate: Candidate, seed: int, purpose: Purpose, images: range, metrics: Sequence[Metric]

@@ -152,6 +152,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         f"{search[key]:,} {text}"
         for key, text in (
             ("num_images", "a trial (search seeds)"),
+            ("num_images_baselines", "a baseline's first look (search seeds)"),
             ("num_images_select", "a finalist (select seeds)"),
             ("num_images_report", "a final score (report seeds)"),
         )

@@ -20,7 +20,7 @@ from lcsc.search.plan import num_looks, num_steps
 #: Steps that rate, time left and idle share are taken from.
 RECENT = 20
 #: What the kind of the newest record says of the search.
-PHASES = {"floor": "baselines", "baseline": "baselines", "trial": "trials", "account": "selection",
+PHASES = {"floor": "baselines", "baseline": "baselines", "look": "baselines", "trial": "trials", "account": "selection",
           "select": "selection", "report": "final scores"}  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def _steps(records: Sequence[Record], search: Mapping[str, Any]) -> tuple[int, i
     baselines = [record for record in records if record["kind"] == "baseline"]
     families = {record["family"] for record in baselines if record["value"] is not None}
     looks = num_looks([record for record in baselines if "vector" in record], finalists)
-    return done, max(done, num_steps(len(baselines), trials, finalists, looks, len(families)))
+    return done, max(done, num_steps(len(baselines) + counts["look"], trials, finalists, looks, len(families)))
 
 
 def _trials(records: Sequence[Record], search: Mapping[str, Any]) -> str | None:

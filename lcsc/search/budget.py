@@ -21,6 +21,9 @@ class Budget:
     Args:
         num_trials: proposals scored on the search seeds.
         num_images: images a trial.
+        num_images_baselines: images of a baseline's first look, which tells whom of each family the second look is
+            worth (`lcsc.search.first_look`). None takes `num_images`, and so does a number that is not below it, and a
+            race, which begins with a full score to beat.
         num_finalists: best trials scored again on the select seeds; of each baseline family as many, but at most 3.
         num_images_select, num_images_report: images of those, and of the final scores.
         prefixes: sizes of a race, increasing and below `num_images`: trials are scored on so many images first and
@@ -50,10 +53,11 @@ class Budget:
     guards: dict[str, float] | None = None
     penalty: float = 0.0
     batch_size: int | None = None
+    num_images_baselines: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name.startswith("num_") and value < 1:
+            if name.startswith("num_") and value is not None and value < 1:
                 raise ConfigError(f"`search.{name}` is {value}; it must be at least 1.")
         if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
             raise ConfigError(f"`search.batch_size` is `{self.batch_size}`; it must be at least 1, or null.")
@@ -86,13 +90,19 @@ class Budget:
         given = [f"`search.{name}` {rungs}" for name in ("prefixes", "race_steps") if (rungs := getattr(self, name))]
         return "".join(given)
 
+    @property
+    def first_look(self) -> int | None:
+        """Images of a baseline's first look where it is on fewer than a trial's; None where it is not."""
+        few = self.num_images_baselines
+        return None if few is None or few >= self.num_images or self.race else few
+
 
 def check_budget(objective: Objective, operator: Operator, budget: Budget) -> None:
     """Raise ConfigError for a budget that does not fit the objective or the operator."""
     check_penalty(operator, budget.penalty, budget.race)
-    for name in ("num_images", "num_images_select", "num_images_report"):
+    for name in ("num_images", "num_images_baselines", "num_images_select", "num_images_report"):
         num, least = getattr(budget, name), objective.min_images
-        if num < least:
+        if num is not None and num < least:
             raise ConfigError(
                 f"`search.{name}` is {num}: too few images for `{objective.name}`; it needs at least {least}."
             )

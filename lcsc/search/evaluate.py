@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,10 @@ TOLD = (
 )
 
 
+#: Vector and images of an earlier evaluation, and how much one of its images counts beside a new one.
+EarlierImages = tuple[tuple[float, ...], tuple[int, int], float]
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Scores points of a space. A failure is a row like any other: it has a reason and no value."""
@@ -38,6 +43,8 @@ class Evaluator:
     objective: Objective
     space: SearchSpace
     seed: int
+    #: what the last derivatives left for later ones (`Remembering`)
+    _seen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def candidate(self, vector: np.ndarray) -> Candidate:
         """The candidate at a point, shape (size,)."""
@@ -64,14 +71,23 @@ class Evaluator:
             tail["resamples"] = {name: list(drawn) for name, drawn in score.resamples.items()}
         return done_row(head, score.value, score.image_forwards, tail)
 
-    def slope(self, vector: np.ndarray, purpose: Purpose, images: range) -> Row:
-        """Value and derivative with respect to the vector, under `gradient`."""
+    def slope(self, vector: np.ndarray, purpose: Purpose, images: range, earlier: Sequence[EarlierImages] = ()) -> Row:
+        """Value and derivative with respect to the vector, under `gradient`.
+
+        Args:
+            vector, purpose, images: what is scored.
+            earlier: whose images count in the statistics, of the same purpose; needs a `Remembering` objective.
+                Those that were not seen here are sampled once more. That is in no row, as it depends on who saw them.
+        """
         candidate = self.candidate(vector)
         head = head_of(candidate)
         try:
+            remembered = self._remembered(purpose, earlier)
+            given = {"earlier": remembered} if remembered else {}
             slope = tuned(self.objective, self.space.to_point(vector)).slope(  # type: ignore[attr-defined]
-                candidate, seed=self.seed, purpose=purpose, images=images
+                candidate, seed=self.seed, purpose=purpose, images=images, **given
             )
+            self._seen[tuple(vector.tolist()), purpose, (images.start, images.stop)] = slope.seen
             pulled = self.operator.pull_back(  # type: ignore[attr-defined]
                 self.bank, self.space.to_point(vector), slope.grad_P
             )
@@ -82,6 +98,20 @@ class Evaluator:
             reason = f"the score is {slope.value}, its derivative reaches {np.abs(gradient).max()}"
             return failed_row(head, reason, slope.image_forwards, gradient=None)
         return done_row(head, slope.value, slope.image_forwards, {"gradient": gradient.tolist()})
+
+    def _remembered(self, purpose: Purpose, earlier: Sequence[EarlierImages]) -> list[tuple[Any, float]]:
+        """What these left, with their weights; everything else is forgotten."""
+        kept = {}
+        for at, span, _ in earlier:
+            key, vector = (at, purpose, span), np.array(at)
+            kept[key] = self._seen.get(key)
+            if kept[key] is None:
+                kept[key] = tuned(self.objective, self.space.to_point(vector)).seen(  # type: ignore[attr-defined]
+                    self.candidate(vector), seed=self.seed, purpose=purpose, images=range(*span)
+                )
+        self._seen.clear()
+        self._seen.update(kept)
+        return [(kept[at, purpose, span], weight) for at, span, weight in earlier]
 
 
 def head_of(candidate: Candidate) -> Row:

@@ -15,7 +15,7 @@ from lcsc.core.digests import value_digest
 from lcsc.core.errors import EvaluationError, LcscError
 from lcsc.core.seeds import Purpose
 from lcsc.search.budget import Budget
-from lcsc.search.evaluate import Evaluator, Row, failed_row
+from lcsc.search.evaluate import EarlierImages, Evaluator, Row, failed_row
 from lcsc.search.problem import Problem
 from lcsc.search.racing import Incumbent, Racer
 from lcsc.search.rows import checked
@@ -33,6 +33,7 @@ class Job:
         full, resamples: as in `Evaluator.score`.
         floor: a value below it is scored again on as many images of other seeds, and the worse one counts.
         incumbent: vector and value of the candidate to beat in a race.
+        earlier: what counts in the statistics of a `slope` beside its own images.
         uid: identity of the evaluation; empty until it is handed in.
     """
 
@@ -44,6 +45,7 @@ class Job:
     resamples: bool = False
     floor: float | None = None
     incumbent: Incumbent | None = None
+    earlier: tuple[EarlierImages, ...] = ()
     uid: str = ""
 
     def named(self, run: str, place: str) -> Job:
@@ -58,7 +60,10 @@ class Job:
 
     def to_plain(self) -> dict[str, Any]:
         """Values for JSON."""
-        return {**vars(self), "purpose": int(self.purpose)}
+        plain = {**vars(self), "purpose": int(self.purpose)}
+        if not self.earlier:  # jobs without are known by the keys they always had
+            del plain["earlier"]
+        return plain
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Job:
@@ -71,6 +76,7 @@ class Job:
                 "purpose": Purpose(plain["purpose"]),
                 "images": tuple(plain["images"]),
                 "incumbent": None if rival is None else (tuple(rival[0]), rival[1]),
+                "earlier": tuple((tuple(at), tuple(images), w) for at, images, w in plain.get("earlier", ())),
             }
         )
 
@@ -149,7 +155,7 @@ class Performer:
         if self._racer and job.call == "full":
             return self._racer.full(vector)
         if job.call == "slope":
-            return self._evaluator.slope(vector, job.purpose, images)
+            return self._evaluator.slope(vector, job.purpose, images, job.earlier)
         assert job.call == "score", job.call
         return self._evaluator.score(vector, job.purpose, images, job.full, job.resamples)
 

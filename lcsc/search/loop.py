@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from lcsc.search.dispatch import Dispatcher
 from lcsc.search.engines.base import Crew
 from lcsc.search.engines.inline import InlineCrew
 from lcsc.search.evaluate import Row
+from lcsc.search.first_look import first_looks
 from lcsc.search.fitting import fitting_note
 from lcsc.search.frames import Record
 from lcsc.search.guards import Watch
@@ -134,16 +136,26 @@ class Search:
         idle = {**self.space.to_point(np.zeros(self.space.size)), **(own or {})}
         call = "full" if budget.race else "score"
 
-        def step(baseline: Baseline) -> Step:
+        def key(baseline: Baseline) -> dict[str, Any]:
             vector = self.space.to_vector({**idle, **baseline.point}).tolist()
-            key = {"family": baseline.family, "label": baseline.label + suffix, "vector": vector}
-            return Step("baseline", key, Job(call, tuple(vector), Purpose.SEARCH, (0, budget.num_images)))
+            return {"family": baseline.family, "label": baseline.label + suffix, "vector": vector}
 
-        for record in self.steps.many(map(step, self.problem.operator.baselines(self.problem.bank))):
+        def step(key: dict[str, Any]) -> Step:
+            return Step("baseline", key, Job(call, tuple(key["vector"]), Purpose.SEARCH, (0, budget.num_images)))
+
+        keys, few = list(map(key, self.problem.operator.baselines(self.problem.bank))), budget.first_look
+        looks = first_looks(self.steps, keys, few, budget.num_images) if few else self.steps.many(map(step, keys))
+        best = None
+        for record in looks:
             records.append(record)
             best = min((r for r in records if r["value"] is not None), key=lambda r: r["value"], default=None)
             if best:
                 self.progress.baseline(f"{best['label']} {best['value']:.2f}")
+        if few and best:
+            self.progress.note(
+                f"{sum('prefix_value' in r for r in records)} of {len(records)} baselines were scored on {few} of "
+                f"{budget.num_images} images; the best of each family are scored again on {budget.num_images_select}"
+            )
         return records
 
     def _penalty(self, starts: tuple[Start, ...]) -> Penalty | None:
@@ -266,7 +278,8 @@ class Search:
         if baselines is not None:
             families = Counter(record["family"] for record in baselines if record["value"] is not None)
             members = num_looks(baselines, budget.num_finalists)
-        return num_steps(len(plan), budget.num_trials, budget.num_finalists, members, len(families))
+        first = len(plan) + (budget.first_look is not None)  # the anchor is looked at twice
+        return num_steps(first, budget.num_trials, budget.num_finalists, members, len(families))
 
     def point(self, record: Record) -> Point:
         """The point a record was scored at."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lcsc.bank import CheckpointBank
 from lcsc.core.space import SearchSpace
-from lcsc.objectives.base import Objective, joint_space, why_no_gradient
+from lcsc.objectives.base import Objective, joint_space, why_no_gradient, why_no_memory
 from lcsc.operators.base import Operator
 from lcsc.search.budget import Budget, check_budget
 from lcsc.searchers.base import Searcher, Start, Task
@@ -32,5 +32,17 @@ class Problem:
 
     def task(self, starts: tuple[Start, ...] = ()) -> Task:
         """What the searcher is given."""
-        reason = why_no_gradient(self.objective, self.operator)
-        return Task(self.space(), self.budget.num_trials, self.seed, starts, reason, self.objective.min_images)
+        return task_of(self.objective, self.operator, self.budget, self.space(), self.seed, starts)
+
+
+def task_of(
+    objective: Objective,
+    operator: Operator,
+    budget: Budget,
+    space: SearchSpace,
+    seed: int,
+    starts: tuple[Start, ...] = (),
+) -> Task:
+    """What a searcher is given of these parts."""
+    reasons = {"no_gradient": why_no_gradient(objective, operator), "no_memory": why_no_memory(objective)}
+    return Task(space, budget.num_trials, seed, starts, min_images=objective.min_images, **reasons)

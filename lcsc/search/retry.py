@@ -21,7 +21,7 @@ def retry_from(records: Sequence[Record], num_trials: int) -> int:
     if end and records[-1]["kind"] == "account":  # written after the last trial, whatever became of the trials
         end -= 1
     start = end
-    while start and records[start - 1]["kind"] in ("baseline", "trial") and records[start - 1]["value"] is None:
+    while start and records[start - 1]["kind"] in ("baseline", "look", "trial") and records[start - 1]["value"] is None:
         start -= 1
     failed = sum(record["kind"] == "trial" for record in records[start:end])
     if failed and failed >= min(WINDOW // 2 + 1, num_trials):

@@ -150,7 +150,9 @@ def few_images(problem: Problem) -> list[str]:
     if not isinstance(metric, FrechetDistance):
         return []
     names, budget = ("num_images", "num_images_select", "num_images_report"), problem.budget
-    sizes = [*(("prefixes", num) for num in budget.prefixes), *((name, getattr(budget, name)) for name in names)]
+    looks = [("prefixes", num) for num in budget.prefixes]
+    looks += [("num_images_baselines", budget.first_look)] if budget.first_look else []
+    sizes = [*looks, *((name, getattr(budget, name)) for name in names)]
     few = " and ".join(f"`search.{name}` ({num})" for name, num in sizes if metric.rank_deficient(num))
     if not few:
         return []

@@ -14,11 +14,10 @@ from lcsc.core import registry
 from lcsc.core.errors import ConfigError
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.core.space import Box, Choices, SearchSpace
-from lcsc.objectives.base import Objective, joint_space, why_no_gradient
+from lcsc.objectives.base import Objective, joint_space
 from lcsc.operators.base import ReadsMore
 from lcsc.search.budget import Budget, check_budget
-from lcsc.search.problem import Problem
-from lcsc.searchers.base import Task
+from lcsc.search.problem import Problem, task_of
 
 #: Distributions whose version can change a score.
 VERSIONS = ("lcsc", "torch", "numpy", "scipy", "diffusers", "nevergrad", "safetensors")
@@ -91,8 +90,7 @@ def check_before_training(parts: Mapping[str, Any]) -> None:
     check_budget(objective, parts["operator"], budget)
     unknown = Box("unknown", 2, choices=Choices((0.0, 1.0), (1, 2), 4))
     space = joint_space(SearchSpace((unknown,)), objective)
-    reason = why_no_gradient(objective, parts["operator"])
-    parts["searcher"].start(Task(space, budget.num_trials, parts["seed"], (), reason, objective.min_images))
+    parts["searcher"].start(task_of(objective, parts["operator"], budget, space, parts["seed"]))
 
 
 def build_problem(config: Mapping[str, Any], *, trust: bool = False) -> Problem:

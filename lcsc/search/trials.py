@@ -162,7 +162,12 @@ class Trials:
         self._say(proposal)
         call = "race" if raced else "slope" if proposal.gradient else "score"
         rival = self._incumbent if raced else None
-        job = Job(call, tuple(proposal.vector.tolist()), purpose, images, floor=self._floor, incumbent=rival)
+        earlier = tuple(
+            (tuple(past.vector.tolist()), (past.block * num, (past.block + 1) * num), past.weight)
+            for past in proposal.earlier
+        )
+        at = tuple(proposal.vector.tolist())
+        job = Job(call, at, purpose, images, floor=self._floor, incumbent=rival, earlier=earlier)
         paid = self._penalty.paid(proposal.vector) if self._penalty else None
         self._open[proposal.uid] = Open(proposal, job, paid)
         self._waiting.append(proposal.uid)

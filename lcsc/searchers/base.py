@@ -13,6 +13,20 @@ from lcsc.core.space import SearchSpace
 
 
 @dataclass(frozen=True, eq=False)
+class Earlier:
+    """An earlier proposal whose images count in a later one's statistics.
+
+    Args:
+        vector, block: its own; of equally many images.
+        weight: how much an image of it counts beside a new one, above 0.
+    """
+
+    vector: np.ndarray
+    block: int
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
 class Proposal:
     """What a session wants to know.
 
@@ -23,6 +37,7 @@ class Proposal:
         block: which block of noise of its own to use; None takes the noise that all trials of a search share. Equal
             blocks are the same noise, different blocks are independent.
         num_images: how many images to score it on; None takes the budget's. A block belongs to one number of images.
+        earlier: with a gradient: whose images count beside its own; needs a task without `no_memory`.
     """
 
     uid: int
@@ -30,6 +45,7 @@ class Proposal:
     gradient: bool = False
     block: int | None = None
     num_images: int | None = None
+    earlier: tuple[Earlier, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +70,7 @@ class Task:
         starts: scored points to begin from, best first.
         no_gradient: why the problem has no gradient, as a clause; None when it has one.
         min_images: fewest images that a proposal can be scored on.
+        no_memory: why images of earlier proposals cannot count in a gradient, as a clause; None when they can.
     """
 
     space: SearchSpace
@@ -62,6 +79,7 @@ class Task:
     starts: tuple[Start, ...] = ()
     no_gradient: str | None = "nobody said that there is one"
     min_images: int = 1
+    no_memory: str | None = "nobody said that they can"
 
     def begin(self) -> np.ndarray:
         """Where to begin, shape (space.size,): the best start, else the middle of the boxes, zero without bounds.

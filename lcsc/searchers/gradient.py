@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +12,16 @@ import numpy as np
 from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
 from lcsc.core.space import SearchSpace
-from lcsc.searchers.base import Proposal, Session, Task, check_told
+from lcsc.searchers.base import Earlier, Proposal, Session, Task, check_told
 
+SOURCE = "Adam, arXiv:1412.6980, on the exact derivative; see docs/methods.md"
 NOISES = ("fresh", "rotating", "common")
 #: Averages over this share of the last iterates are candidates for the winner: noise averages out, drift does not.
 TAILS = (0.0, 1 / 8, 1 / 4, 1 / 2)
 #: The searcher's own recommendation is the average over this share.
 BEST_TAIL = 1 / 4
+#: Images that count less than this share of a new one are left out, and those of more steps ago forgotten.
+LEAST, MOST_REMEMBERED = 0.01, 64
 FIRST_MOMENT, SECOND_MOMENT, EPSILON = 0.9, 0.99, 1e-12
 
 
@@ -81,18 +85,33 @@ class GradientSession:
         self._first, self._second = np.zeros_like(begin), np.zeros_like(begin)
         self._path: list[np.ndarray] = []
         self._asked, self._failed = 0, 0
+        self._open: Proposal | None = None
+        self._memory: deque[tuple[Proposal, np.ndarray]] = deque(maxlen=MOST_REMEMBERED)
 
     def ask(self) -> Proposal:
-        uid, noise = self._asked, self._settings.noise
+        uid, settings = self._asked, self._settings
         self._asked += 1
-        block = None if noise == "common" else uid if noise == "fresh" else uid % self._settings.num_blocks
-        return Proposal(uid, self.region.vector(self._at), gradient=True, block=block)
+        noise, vector = settings.noise, self.region.vector(self._at)
+        block = None if noise == "common" else uid if noise == "fresh" else uid % settings.num_blocks
+        self._open = Proposal(uid, vector, True, block, settings.step_images, self._earlier())
+        return self._open
+
+    def _earlier(self) -> tuple[Earlier, ...]:
+        """The last steps near here, the oldest first; how much an image counts falls with the distance since."""
+        rows = []
+        for past, at in self._memory if self._settings.reach else ():
+            weight = math.exp(-((float(np.linalg.norm(self._at - at)) / self._settings.reach) ** 2) / 2)
+            if weight >= LEAST and past.block is not None:
+                rows.append(Earlier(past.vector, past.block, weight))
+        return tuple(rows)
 
     def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
         check_told(uid, value)
         if gradient is None:
             self._back_off()
             return
+        assert self._open is not None, "told what was not asked"
+        self._memory.append((self._open, self._at.copy()))
         self._path.append(self._at.copy())
         done = len(self._path)
         slope = np.asarray(gradient, dtype=np.float64) / self.region.lengths
@@ -147,6 +166,14 @@ def need_gradient(searcher: str, task: Task) -> None:
         )
 
 
+def need_memory(searcher: Gradient, task: Task) -> None:
+    """Raise ConfigError where images of earlier steps shall count and cannot."""
+    if searcher.reach and task.no_memory is not None:
+        raise ConfigError(
+            f"`searcher.reach` is {searcher.reach}, but {task.no_memory}. Set it to 0: then steps use their own images."
+        )
+
+
 def check_idle(searcher: Any, name: str, noise: str) -> None:
     """Raise ConfigError for a setting `name` that was changed though only the noise `noise` looks at it."""
     value = getattr(searcher, name)
@@ -157,7 +184,8 @@ def check_idle(searcher: Any, name: str, noise: str) -> None:
         )
 
 
-@register("searcher", "gradient", source="Adam, arXiv:1412.6980, on the exact derivative; see docs/methods.md")
+@register("searcher", "gradient", source=SOURCE)
+@register("searcher", "gradient_small", source=SOURCE, step_images=32, reach=1.0)  # many small steps
 @dataclass(frozen=True)
 class Gradient:
     """Adam on exact derivatives; every step sees new noise, so that it cannot fit the noise.
@@ -170,6 +198,10 @@ class Gradient:
         radius: largest distance from the start in weight space, in the same unit; None means no limit.
         hold: share of the budget with full steps; then they shrink along a half cosine.
         final: size of the last step as a share of the first.
+        step_images: images of a step; None takes `search.num_images`.
+        reach: images of earlier steps count in the statistics that are differentiated, exp(-(d / reach)^2 / 2) each
+            beside a new one, where d is how far from there the descent has come in weight space, in the unit of
+            `radius`; 0 forgets them. The Fréchet distance, biased on few images, then needs few a step.
     """
 
     step_size: float = 0.3
@@ -178,6 +210,8 @@ class Gradient:
     radius: float | None = None
     hold: float = 0.5
     final: float = 0.1
+    step_images: int | None = None
+    reach: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.step_size < math.inf or (self.radius is not None and not self.radius > 0):
@@ -193,13 +227,22 @@ class Gradient:
         check_idle(self, "num_blocks", "rotating")
         if not 0 <= self.hold <= 1 or not 0 <= self.final <= 1:
             raise ConfigError(f"`searcher.hold` is {self.hold} and `final` {self.final}; both must lie in [0, 1].")
+        if not 0 <= self.reach < math.inf or (self.step_images is not None and self.step_images < 1):
+            raise ConfigError(
+                f"`searcher.reach` is {self.reach} and `step_images` {self.step_images}; the first must be at least 0 "
+                "and finite, the second at least 1, or null."
+            )
+        check_idle(self, "reach", "fresh")
 
     def start(self, task: Task) -> Session:
         """Begin at the best start; see `Searcher.start`.
 
         Raises:
-            ConfigError: nothing to search, no gradient, or a radius that would be no distance.
+            ConfigError: nothing to search, no gradient, too few images, images that cannot be weighed, or a radius
+                that would be no distance.
         """
         begin = task.begin()
         need_gradient("gradient", task)
+        task.need_images("step_images", self.step_images)
+        need_memory(self, task)
         return GradientSession(self, task, begin)

@@ -132,6 +132,11 @@ class Hybrid(Gradient):
         self.black_box()
         if self.num_images is not None and self.num_images < 1:
             raise ConfigError(f"`searcher.num_images` is {self.num_images}; it must be at least 1, or null.")
+        if self.reach:
+            raise ConfigError(
+                f"`searcher.reach` is {self.reach}, but `hybrid` compares values, and needs images of their own for "
+                "each. Set it to 0, or use searcher=gradient."
+            )
         if self.patience < 2:
             raise ConfigError(f"`searcher.patience` is {self.patience}; a variance needs at least 2 values.")
         if not 0 < self.level < 1 or not 0 < self.most <= 1:
@@ -153,6 +158,7 @@ class Hybrid(Gradient):
         """
         begin = task.begin()
         task.need_images("num_images", self.num_images)
+        task.need_images("step_images", self.step_images)
         need_gradient("hybrid", task)
         self.black_box().check(task)
         return _Session(self, task, begin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -203,6 +204,7 @@ class _Session:
         """
         low, low_place = (0.0, old.value, float(way @ slope)), None
         high: tuple[float, float | None, float | None] | None = None
+        gaps: list[tuple[float, float]] = []
         for _ in range(MAX_LINE):
             wanted = old.at + share * way
             at = self._region.nearest(wanted)
@@ -222,6 +224,9 @@ class _Session:
                 return here
             else:
                 low, low_place = end, here
+            gaps.append((share, here.value - share * end[2] - old.value))
+            if self._stayed and low_place is None and _alone(gaps):
+                break
             share = _between(low, high) if high is not None else share * 4
         return low_place
 
@@ -236,6 +241,22 @@ class _Session:
         normal = np.where(stuck, 0.0, away)
         normal = normal / np.linalg.norm(normal)
         return slope - (slope @ normal) * normal, ~stuck, normal
+
+
+def _alone(gaps: list[tuple[float, float]]) -> bool:
+    """Whether a start stands alone, as far as shorter and shorter steps tell.
+
+    A gap is what the tangent at a place leads back to at the start, less the start's own value: of the order of the
+    step's square where the function is smooth, constant where the start is no part of it. Two shortenings in a row in
+    which it falls more slowly than the step itself are enough.
+
+    Args:
+        gaps: share of the way and gap of each place tried, in order.
+    """
+    if len(gaps) < 3:
+        return False
+    pairs = itertools.pairwise(gaps[-3:])
+    return all(0 < b < a and gap > before * b / a > 0 for (a, before), (b, gap) in pairs)
 
 
 def _between(low: tuple[float, float, float], high: tuple[float, float | None, float | None]) -> float:

@@ -114,6 +114,8 @@ def test_nothing_told_recommends_the_start():
         ({"radius": -1.0}, "`searcher.radius` -1.0; both must be above 0"),
         ({"noise": "pink"}, "`searcher.noise` is `pink`"),
         ({"hold": 1.5}, "`searcher.hold` is 1.5"),
+        ({"reach": -1.0}, "`searcher.reach` is -1.0 and `step_images` None; the first must be at least 0"),
+        ({"step_images": 0}, "`step_images` 0"),
     ],
 )
 def test_mistakes_are_named(settings, sentence):
@@ -124,3 +126,51 @@ def test_mistakes_are_named(settings, sentence):
 def test_an_empty_space_is_refused():
     with pytest.raises(ConfigError, match="declares nothing to search"):
         start(SearchSpace())
+
+
+def test_images_of_steps_near_by_count_by_how_near():
+    space = SearchSpace((Box("z", 4, lengths=(0.5,) * 4),))
+    session = build("searcher", "gradient", reach=0.4, step_images=32).start(
+        Task(space, 100, 0, no_gradient=None, no_memory=None)
+    )
+    first = session.ask()
+    assert first.earlier == ()
+    assert first.num_images == 32
+    session.tell(0, 1.0, np.array([1.0, 0, 0, 0]))  # a step of 0.3 along one coordinate
+    second = session.ask()
+    assert [(past.block, past.vector.tolist()) for past in second.earlier] == [(0, first.vector.tolist())]
+    moved = 0.5 * np.linalg.norm(second.vector - first.vector)
+    assert moved == pytest.approx(0.3)
+    assert second.earlier[0].weight == pytest.approx(np.exp(-((0.3 / 0.4) ** 2) / 2))
+    session.tell(1, 9.0, None)  # it broke, and leaves no images
+    assert [past.block for past in session.ask().earlier] == [0]
+    for uid in range(2, 40):
+        session.tell(uid, 1.0, np.array([1.0, 0, 0, 0]))
+        last = session.ask().earlier
+    assert min(past.weight for past in last) >= 0.01
+    assert 0 not in [past.block for past in last]
+
+
+def test_without_reach_nothing_is_remembered():
+    session = start()
+    descend(session, 3)
+    assert session.ask().earlier == ()
+
+
+def test_values_with_images_in_common_are_not_for_hybrid():
+    with pytest.raises(ConfigError, match=r"`searcher.reach` is 0.5, but `hybrid` compares values, and needs"):
+        build("searcher", "hybrid", reach=0.5)
+    with pytest.raises(ConfigError, match=r"`searcher.reach` is 0.5, but counts for nothing with `searcher.noise` rot"):
+        build("searcher", "gradient", reach=0.5, noise="rotating")
+
+
+def test_small_steps_need_images_that_may_be_weighed_and_enough_of_them():
+    space = SearchSpace((Box("z", 4),))
+    small = build("searcher", "gradient_small")
+    assert small.start(Task(space, 9, 0, no_gradient=None, no_memory=None)).ask().num_images == 32
+    kernel = Task(space, 9, 0, no_gradient=None, no_memory="metric `kid` weighs all alike")
+    with pytest.raises(ConfigError, match=r"`searcher.reach` is 1.0, but metric `kid` weighs all alike. Set it to 0"):
+        small.start(kernel)
+    assert build("searcher", "gradient_small", reach=0.0).start(kernel).ask().num_images == 32
+    with pytest.raises(ConfigError, match=r"`searcher.step_images` is 32: too few images for this objective"):
+        small.start(Task(space, 9, 0, (), None, min_images=40, no_memory=None))

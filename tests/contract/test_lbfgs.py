@@ -207,6 +207,22 @@ def test_a_start_that_stands_alone_is_left(noise):
     np.testing.assert_allclose(session.best(), 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [0.5, 1.0, 2.0])
+def test_few_tries_tell_that_a_start_stands_alone(size):
+    """The start, and three or four ever shorter steps whose tangents lead back to another value than its own."""
+    begin, tries = np.full(3, 3.0), 0
+    session = start(begin, step_size=size)
+    while tries < 40:
+        proposal = session.ask()
+        alone = np.allclose(proposal.vector, begin, rtol=1e-9, atol=0)
+        value = 10.0 if alone else float(proposal.vector @ proposal.vector) - 1
+        if value < 9.99:
+            break
+        session.tell(proposal.uid, value, 2 * proposal.vector)
+        tries += 1
+    assert tries <= 5  # without a look at the tangents 13
+
+
 def test_a_broken_candidate_shrinks_the_step():
     value, slope, _ = quadratic(1.0)
     session = start(np.zeros(SIZE), step_size=2.0)

@@ -12,7 +12,7 @@ from lcsc.searchers.base import Start, Task
 
 NAMES = sorted({*discover("searcher")} - {"additive", "pareto"})  # they need more: test_additive.py, test_pareto.py
 SETTINGS = {"hybrid": {"most": 0.2}}  # so that both of its parts have their say
-DRAW_NOTHING = ("auto", "gradient", "ladder", "lbfgs")  # where there is a derivative
+DRAW_NOTHING = ("auto", "gradient", "gradient_small", "ladder", "lbfgs")  # where there is a derivative
 FREE = SearchSpace((Box("z", 8, scale=0.5),))
 BOXED = SearchSpace((Box("z", 3, -1.0, 2.0),))
 TARGET = np.linspace(-0.4, 0.6, 8)
@@ -28,7 +28,7 @@ def slope(vector):
 
 def task(space, seed=0, init=None):
     starts = () if init is None else (Start(init, 1.0, "start"),)
-    return Task(space, 60, seed, starts, no_gradient=None)
+    return Task(space, 60, seed, starts, no_gradient=None, no_memory=None)
 
 
 def answer(session, value=loss, gradient=slope):
@@ -91,7 +91,7 @@ def gain(name, num=300, seeds=3):
     starts = tuple(sorted((Start(v, bowl(v), "start", "ema") for v in vectors), key=lambda start: start.value))
     shares = []
     for seed in range(seeds):
-        session = make(name).start(Task(WIDE, num, seed, starts, no_gradient=None))
+        session = make(name).start(Task(WIDE, num, seed, starts, no_gradient=None, no_memory=None))
         proposals = [answer(session, bowl, lambda v: 2 * (v - CENTER)) for _ in range(num)]
         best = min(bowl(proposal.vector) for proposal in proposals)
         shares.append(max(0.0, starts[0].value - best) / (starts[0].value - 0.5))
