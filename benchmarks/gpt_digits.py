@@ -47,7 +47,7 @@ TASKS = {
 }
 NUM_PROMPTS, NUM_UPDATES, MEAN_OF = 20, 5, 5
 #: longest way of an optimizer that is looked at for the loss of one update
-MOST_STEPS = 1000
+MOST_STEPS = 500
 
 
 class Piece:
@@ -283,9 +283,13 @@ def main() -> None:
             file.write_text(json.dumps(row, indent=1) + "\n")
             print(name, json.dumps({k: row["held_out"][k] for k in ("r2", "r2_shuffled")}), flush=True)
     if args.to:
-        rows = [json.loads(file.read_text()) for file in sorted(args.folder.glob("*.json"))]
-        for row in rows:
-            row["steps_to_one_update"] = steps_to(row["task"], row["seed"], row["one_update"]["after"])
+        rows = []
+        for file in sorted(args.folder.glob("*.json")):
+            row = json.loads(file.read_text())
+            if "steps_to_one_update" not in row:
+                row["steps_to_one_update"] = steps_to(row["task"], row["seed"], row["one_update"]["after"])
+                file.write_text(json.dumps(row, indent=1) + "\n")
+            rows.append(row)
         result = {**circumstances(), "table": table(rows), "pieces": rows}
         args.to.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result["table"], indent=1))
