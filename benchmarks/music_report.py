@@ -17,25 +17,27 @@ from machine import circumstances, mean_se
 
 from lcsc.music.check import whole_bars
 
-ARMS, PIECES = ("pretrained", "random"), ("tuned", "curve", "lcsc", "tunes")
+ARMS, PIECES = ("pretrained", "random"), ("tuned", "curve", "tunes")
 MEASURES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "eds", "validity", "diversity", "copying")
 
 
 def report(work: Path, seeds: list[int], settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything of the results file; seeds that are not finished are left out."""
-    runs = {}
+    """Everything of the results file, of what is finished: seeds whose tunes are there, and searches of these."""
+    runs: dict[str, dict] = {}
     for seed in seeds:
-        names = ("decoder", "lcsc-tunes", *(f"{arm}-{piece}" for arm in ARMS for piece in PIECES))
-        paths = {name: work / f"seed-{seed}" / f"{name}.json" for name in names}
-        if all(path.is_file() for path in paths.values()):
-            runs[str(seed)] = {name: json.loads(path.read_text()) for name, path in paths.items()}
-            for arm in (*ARMS, "lcsc"):
-                told = runs[str(seed)][f"{arm}-tunes"]
-                told["whole_bars"] = statistics.fmean(map(whole_bars, told.pop("tunes")))
-    found = {**circumstances(), "settings": settings, "seeds": [int(seed) for seed in runs]}
-    found["arms"] = {arm: arm_table([run[f"{arm}-tunes"] for run in runs.values()]) for arm in (*ARMS, "lcsc")}
-    found["lcsc"] = {arm: lcsc_table([run[f"{arm}-lcsc"] for run in runs.values()]) for arm in ARMS}
-    return {**found, "targets": targets(runs), "runs": runs}
+        at = work / f"seed-{seed}"
+        found = {path.stem: json.loads(path.read_text()) for path in sorted(at.glob("*.json"))}
+        if not {f"{arm}-{piece}" for arm in ARMS for piece in PIECES} <= set(found):
+            continue
+        runs[str(seed)] = found
+        for name in (name for name in found if name.endswith("-tunes")):
+            found[name]["whole_bars"] = statistics.fmean(map(whole_bars, found[name].pop("tunes")))
+    out = {**circumstances(), "settings": settings, "seeds": [int(seed) for seed in runs]}
+    shown = {arm: [run[f"{arm}-tunes"] for run in runs.values() if f"{arm}-tunes" in run] for arm in (*ARMS, "lcsc")}
+    out["arms"] = {arm: arm_table(some) for arm, some in shown.items() if some}
+    searched = {arm: [run[f"{arm}-lcsc"] for run in runs.values() if f"{arm}-lcsc" in run] for arm in ARMS}
+    out["lcsc"] = {arm: {**lcsc_table(some), "seeds": len(some)} for arm, some in searched.items() if some}
+    return {**out, "targets": targets(runs), "runs": runs}
 
 
 def arm_table(runs: list[dict]) -> dict[str, Any]:
@@ -77,10 +79,11 @@ def targets(runs: dict[str, dict]) -> dict[str, Any]:
     gaps = {seed: [told["gap"][key] for key in ("value", "low", "high")] for seed, told in own.items()}
     out["conditioning_gap_above_zero"] = _target(gaps, all(row[1] > 0 for row in gaps.values()))
     for arm, rival in itertools.product(ARMS, ("last", "best_ema")):
-        told = {seed: run[f"{arm}-lcsc"] for seed, run in runs.items()}
+        told = {seed: run[f"{arm}-lcsc"] for seed, run in runs.items() if f"{arm}-lcsc" in run}
         found = {seed: some["gains"][some.get(rival, rival)] for seed, some in told.items()}
         gains = {seed: [row[key] for key in ("value", "low", "high")] for seed, row in found.items()}
-        out[f"lcsc_better_than_{rival}_{arm}"] = _target(gains, all(row[1] > 0 for row in gains.values()))
+        if gains:
+            out[f"lcsc_better_than_{rival}_{arm}"] = _target(gains, all(row[1] > 0 for row in gains.values()))
     return out
 
 
@@ -103,7 +106,7 @@ def draw(results: Path, to: Path) -> None:
     left.legend(frameon=False)
     names = {"last": "last", "uniform": "mean", "ema": "EMA", "power_ema": "power EMA", "lcsc": "LCSC"}
     for arm, color in zip(ARMS, ("tab:blue", "tab:gray"), strict=True):
-        for run in told["runs"].values():
+        for run in (run for run in told["runs"].values() if f"{arm}-lcsc" in run):
             losses = run[f"{arm}-lcsc"]["losses"]
             gains = [losses["last"] - losses[name] for name in names]
             right.plot(list(names.values()), gains, "o-", color=color, linewidth=1, markersize=3)
@@ -117,6 +120,7 @@ def draw(results: Path, to: Path) -> None:
 def table(told: dict[str, Any]) -> str:
     """The table of docs/music.md."""
     heads = {"pretrained": "pretrained decoder", "random": "random decoder", "lcsc": "LCSC of the first"}
+    heads = {arm: head for arm, head in heads.items() if arm in told["arms"]}
     lines = [f"| | {' | '.join(heads.values())} | floor | real tunes |", "|---|" + "---|" * (len(heads) + 2)]
     rows = {"loss, nats a token": ("loss", 3), "conditioning gap": ("conditioning_gap", 3)}
     rows |= {"BLEU-4": ("bleu_4", 1), "EDS": ("eds", 3), "valid for abc2midi": ("valid_abc2midi", 2)}

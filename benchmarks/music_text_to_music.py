@@ -233,7 +233,7 @@ def write(path: Path, told: dict) -> None:
 
 
 def main() -> None:
-    """Do what is missing, then write the results file."""
+    """Do what is missing, then write the results file of what is finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tunes", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="keeps banks and runs, and goes on with what is there")
@@ -253,7 +253,7 @@ def main() -> None:
         make()
         print(f"{path.parent.name}/{path.stem}: {json.loads(path.read_text())['seconds']:.0f} s", flush=True)
     print(f"pieces left: {len(left)}")
-    if args.to is not None and not left:
+    if args.to is not None:
         sizes = {part.name.lower(): len(work.data.pairs(part)) for part in TextPart}
         told = report(args.work, args.seeds, {**{name: getattr(args, name) for name in numbers}, "pairs": sizes})
         args.to.write_text(json.dumps(told, indent=1) + "\n")
