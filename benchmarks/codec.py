@@ -360,6 +360,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=1e9, help="begin no further piece after this time, exit with 3"
     )
+    parser.add_argument("--only", default="", help="beginnings of the pieces to measure, comma between them")
     parser.add_argument("--to", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -376,7 +377,7 @@ def main() -> None:
         pieces = Weights(row, args.bank, args.seed, args.trials, args.work).pieces()
     started = time.perf_counter()
     for name, make in pieces.items():
-        if name in row["done"]:
+        if name in row["done"] or not name.startswith(tuple(args.only.split(","))):
             continue
         if time.perf_counter() - started > args.seconds:
             sys.exit(3)  # the same line goes on

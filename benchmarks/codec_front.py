@@ -91,6 +91,32 @@ class Front:
         return operator.apply(bank_, {"bits": floats})
 
 
+def draw(results: dict, to: Path) -> None:
+    """Change of the loss against bytes, searched bits beside uniform ones, a panel for each number of steps."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(AFTER), figsize=(11, 3.6), constrained_layout=True)
+    for ax, steps in zip(axes, AFTER, strict=True):
+        for kind, color, mark in (("uniform", "#888888", "s"), ("searched", "#1f77b4", "o")):
+            for row in results["seeds"]:
+                points = sorted(
+                    (own["file_bytes"] / 1e3, 1e3 * own["after"][str(steps)]["change"])
+                    for name, own in row["scores"].items()
+                    if name.startswith(kind) and str(steps) in own["after"]
+                )
+                label = f"{kind} bits" if row is results["seeds"][0] else None
+                ax.plot(*zip(*points, strict=True) if points else ((), ()), f"{mark}-", color=color, label=label, lw=1)
+        ax.axhline(0, color="#bbbbbb", lw=0.8)
+        ax.set_title(f"after {steps} steps" if steps else "as it is read back", fontsize=10)
+        ax.set_xlabel("kB of a coded checkpoint, anchors included")
+    axes[0].set_ylabel("change of the loss, 1/1000 nat")
+    axes[0].legend(frameon=False)
+    figure.savefig(to, dpi=110)
+
+
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,8 +125,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--work", type=Path, default=Path("codec_work"), help="folder of the bank")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further piece after this time")
+    parser.add_argument("--draw", type=Path, help="draw the figure of the results file, and measure nothing")
     parser.add_argument("--to", type=Path, required=True)
     args = parser.parse_args()
+    if args.draw:
+        draw(json.loads(args.to.read_text()), args.draw)
+        return
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.to.read_text()) if args.to.exists() else {**circumstances(), "seeds": []}

@@ -5,6 +5,7 @@ python benchmarks/music_report.py benchmarks/results/music_text_to_music.json do
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -16,7 +17,7 @@ from machine import circumstances, mean_se
 
 from lcsc.music.check import whole_bars
 
-ARMS, PIECES = ("pretrained", "random"), ("tuned", "curve", "tunes")
+ARMS, PIECES = ("pretrained", "random"), ("tuned", "curve", "lcsc", "tunes")
 MEASURES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "eds", "validity", "diversity", "copying")
 
 
@@ -24,7 +25,7 @@ def report(work: Path, seeds: list[int], settings: dict[str, Any]) -> dict[str, 
     """Everything of the results file; seeds that are not finished are left out."""
     runs = {}
     for seed in seeds:
-        names = ("decoder", "lcsc", "lcsc-tunes", *(f"{arm}-{piece}" for arm in ARMS for piece in PIECES))
+        names = ("decoder", "lcsc-tunes", *(f"{arm}-{piece}" for arm in ARMS for piece in PIECES))
         paths = {name: work / f"seed-{seed}" / f"{name}.json" for name in names}
         if all(path.is_file() for path in paths.values()):
             runs[str(seed)] = {name: json.loads(path.read_text()) for name, path in paths.items()}
@@ -33,7 +34,7 @@ def report(work: Path, seeds: list[int], settings: dict[str, Any]) -> dict[str, 
                 told["whole_bars"] = statistics.fmean(map(whole_bars, told.pop("tunes")))
     found = {**circumstances(), "settings": settings, "seeds": [int(seed) for seed in runs]}
     found["arms"] = {arm: arm_table([run[f"{arm}-tunes"] for run in runs.values()]) for arm in (*ARMS, "lcsc")}
-    found["lcsc"] = lcsc_table([run["lcsc"] for run in runs.values()])
+    found["lcsc"] = {arm: lcsc_table([run[f"{arm}-lcsc"] for run in runs.values()]) for arm in ARMS}
     return {**found, "targets": targets(runs), "runs": runs}
 
 
@@ -75,10 +76,11 @@ def targets(runs: dict[str, dict]) -> dict[str, Any]:
         out[f"{name}_above_floor"] = _target(above, all(row[1] > 0 for row in above.values()))
     gaps = {seed: [told["gap"][key] for key in ("value", "low", "high")] for seed, told in own.items()}
     out["conditioning_gap_above_zero"] = _target(gaps, all(row[1] > 0 for row in gaps.values()))
-    for rival in ("last", "best_ema"):
-        found = {seed: run["lcsc"]["gains"][run["lcsc"].get(rival, rival)] for seed, run in runs.items()}
+    for arm, rival in itertools.product(ARMS, ("last", "best_ema")):
+        told = {seed: run[f"{arm}-lcsc"] for seed, run in runs.items()}
+        found = {seed: some["gains"][some.get(rival, rival)] for seed, some in told.items()}
         gains = {seed: [row[key] for key in ("value", "low", "high")] for seed, row in found.items()}
-        out[f"lcsc_better_than_{rival}"] = _target(gains, all(row[1] > 0 for row in gains.values()))
+        out[f"lcsc_better_than_{rival}_{arm}"] = _target(gains, all(row[1] > 0 for row in gains.values()))
     return out
 
 
@@ -100,9 +102,12 @@ def draw(results: Path, to: Path) -> None:
     left.set(xlabel="step of the fine-tuning", ylabel="loss of held-out tunes, nats a token")
     left.legend(frameon=False)
     names = {"last": "last", "uniform": "mean", "ema": "EMA", "power_ema": "power EMA", "lcsc": "LCSC"}
-    for run in told["runs"].values():
-        right.plot(list(names.values()), [run["lcsc"]["losses"][name] for name in names], "o-", linewidth=1)
-    right.set(xlabel="combination of its checkpoints, each seed a line")
+    for arm, color in zip(ARMS, ("tab:blue", "tab:gray"), strict=True):
+        for run in told["runs"].values():
+            losses = run[f"{arm}-lcsc"]["losses"]
+            gains = [losses["last"] - losses[name] for name in names]
+            right.plot(list(names.values()), gains, "o-", color=color, linewidth=1, markersize=3)
+    right.set(ylabel="loss below the last checkpoint's", xlabel="combination of the checkpoints")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

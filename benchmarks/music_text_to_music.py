@@ -63,20 +63,18 @@ class Work:
         self.asked = (self.report + self.data.pairs(TextPart.SEARCH))[: args.samples]
 
     def pieces(self) -> list[tuple[Path, Callable[[], None]]]:
-        """What is to be made and how, in order; a path that is there is finished."""
-        out: list[tuple[Path, Callable[[], None]]] = []
+        """What is to be made and how, in order, all trainings first; a path that is there is finished."""
+        trainings, rest = [], []
         for seed in self.args.seeds:
             at = self.folder / f"seed-{seed}"
-            out.append((at / "decoder.json", lambda at=at, seed=seed: self.pretrain(at, seed)))
+            trainings.append((at / "decoder.json", functools.partial(self.pretrain, at, seed)))
             for arm in ARMS:
-                out.append((at / f"{arm}-tuned.json", lambda at=at, seed=seed, arm=arm: self.tune(at, seed, arm)))
-                out.append((at / f"{arm}-curve.json", lambda at=at, seed=seed, arm=arm: self.curve(at, seed, arm)))
-            out.append((at / "lcsc.json", lambda at=at, seed=seed: self.search(at, seed)))
+                trainings.append((at / f"{arm}-tuned.json", functools.partial(self.tune, at, seed, arm)))
+                rest.append((at / f"{arm}-curve.json", functools.partial(self.curve, at, seed, arm)))
+                rest.append((at / f"{arm}-lcsc.json", functools.partial(self.search, at, seed, arm)))
             for arm in (*ARMS, "lcsc"):
-                out.append(
-                    (at / f"{arm}-tunes.json", lambda at=at, seed=seed, arm=arm: self.write_tunes(at, seed, arm))
-                )
-        return out
+                rest.append((at / f"{arm}-tunes.json", functools.partial(self.write_tunes, at, seed, arm)))
+        return trainings + rest
 
     def train(self, out: Path, seed: int, arch: dict, **settings: object) -> float:
         """Fill a bank; returns seconds of the processor."""
@@ -117,7 +115,7 @@ class Work:
         """Tunes of the mean of the last checkpoints, or of the searched combination for texts of the report part."""
         began, asked = time.process_time(), self.report if arm == "lcsc" else self.asked
         if arm == "lcsc":
-            net = load_network(at / "run" / "best")
+            net = load_network(at / "pretrained-run" / "best")
         else:
             bank = CheckpointBank.open(at / f"{arm}-tuned")
             num = min(MEAN_OF, bank.num_checkpoints)
@@ -132,7 +130,7 @@ class Work:
         swapped = zip(self.report, unrelated(self.report), strict=True)
         shuffled = [Pair(other.text, pair.tune, pair.group) for pair, other in swapped]
         other_N = mean_losses(net, shuffled)
-        tunes = self.tunes_of(net, seed, asked)
+        tunes = tunes_of(net, seed, asked, self.args.max_tokens)
         real, others = [pair.tune for pair in asked], [pair.tune for pair in unrelated(asked)]
         training = [pair.tune for pair in self.data.pairs(TextPart.TRAIN)]
         checkers = ["lcsc", *([CHECKER] if abc2midi_version() else [])]
@@ -148,20 +146,9 @@ class Work:
             "tunes": tunes,
         }
 
-    def tunes_of(self, net: torch.nn.Module, seed: int, asked: tuple[Pair, ...]) -> list[str]:
-        """A tune for each text, empty where it has no end."""
-        seeds, out = SeedRange(seed, Purpose.REPORT), []
-        for start in range(0, len(asked), 64):
-            some = range(start, min(start + 64, len(asked)))
-            prompts = [prompt_tokens(asked[i].text) for i in some]
-            rngs = [seeds.generator(i, SAMPLE) for i in some]
-            found = sample(net, prompts, rngs, end=END, pad=PAD, max_tokens=self.args.max_tokens)
-            out += [decode(tokens) if tokens[-1:] == [END] else "" for tokens in found]
-        return out
-
-    def search(self, at: Path, seed: int) -> None:
-        """LCSC on the checkpoints of the pretrained arm, and its winner's losses pair by pair."""
-        began, run, bank = time.process_time(), at / "run", CheckpointBank.open(at / "pretrained-tuned")
+    def search(self, at: Path, seed: int, arm: str) -> None:
+        """LCSC on the checkpoints of an arm, and its winner's losses pair by pair."""
+        began, run, bank = time.process_time(), at / f"{arm}-run", CheckpointBank.open(at / f"{arm}-tuned")
         words = [
             "experiment=text_to_music_tuned",
             f"dataset.path={self.args.tunes}",
@@ -181,7 +168,7 @@ class Work:
             losses[family] = mean_losses(combined(bank, rows[label]), self.report)
         best_ema = min(("ema", "power_ema"), key=lambda name: told["baselines"][name]["value"])
         write(
-            at / "lcsc.json",
+            at / f"{arm}-lcsc.json",
             {
                 "losses": {name: float(some.mean()) for name, some in losses.items()},
                 "labels": wanted,
@@ -199,6 +186,18 @@ def combined(bank: CheckpointBank, coef_K: np.ndarray) -> torch.nn.Module:
     live = LiveModel(bank.arch, bank.layout, bank.constants, torch.device("cpu"))
     live.fill(Linear().apply(bank, Linear().point(bank, coef_K)).write)
     return live.net
+
+
+def tunes_of(net: torch.nn.Module, seed: int, asked: tuple[Pair, ...], most: int) -> list[str]:
+    """A tune for each text, empty where it has no end."""
+    seeds, out = SeedRange(seed, Purpose.REPORT), []
+    for start in range(0, len(asked), 64):
+        some = range(start, min(start + 64, len(asked)))
+        prompts = [prompt_tokens(asked[i].text) for i in some]
+        rngs = [seeds.generator(i, SAMPLE) for i in some]
+        found = sample(net, prompts, rngs, end=END, pad=PAD, max_tokens=most)
+        out += [decode(tokens) if tokens[-1:] == [END] else "" for tokens in found]
+    return out
 
 
 @torch.no_grad()

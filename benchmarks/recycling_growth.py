@@ -159,11 +159,10 @@ def draw(result: Mapping[str, Any], to: Path) -> None:
     pairs = ((f"depth from {points[-1]}", "stack"), ("interposition x4", "stack x4"))
     for times, pair in zip(("x2", "x4"), pairs, strict=True):
         for arm, label, style in zip(pair, ("interposition", "stack"), ("-", "--"), strict=True):
-            rows = [table[arm][mark] for mark in ("0", *map(str, MARKS))] if arm in table else []
-            means, errors = [r["mean"] for r in rows], [r["se"] or 0 for r in rows]
-            middle.errorbar(
-                (0, *MARKS)[: len(rows)], means, errors, ls=style, marker="o", ms=3, label=f"{label} {times}"
-            )
+            if arm in table:
+                rows = [table[arm][mark] for mark in ("0", *map(str, MARKS))]
+                means, errors = [r["mean"] for r in rows], [r["se"] or 0 for r in rows]
+                middle.errorbar((0, *MARKS), means, errors, ls=style, marker="o", ms=3, label=f"{label} {times}")
     middle.set(xlabel="steps after growth", ylabel="held-out loss")
     middle.legend(frameon=False, fontsize=7)
     for row in result["runs"]:

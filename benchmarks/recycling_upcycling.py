@@ -127,7 +127,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             for arm in mixtures
         },
         "all - scratch": less(end["all"], end["scratch"]),
-        **{f"searched - {rule}": less(end["searched"], end[rule]) for rule in RULES if "searched" in end},
+        **{f"searched - {rule}": less(end["searched"], end[rule]) for rule in RULES if {"searched", rule} <= set(end)},
         **{f"{arm} - {other}": less(end[arm], end[other]) for arm, other in STARTS if {arm, other} <= set(end)},
     }
     started = {arm: max(abs(row["losses"][arm]["0"] - row["losses"]["base"]["0"]) for row in rows) for arm in mixtures}

@@ -76,6 +76,7 @@ def result(path: Path) -> dict:
         "image_forwards": {kind: cost for kind, cost in costs.items() if cost},
         "image_forwards_of_search": sum(cost for kind, cost in costs.items() if kind not in ("report", "second look")),
         "seconds": summary["wall_seconds"],
+        "num_inherited": summary.get("num_inherited", 0),  # from a fork's parent, in no time
     }
 
 

@@ -181,6 +181,8 @@ class Runs:
     def search(self, name: str, words: Sequence[str]) -> Path:
         """The run of the experiment from the base, with further settings; it trains as the arms do."""
         run, args = self.place(name), self.args
+        if (run / "summary.json").exists():  # finished
+            return run
         own = [f"seed={self.seed}", f"bank.path={self.place('base')}", f"run_dir={run}", "quiet=true"]
         own += [f"objective.block_length={args.block_length}", f"objective.train_batch_size={args.batch_size}"]
         own += [f"objective.learning_rate={args.learning_rate}", f"objective.warmup_steps={self.warmup_steps}"]

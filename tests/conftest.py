@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -21,6 +23,11 @@ from helpers_pictures import coarse
 from lcsc.models.network import build_network, save_network
 
 coarse()
+with contextlib.suppress(ImportError):
+    from absl import logging as absl_logging  # rouge-score imports it
+
+    # Hydra closes all handlers, and this one closes its stream, unless that is the process's own
+    absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 TINY = {
     "class": "UNet2DModel",

@@ -9,6 +9,8 @@ tensors, way, parameters, rows of its streams, and SHA-256 (16 bytes of it) of i
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -246,6 +248,9 @@ def _kinds(listed: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
             if (size := size * n) > _MAX_NUMBERS:
                 raise Wrong(f"a tensor has {size} numbers")
         found[name] = (dtype, tuple(shape))
+    total = sum(ITEMSIZE[dtype] * math.prod(shape) for dtype, shape in found.values())
+    if total > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise Wrong(f"its tensors take {total} bytes, more than the {memory} of memory here")
     if len(found) != len(listed) or len(found) > _MAX_TENSORS:
         raise Wrong("a tensor stands in it twice, or there are too many")
     return found

@@ -33,7 +33,7 @@ SUFFIX = ".ckd"
 _HEAD = struct.Struct("<8sIIQ")
 _CRC = struct.Struct("<I")
 #: longest header, as it lies in the file and unpacked
-MAX_HEADER, MAX_JSON = 1 << 26, 1 << 28
+MAX_HEADER, MAX_JSON = 1 << 24, 1 << 26
 
 
 def damaged(path: Path, what: str) -> BankError:

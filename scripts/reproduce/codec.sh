@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Coded checkpoints: the three results files and the figure of docs/codec.md.
+#
+#   scripts/reproduce/codec.sh --text FILE
+#
+# About 25 minutes on one core, and the bank of experiment=digits for each seed beside it. Further settings:
+#   OUT=codec          folder of states, banks and results; the same line continues what was interrupted
+#   PYTHON=python      a Python that lcsc is installed in, with lz4 and zipnn beside it for the comparison
+#   SEEDS="0 1 2"      seeds
+#   TINY=1             the language model alone, at a size for tests; its numbers mean nothing
+# Any further words go to the language model's benchmark, as --text FILE.
+set -euo pipefail
+
+OUT=${OUT:-codec}
+PYTHON=${PYTHON:-python}
+SEEDS=${SEEDS:-0 1 2}
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../benchmarks" && pwd)
+mkdir -p "$OUT"
+if [[ ${TINY:-} ]]; then
+    "$PYTHON" "$HERE/codec.py" lm --seed 0 --steps 8 --after 0,1 --work "$OUT" --to "$OUT/codec_lm.json" "$@"
+    exit
+fi
+for seed in $SEEDS; do
+    "$PYTHON" "$HERE/codec.py" lm --seed "$seed" --work "$OUT" --to "$OUT/codec_lm.json" "$@"
+    bank="$OUT/digits-$seed"
+    [[ -e "$bank.done" ]] || "$PYTHON" -m lcsc train experiment=digits seed="$seed" bank.path="$bank"
+    touch "$bank.done"
+    "$PYTHON" "$HERE/codec.py" bank --seed "$seed" --bank "$bank" --trials 20 --work "$OUT" --to "$OUT/codec_digits.json"
+    "$PYTHON" "$HERE/codec_front.py" --seed "$seed" --work "$OUT" --to "$OUT/codec_front.json"
+done
+"$PYTHON" "$HERE/codec_front.py" --draw "$OUT/codec_front.png" --to "$OUT/codec_front.json"
