@@ -187,6 +187,7 @@ def test_a_killed_run_goes_on_with_fewer_workers_to_the_journal_of_one_process(h
     assert workers() == []
 
 
+@pytest.mark.faults
 def test_a_slow_and_a_crashing_evaluation_cost_themselves_alone(here):
     notes = []
     with Local(num_workers=2, threads=1, timeout_seconds=1).start(site(configured("faulty"), notes)) as crew:

@@ -162,7 +162,7 @@ def test_a_search_with_a_killed_worker_leaves_the_journal_of_one_process(tmp_pat
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    assert main([*SEARCH, *ENGINE, "run_dir=slurm"]) == 0
+    assert main([*SEARCH, *ENGINE, "engine.num_workers=1", "run_dir=slurm"]) == 0
     over.set()
     killer.join()
     assert len(killed) == 1
