@@ -101,12 +101,21 @@ class TuneSteps(Windows):
         seeds: what they are drawn by.
         net: that is trained.
         texts: see `tune_inputs`.
+
+    Raises:
+        ConfigError: rows are cut before their tunes begin, or an encoder-decoder would get no texts.
     """
 
     def __init__(self, pairs: Sequence[Pair], fit: Any, seeds: SeedRange, net: nn.Module, texts: bool = True) -> None:
         super().__init__(torch.zeros(0, 0), fit, seeds)
         if not texts and is_composite(net):
             raise ConfigError("an encoder-decoder reads texts; train it with `trainer.texts=true`.")
+        source = 0 if is_composite(net) else max(len(prompt_tokens(p.text)) if texts else 1 for p in pairs)
+        if fit.block_length <= source:  # a row would hold nothing of its tune
+            raise ConfigError(
+                f"`block_length` is {fit.block_length}, and the longest text takes {source} tokens before its tune "
+                "begins. Give more, at best all of a pair."
+            )
         self._pairs, self._net, self._texts, self._batch = pairs, net, texts, fit.batch_size
         self._lengths_N = np.array([len(encode(pair.tune)) + len(encode(pair.text)) * texts for pair in pairs])
         self._pass: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))

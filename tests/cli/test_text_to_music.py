@@ -10,7 +10,7 @@ from helpers_text import CONFIG
 TINY = [
     *("experiment=text_to_music_small", "dataset.num=30", "dataset.every=5", "dataset.stretch=64"),
     *(f"network.config.{key}={value}" for key, value in CONFIG.items() if key.startswith(("num_", "hid", "inter"))),
-    *("trainer.num_steps=4", "trainer.save_every=2", "trainer.batch_size=2", "trainer.block_length=32"),
+    *("trainer.num_steps=4", "trainer.save_every=2", "trainer.batch_size=2", "trainer.block_length=128"),
     *("objective.samples=2", "objective.max_tokens=8", "objective.checker=lcsc", "search.num_trials=2"),
     *("search.num_images=4", "search.num_finalists=1", "search.num_images_select=4", "search.num_images_report=6"),
     *("train_if_missing=true", "quiet=true"),

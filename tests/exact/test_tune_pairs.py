@@ -130,6 +130,10 @@ def test_a_language_model_learns_tunes_with_or_without_their_texts(bank):
     assert alone["labels"].tolist() == [[-100, *encode(pair.tune)[:8]]]
     with pytest.raises(ConfigError, match="an encoder-decoder reads texts"):
         TuneSteps([pair], Fit(1, 1, 9, 1e-3), SeedRange(0, Purpose.TRAIN), live(warm(bank)), False)
+    text = len(prompt_tokens(pair.text))
+    with pytest.raises(ConfigError, match=f"`block_length` is {text}, and the longest text takes {text} tokens"):
+        TuneSteps([pair], Fit(1, 1, text, 1e-3), SeedRange(0, Purpose.TRAIN), net)  # nothing of a tune would be left
+    TuneSteps([pair], Fit(1, 1, text + 1, 1e-3), SeedRange(0, Purpose.TRAIN), net)
 
 
 @torch.no_grad()
