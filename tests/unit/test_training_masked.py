@@ -80,8 +80,8 @@ def test_an_interrupted_bank_of_a_roberta_goes_on_with_the_same_bits(tmp_path, m
     whole = train(tmp_path / "whole", arch)
     write = BankFolder.write_checkpoint
 
-    def interrupted(self, net, step):
-        write(self, net, step)
+    def interrupted(self, net, step, beside=None):
+        write(self, net, step, beside)
         if step == 2:
             raise KeyboardInterrupt
 
