@@ -6,14 +6,13 @@ mixture differ in the mixtures alone. N = images, T = tokens of an image, D = wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from lcsc.models.own_files import OwnFiles
 
 ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu, "silu": nn.functional.silu}
 
@@ -114,7 +113,7 @@ class _Embeddings(nn.Module):
         return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.position_embeddings
 
 
-class MixtureViT(nn.Module):
+class MixtureViT(OwnFiles, nn.Module):
     """A classifier of images. Arguments are those of transformers' `ViTConfig`, and of the mixtures.
 
     Args:
@@ -124,6 +123,9 @@ class MixtureViT(nn.Module):
         sparse_layers: layers that are mixtures, counted from 0.
         normalize: see `ExpertChoice`.
     """
+
+    written: ClassVar[str] = "model{suffix}.safetensors"  # as transformers names them
+    read: ClassVar[str] = "*.safetensors"
 
     def __init__(
         self,
@@ -167,29 +169,7 @@ class MixtureViT(nn.Module):
             x_NTD = layer(x_NTD)
         return MixtureViTOutput(self.classifier(self.vit["layernorm"](x_NTD)[:, 0]))  # type: ignore[index]
 
-    def save_pretrained(self, folder: str, *, max_shard_size: str = "5GB", **_: Any) -> None:
-        """Write config.json and safetensors shards into `folder`."""
-        from huggingface_hub import save_torch_state_dict
-
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"_class_name": type(self).__name__, **self.config}, indent=2) + "\n"
-        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
-        save_torch_state_dict(self.state_dict(), folder, max_shard_size=max_shard_size)
-
-    @classmethod
-    def from_pretrained(cls, folder: str, *, output_loading_info: bool = False, **_: Any) -> Any:
-        """The network in `folder`, float32, in eval mode; in a pair with missing and unexpected keys if wanted.
-
-        Raises:
-            OSError: no files of weights.
-            Exception: what safetensors and torch raise for damaged ones, and for tensors of other shapes.
-        """
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        net = cls(**{key: value for key, value in config.items() if not key.startswith("_")})
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            raise OSError("no *.safetensors")
-        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        missing, unexpected = net.load_state_dict(tensors, strict=False)
-        info = {"missing_keys": missing, "unexpected_keys": unexpected}
-        return (net.eval(), info) if output_loading_info else net.eval()
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `OwnFiles`."""
+        return self.config
