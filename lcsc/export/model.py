@@ -131,7 +131,7 @@ def export_in_dtypes(
             "`dtype` is `same`, but the winner combines checkpoints, which is scored and exported as float32. "
             "Leave `dtype` out, or write the coefficients with `lcsc combine ... dtype=same`."
         )
-    own = {box.name: point[box.name] for box in operator.space(bank).boxes}
+    own = _own(bank, operator, point)
     score = {key: expected[key] for key in ("value", "se", "num_images")}
     said = {"run_id": info["run_id"], "evaluator": info["fingerprints"]["evaluator"], "score": score}
     command = f"lcsc export run=... to={to.name} dtype=same"
@@ -152,11 +152,16 @@ def _check_plain(format: str, max_shard_size: str) -> None:
         )
 
 
+def _own(bank: CheckpointBank, operator: Operator, point: Point) -> Point:
+    """A point without the objective's own boxes."""
+    return {box.name: point[box.name] for box in operator.space(bank).boxes}
+
+
 def _plan_again(bank: CheckpointBank, operator: Operator, point: Point) -> dict[str, Any]:
     """What the recipe of a model says that is no combination of checkpoints, so that it can be made again."""
     if not isinstance(operator, Transforms):
         return {}
-    own = {box.name: point[box.name] for box in operator.space(bank).boxes}
+    own = _own(bank, operator, point)
     return told(operator, own, operator.plan(bank, own))
 
 
