@@ -172,13 +172,15 @@ class Run:
     def baselines(self) -> DataFrame:
         """Everything the search is measured against, on the search seeds: family, label, value, status, tuned.
 
-        `tuned` marks the best of each family, the one that is scored again on the report seeds.
+        `tuned` marks the one that stands for its family (`tuned`).
         """
         import pandas as pd
 
         records = self._records("baseline")
-        tuned = {family: record["seq"] for family, record in _tuned(records).items()}
-        rows = [(r["family"], r["label"], r["value"], r["status"], tuned.get(r["family"]) == r["seq"]) for r in records]
+        tuned = {family: record["label"] for family, record in self._tuned().items()}
+        rows = [
+            (r["family"], r["label"], r["value"], r["status"], tuned.get(r["family"]) == r["label"]) for r in records
+        ]
         frame = pd.DataFrame(rows, columns=["family", "label", "value", "status", "tuned"])
         return frame.astype({"value": "float64", "tuned": "bool"})
 
@@ -271,8 +273,11 @@ class Run:
         return frame.astype({name: "float64", "way": "float64"})
 
     def tuned(self, family: str) -> Record | None:
-        """The baseline of a family that was best on the search seeds, None when there is none yet."""
-        return _tuned(self._records("baseline")).get(family)
+        """The baseline that stands for a family, None when there is none yet.
+
+        The one with a final score; before there is one, the best on the search seeds.
+        """
+        return self._tuned().get(family)
 
     def plot_convergence(self) -> Figure:
         """Scores against trials, with the baselines and the final scores."""
@@ -289,12 +294,19 @@ class Run:
     def _records(self, kind: str) -> list[Record]:
         return [record for record in read_journal(self.path / "journal.jsonl") if record["kind"] == kind]
 
+    def _tuned(self) -> dict[str, Record]:
+        """What stands for each family, in the order in which the families were first scored."""
+        records, final = self._records("baseline"), {record["who"]: record for record in self._records("report")}
+        families = dict.fromkeys(record["family"] for record in records)
+        best = {family: _lowest([r for r in records if r["family"] == family]) for family in families}
+        return {family: final.get(family, record) for family, record in best.items() if record is not None}
+
     def _best_baseline_family(self) -> str | None:
         """The family that counts as the best baseline: by the summary, else by search seeds."""
         summary = self.summary
         if summary is not None:
             return (summary.get("report") or {}).get("best_baseline")
-        tuned = _lowest(list(_tuned(self._records("baseline")).values()))
+        tuned = _lowest(self._records("baseline"))
         return tuned["family"] if tuned else None
 
     def _best_baseline(self) -> Record | None:
@@ -373,10 +385,3 @@ def read_timing(file: Path) -> dict[int, dict[str, Any]]:
 
 def _lowest(records: list[Record]) -> Record | None:
     return min((r for r in records if r["value"] is not None), key=lambda r: r["value"], default=None)
-
-
-def _tuned(records: list[Record]) -> dict[str, Record]:
-    """The best record of each family, in the order in which the families were first scored."""
-    families = dict.fromkeys(record["family"] for record in records)
-    best = {family: _lowest([r for r in records if r["family"] == family]) for family in families}
-    return {family: record for family, record in best.items() if record is not None}
