@@ -58,14 +58,16 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     Raises:
         OutputExistsError: `path` exists already.
+        ConfigError: see `writing`.
     """
     if path.exists() or path.is_symlink():
         raise OutputExistsError(
             f"output `{path}` exists already. Nothing is overwritten; choose another path or remove it."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temp.mkdir()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp.mkdir()
     try:
         yield temp
         for file in temp.rglob("*"):

@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lcsc.bank.coded import STATES
 from lcsc.bank.optimizer_file import slot_name
 from lcsc.bank.storage import as_tensor
-from lcsc.codec.arrays import PREFIX, Array, Tensors
+from lcsc.codec.arrays import PREFIX, STATES, Array, Tensors
 from lcsc.codec.chain import Chain, ChainWriter, is_chain
 from lcsc.codec.settings import CodecSettings
 from lcsc.core.errors import OutputExistsError, RunError

@@ -259,6 +259,18 @@ def test_training_that_diverged_is_coded_without_a_word(tmp_path):
     assert all(bits(state.tensors[n]) == bits(a) for _, state in Chain(tmp_path).walk() for n, a in tensors.items())
 
 
+def test_a_state_that_is_no_pair_of_moments_is_kept(tmp_path):
+    """Differences of squares from a prediction could become negative."""
+    training, writer, names = Training(), ChainWriter(tmp_path, LOSSY), ("state/max/a", "exp_avg_sq/b", "exp_avg/b")
+    for step in (1, 2, 3):
+        tensors = training.run(2)
+        tensors |= dict.fromkeys(names[:2], tensors["exp_avg_sq/a.weight"])
+        tensors["exp_avg/b"] = Array("float32", tensors["exp_avg/a.weight"].bits.T)
+        writer.append(step, tensors)
+        read = Chain(tmp_path).read(step)
+        assert all(bits(read[name]) == bits(tensors[name]) for name in names)
+
+
 def test_zero_bits_keep_the_anchor(tmp_path):
     written = chain_of(tmp_path, CodecSettings("lossy", bits_w=0), num=3)
     states = dict(Chain(tmp_path).walk())
