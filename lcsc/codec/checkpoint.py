@@ -146,7 +146,8 @@ def _encode_symbols(
         for name, numbers in zip(stretch.of(plane), own, strict=True):
             if not np.isfinite(numbers).all():
                 raise NonFiniteError(
-                    f"`{name}` holds NaN or Inf, which cannot be quantised. Use codec=lossless, or another checkpoint."
+                    f"`{name}` of `{state.file}` holds NaN or Inf, which cannot be quantised. Use codec=lossless, or "
+                    "leave that checkpoint out."
                 )
     predicted = known.reference.get("w")
     delta = None

@@ -280,7 +280,7 @@ def test_zero_bits_keep_the_anchor(tmp_path):
 def test_what_cannot_be_quantised_is_refused(tmp_path):
     tensors = Training().run(3)
     tensors["exp_avg/a.weight"].bits[3, 4] = np.inf
-    with pytest.raises(NonFiniteError, match="`exp_avg/a.weight` holds NaN or Inf, which cannot be quantised"):
+    with pytest.raises(NonFiniteError, match="`exp_avg/a.weight` of `step-0+1.ckd` holds NaN or Inf"):
         ChainWriter(tmp_path, LOSSY).append(1, tensors)
     assert not list(tmp_path.iterdir())
 
