@@ -184,7 +184,10 @@ class Trials:
             if gradient is not None and self._penalty:
                 gradient = gradient + self._penalty.slope(np.array(record["vector"]))
             if isinstance(self._session, Weighing):
-                self._session.weigh(record["uid"], None if told is None else numbers(record).get(self._session.second))
+                found = numbers(record)
+                failed = told is None or not set(self._session.weighed) <= found.keys()
+                weights = None if failed else tuple(found[name] for name in self._session.weighed)
+                self._session.weigh(record["uid"], weights)
             self._session.tell(record["uid"], self._worst if told is None else told, gradient)
         failed = [trial for trial in self._failed if trial is not None]
         if len(self._failed) == WINDOW and len(failed) > WINDOW // 2:
