@@ -323,10 +323,12 @@ class Weights:
 
     def pieces(self) -> dict[str, Callable[[], None]]:
         """By name, in order."""
-        from codec_search import BANKS
+        from codec_search import BANKS, SEARCHED
 
-        names = {f"search/{name}": functools.partial(self.search, name) for name in BANKS}
-        return {"lossless": self.lossless, **names}
+        opens = {f"open/{name}": functools.partial(self.open, name) for name in BANKS}
+        return {"lossless": self.lossless, **opens} | {
+            f"search/{name}": functools.partial(self.search, name) for name in SEARCHED
+        }
 
     def lossless(self) -> None:
         """The last of four checkpoints."""
@@ -336,6 +338,12 @@ class Weights:
         names = [entry.name for entry in bank.layout.entries]
         self.row |= {"checkpoints": bank.num_checkpoints, "parameters": bank.layout.num_parameters}
         self.row["lossless"] = lossless_rates([tensors_of(row, names) for row in bank.rows[-4:]], "w")
+
+    def open(self, name: str) -> None:
+        """How long coding and opening take."""
+        from codec_search import opened
+
+        self.row.setdefault("open", {})[name] = opened(self.path, name, self.seed, self.work)
 
     def search(self, name: str) -> None:
         """On one bank of `codec_search.BANKS`."""
