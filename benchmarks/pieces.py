@@ -37,7 +37,10 @@ def run_pieces(args: argparse.Namespace, pieces_of: Callable[[dict[str, Any]], P
     """
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
-    results = json.loads(args.to.read_text()) if args.to.exists() else {**circumstances(), "seeds": []}
+    here = circumstances()
+    results = json.loads(args.to.read_text()) if args.to.exists() else {**here, "seeds": []}
+    if here["commit"] != results["commit"] and here["commit"] not in results.setdefault("later_commits", []):
+        results["later_commits"].append(here["commit"])  # which pieces were measured with
     row = next((row for row in results["seeds"] if row["seed"] == args.seed), None)
     if row is None:
         row = {"seed": args.seed, "done": {}, **about}
