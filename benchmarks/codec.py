@@ -318,8 +318,9 @@ def by_excp(saved: list[dict], raw: int) -> tuple[dict, float]:
 class Weights:
     """One bank: rates without loss, and what a search on lossy ones finds, scored on the exact one."""
 
-    def __init__(self, row: dict, path: Path, seed: int, trials: int, work: Path) -> None:
-        self.row, self.path, self.seed, self.trials, self.work = row, path, seed, trials, work
+    def __init__(self, row: dict, args: argparse.Namespace) -> None:
+        self.row, self.path, self.seed, self.work = row, args.bank, args.seed, args.work
+        self.trials, self.images = args.trials, args.images
 
     def pieces(self) -> dict[str, Callable[[], None]]:
         """By name, in order."""
@@ -349,7 +350,9 @@ class Weights:
         """On one bank of `codec_search.BANKS`."""
         from codec_search import searched
 
-        self.row.setdefault("search", {})[name] = searched(self.path, name, self.seed, self.trials, self.work)
+        self.row.setdefault("search", {})[name] = searched(
+            self.path, name, self.seed, self.trials, self.images, self.work
+        )
 
 
 def main() -> None:
@@ -361,6 +364,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a text file; without it the package's own text")
     parser.add_argument("--bank", type=Path, default=Path("banks/digits"))
     parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--images", type=int, default=2048, help="that the winner of a bank is scored on")
     add_options(parser)
     args = parser.parse_args()
     after = tuple(map(int, args.after.split(",")))
@@ -368,7 +372,7 @@ def main() -> None:
     def pieces_of(row: dict) -> Pieces:
         if args.what == "lm":
             return LanguageModel(row, args.text, args.seed, args.steps, after, args.work).pieces()
-        return Weights(row, args.bank, args.seed, args.trials, args.work).pieces()
+        return Weights(row, args).pieces()
 
     run_pieces(args, pieces_of)
 

@@ -33,8 +33,6 @@ from lcsc.operators.compress import WIDTHS, Compress
 
 #: widths that are held against a searched one, and those that are scored as they are read back
 HELD, PLAIN = (3, 4, 5), WIDTHS
-AFTER = (0, 10, 50)
-IMAGES = range(352)  # all of a half
 #: mean of the bits that the search shares out; it tries the sums of smaller budgets too
 MEAN = 5
 
@@ -42,10 +40,11 @@ MEAN = 5
 class Front:
     """One seed, piece by piece."""
 
-    def __init__(self, row: dict, seed: int, work: Path, trials: int, steps: int) -> None:
-        self.row, self.trials = row, trials
-        words = ["experiment=codec_small", f"seed={seed}", f"trainer.num_steps={steps}"]
-        self.place = work / f"codec-front-{seed}-{steps}"
+    def __init__(self, row: dict, args: argparse.Namespace) -> None:
+        self.row, self.trials, self.groups = row, args.trials, args.groups
+        self.after, self.images = tuple(map(int, args.after.split(","))), range(args.images)
+        words = ["experiment=codec_small", f"seed={args.seed}", f"trainer.num_steps={args.steps}"]
+        self.place = args.work / f"codec-front-{args.seed}-{args.steps}"
         self.train_words, self.words = words, [*words, f"bank.path={self.place}"]
 
     def pieces(self) -> dict[str, Callable[[], None]]:
@@ -55,7 +54,7 @@ class Front:
         found |= {f"after/0/{name}": functools.partial(self.score, 0, name) for name in plain}
         found["search"] = self.search
         pairs = [f"{kind} {width}" for width in HELD for kind in ("uniform", "searched")]
-        for steps in AFTER:
+        for steps in self.after:
             for name in ("exact", *pairs):
                 found[f"after/{steps}/{name}"] = functools.partial(self.score, steps, name)
         found["pairs"] = self.pair
@@ -67,8 +66,8 @@ class Front:
 
     def search(self) -> None:
         """All trials, and for each width the best of those that take no more bytes than it does everywhere."""
-        more = [f"operator.mean_bits={MEAN}", f"search.num_trials={self.trials}", f"search.num_images={len(IMAGES)}"]
-        _, records = search_of(problem([*self.words, *more]))
+        more = [f"operator.mean_bits={MEAN}", f"operator.num_groups={self.groups}", f"search.num_trials={self.trials}"]
+        _, records = search_of(problem([*self.words, *more, f"search.num_images={len(self.images)}"]))
         trials = [record for record in records if record["kind"] == "trial" and record["value"] is not None]
         cost_N, loss_N = (np.array([trial[key] for trial in trials]) for key in ("file_bytes", "value"))
         kept = pareto(cost_N, loss_N)
@@ -87,9 +86,11 @@ class Front:
         more = ["objective=uptrained_loss", f"objective.num_steps={steps}"] if steps else []
         evaluator = evaluator_of([*self.words, *more])
         objective, made = evaluator.objective, self.candidate(evaluator.bank, name)
-        blocks = objective.block_states(made, seed=0, purpose=Purpose.REPORT, images=IMAGES, num_blocks=len(IMAGES))
+        blocks = objective.block_states(
+            made, seed=0, purpose=Purpose.REPORT, images=self.images, num_blocks=len(self.images)
+        )
         losses_N = np.array([total for _, total in blocks.states])
-        where_N = objective._groups(objective._rows(0, Purpose.REPORT, IMAGES))  # neighbours are alike
+        where_N = objective._groups(objective._rows(0, Purpose.REPORT, self.images))  # neighbours are alike
         losses_S = [float(losses_N[where_N == stretch].mean()) for stretch in np.unique(where_N)]
         own = self.row.setdefault("scores", {}).setdefault(name, {"after": {}})
         own |= {key: made.recipe[key] for key in ("bits", "file_bytes", "ratio") if key in made.recipe}
@@ -109,12 +110,12 @@ class Front:
         for width in HELD:
             one, other = f"searched {width}", f"uniform {width}"
             nbytes = [self.row["scores"][name]["file_bytes"] for name in (one, other)]
-            found = {str(steps): self.difference(one, other, steps) for steps in AFTER}
+            found = {str(steps): self.difference(one, other, steps) for steps in self.after}
             self.row["pairs"][str(width)] = {"bytes": nbytes[0] - nbytes[1], "after": found}
 
     def candidate(self, bank_: object, name: str) -> Candidate:
         """By its name."""
-        operator = Compress()
+        operator = Compress(num_groups=self.groups)
         if name == "exact":
             row_P = bank_.matrix()[-1]
             return Candidate(bank_.arch, bank_.layout, lambda out: out.copy_(row_P), {}, bank_.constants)
@@ -131,22 +132,31 @@ def draw(results: dict, to: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    scored = [own["after"] for row in results["seeds"] for name, own in row["scores"].items() if name != "exact"]
-    shown = [steps for steps in AFTER if any(str(steps) in after for after in scored)]
+    shown = sorted({int(steps) for row in results["seeds"] for steps in row["scores"]["exact"]["after"]})
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(2 + 3.6 * len(shown), 3.6), constrained_layout=True, squeeze=False
+        1, len(shown), figsize=(2 + 3.4 * len(shown), 3.8), constrained_layout=True, squeeze=False, sharey=True
     )
     for ax, steps in zip(axes[0], shown, strict=True):
         for kind, color, mark in (("uniform", "#888888", "s"), ("searched", "#1f77b4", "o")):
             for row in results["seeds"]:
+                own = [one for name, one in row["scores"].items() if name.startswith(kind)]
                 points = sorted(
-                    (own["file_bytes"] / 1e3, 1e3 * own["after"][str(steps)]["change"])
-                    for name, own in row["scores"].items()
-                    if name.startswith(kind) and str(steps) in own["after"]
+                    ((one["file_bytes"], one["after"][str(steps)]) for one in own if str(steps) in one["after"]),
+                    key=lambda point: point[0],
                 )
                 label = f"{kind} bits" if row is results["seeds"][0] else None
-                ax.plot(*zip(*points, strict=True) if points else ((), ()), f"{mark}-", color=color, label=label, lw=1)
-        ax.axhline(0, color="#bbbbbb", lw=0.8)
+                ax.errorbar(
+                    [nbytes / 1e3 for nbytes, _ in points],
+                    [1e3 * after["change"] for _, after in points],
+                    [1e3 * after["change_se"] for _, after in points],
+                    fmt=f"{mark}-",
+                    color=color,
+                    label=label,
+                    linewidth=0.8,
+                    markersize=4,
+                )
+        ax.axhline(0, color="#bbbbbb", linewidth=0.8)
+        ax.set_yscale("symlog", linthresh=0.1)
         ax.set_title(f"after {steps} steps" if steps else "as it is read back", fontsize=10)
         ax.set_xlabel("kB of a coded checkpoint, anchors included")
     axes[0][0].set_ylabel("change of the loss, 1/1000 nat")
@@ -158,19 +168,17 @@ def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=70)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=200, help="of the training")
+    parser.add_argument("--after", default="0,10,50", help="steps of continued training; the first is 0")
+    parser.add_argument("--images", type=int, default=352, help="blocks of text; each half of the default text has 352")
     parser.add_argument("--draw", type=Path, help="draw the figure of the results file, and measure nothing")
     add_options(parser)
     args = parser.parse_args()
     if args.draw:
         draw(json.loads(args.to.read_text()), args.draw)
         return
-    run_pieces(
-        args,
-        lambda row: Front(row, args.seed, args.work, args.trials, args.steps).pieces(),
-        trials=args.trials,
-        steps=args.steps,
-    )
+    run_pieces(args, lambda row: Front(row, args).pieces(), trials=args.trials, steps=args.steps)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,12 @@ BANKS: dict[str, CodecSettings | None] = {
 }
 #: of which a search is made; one without loss is the exact bank to the bit
 SEARCHED = ("exact", "4 bits", "2 bits")
-IMAGES = 2048
 
 
-def words_of(path: Path, seed: int, trials: int) -> list[str]:
+def words_of(path: Path, seed: int, trials: int, images: int) -> list[str]:
     """A descent along the denoising loss, which is cheap."""
     search = {"num_trials": trials, "num_images": 256, "num_finalists": 2, "num_images_select": 512}
-    search["num_images_report"] = IMAGES
+    search["num_images_report"] = images
     return [
         *("experiment=digits", f"bank.path={path}", f"seed={seed}", "objective=denoising_loss", "searcher=gradient"),
         *(f"search.{key}={value}" for key, value in search.items()),
@@ -64,21 +63,21 @@ def opened(path: Path, name: str, seed: int, work: Path) -> dict:
     return {"bytes": nbytes, "encode_seconds": took, "open_seconds": min(seconds)}
 
 
-def searched(path: Path, name: str, seed: int, trials: int, work: Path) -> dict:
+def searched(path: Path, name: str, seed: int, trials: int, images: int, work: Path) -> dict:
     """The winner on a coded bank: its score there, and that of its coefficients on the exact bank.
 
     `fid` is that of images of the exact candidate. `exact_value` of different banks share noise and images.
     """
     place, _ = packed(path, name, seed, work)
-    evaluator, records = search_of(problem(words_of(place, seed, trials)))
+    evaluator, records = search_of(problem(words_of(place, seed, trials, images)))
     best = next(record for record in records if record["kind"] == "report" and record["who"] == "best")
-    row = evaluator.score(np.array(best["vector"]), Purpose.REPORT, range(IMAGES), full=True)
-    exact = evaluator_of(words_of(path, seed, trials))
+    row = evaluator.score(np.array(best["vector"]), Purpose.REPORT, range(images), full=True)
+    exact = evaluator_of(words_of(path, seed, trials, images))
     vector = exact.space.from_natural([np.array(row["coef"])])
-    again = exact.score(vector, Purpose.REPORT, range(IMAGES), full=True)
+    again = exact.score(vector, Purpose.REPORT, range(images), full=True)
     assert np.allclose(again["coef"], row["coef"], atol=1e-6)
-    images = evaluator_of(["experiment=digits", f"bank.path={path}", f"seed={seed}"])
-    fid = images.score(vector, Purpose.REPORT, range(1000))["value"]
+    quality = evaluator_of(["experiment=digits", f"bank.path={path}", f"seed={seed}"])
+    fid = quality.score(vector, Purpose.REPORT, range(min(1000, images)))["value"]
     return {
         "winner": best["label"],
         "own_value": row["value"],
