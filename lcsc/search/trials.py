@@ -184,9 +184,9 @@ class Trials:
             if gradient is not None and self._penalty:
                 gradient = gradient + self._penalty.slope(np.array(record["vector"]))
             if isinstance(self._session, Weighing):
-                found = numbers(record)
-                failed = told is None or not set(self._session.weighed) <= found.keys()
-                weights = None if failed else tuple(found[name] for name in self._session.weighed)
+                found = {} if told is None else numbers(record)
+                known = all(name in found for name in self._session.weighed)
+                weights = tuple(found[name] for name in self._session.weighed) if known else None
                 self._session.weigh(record["uid"], weights)
             self._session.tell(record["uid"], self._worst if told is None else told, gradient)
         failed = [trial for trial in self._failed if trial is not None]

@@ -20,6 +20,8 @@ def test_the_winner_of_a_lossy_bank_is_made_of_the_exact_one(here, lcsc):
     assert lcsc("train", *LOSS[:-3], "bank.path=exact")[0] == 0
     code, out, err = lcsc("bank", "pack", "from=exact", "to=packed", "codec=lossy", "bits_w=2", "anchor_every=5")
     assert (code, err) == (0, "")
+    assert lcsc("bank", "unpack", "from=packed", "to=plain")[0] == 0
+    assert CheckpointBank.open(here / "plain").digest == CheckpointBank.open(here / "packed").digest
     search = ["search", *LOSS, *(f"search.{key}={value}" for key, value in BUDGET.items()), "bank.path=packed"]
     assert lcsc(*search, "run_dir=run")[0] == 0
     assert CheckpointBank.open(here / "packed").digest != CheckpointBank.open(here / "exact").digest
