@@ -184,7 +184,10 @@ class Trials:
             if gradient is not None and self._penalty:
                 gradient = gradient + self._penalty.slope(np.array(record["vector"]))
             if isinstance(self._session, Weighing):
-                self._session.weigh(record["uid"], None if told is None else numbers(record).get(self._session.second))
+                found = {} if told is None else numbers(record)
+                known = all(name in found for name in self._session.weighed)
+                weights = tuple(found[name] for name in self._session.weighed) if known else None
+                self._session.weigh(record["uid"], weights)
             self._session.tell(record["uid"], self._worst if told is None else told, gradient)
         failed = [trial for trial in self._failed if trial is not None]
         if len(self._failed) == WINDOW and len(failed) > WINDOW // 2:

@@ -140,12 +140,12 @@ class Session(Protocol):
 
 @runtime_checkable
 class Weighing(Protocol):
-    """What a session offers beside `Session` when it weighs the value against a second number of the records."""
+    """What a session offers beside `Session` when it weighs the value against further numbers of the records."""
 
-    second: str
+    weighed: tuple[str, ...]
 
-    def weigh(self, uid: int, number: float | None) -> None:
-        """The number called `second` of proposal `uid`, before its value is told; None where the proposal failed."""
+    def weigh(self, uid: int, numbers: tuple[float, ...] | None) -> None:
+        """The numbers called `weighed` of proposal `uid`, before its value is told; None where the proposal failed."""
         ...
 
 
