@@ -114,8 +114,8 @@ def convergence(run: Run) -> Figure:
     figure = new_figure(5.2, f"{metric} against number of trials")
     done = not report.empty
     common = run.noise == "search seeds"
-    seeds = "dots and lines: search seeds" if common else f"trials: {run.noise} · baselines: search seeds"
-    seeds += " · band: report seeds ± 1 standard error" if done else ""
+    seeds = "dots and lines: search seeds" if common else f"trials: {run.noise} · lines: search seeds"
+    seeds += " · band: report seeds ± 1 SE" if done else ""
     subtitle(figure, f"lower is better · {circumstances(run)} · {seeds}")
     ax = figure.add_axes((0.09, 0.115, 0.475 if done else 0.54, 0.745))
     strip = figure.add_axes((0.578, 0.115, 0.058, 0.745), sharey=ax) if done else None

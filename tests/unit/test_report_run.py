@@ -188,7 +188,7 @@ def test_a_run_knows_whose_noise_its_trials_saw(tmp_path, blocks, noise):
     )
     texts = " ".join(text.get_text() for text in run.plot_convergence().texts)
     assert ("dots and lines: search seeds" in texts) == (noise == "search seeds")
-    assert (f"trials: {noise} · baselines: search seeds" in texts) == (noise != "search seeds")
+    assert (f"trials: {noise} · lines: search seeds" in texts) == (noise != "search seeds")
 
 
 # ---- damage
