@@ -19,7 +19,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from lcsc.core.files import write_bytes
 from lcsc.report.style import BLUE, FAINT, GREEN, INK, ORANGE, new_figure, png, styled, subtitle
 
-DESCENTS = ("gradient", "hybrid", "ladder", "lbfgs")
+ADAM = ("gradient", "look", "small")
+DESCENTS = ("hybrid", "ladder", "lbfgs")
 EVOLUTION = "lcsc_evolution"
 
 
@@ -57,12 +58,10 @@ def efficiency(results: list[dict]) -> Figure:
                     va="bottom", fontsize=8.5, color=INK)  # fmt: skip
         for name, row in data["by_contestant"].items():
             kind = name.rpartition("_")[0] if name.rpartition("_")[2].isdigit() else name
-            color = (
-                BLUE if kind == "gradient" else GREEN if kind in DESCENTS else ORANGE if kind == EVOLUTION else FAINT
-            )
+            color = BLUE if kind in ADAM else GREEN if kind in DESCENTS else ORANGE if kind == EVOLUTION else FAINT
             cost = row["image_forwards"]["median"]
             bars(ax, cost, row["report_score"], color=color)
-            if kind in DESCENTS:
+            if kind in (*ADAM, *DESCENTS):
                 at, look = row["report_score"]["max"], {"xytext": (-4, 4), "rotation": 40}
             else:  # beside the point, towards the middle
                 last = cost == max(other["image_forwards"]["median"] for other in data["by_contestant"].values())
