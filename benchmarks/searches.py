@@ -56,7 +56,8 @@ def result(path: Path) -> dict:
     """
     summary = json.loads((path / "summary.json").read_text())
     records = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
-    labels = {record["label"] for record in records if record["kind"] == "baseline"}
+    baselines = [record for record in records if record["kind"] == "baseline" and record["value"] is not None]
+    labels = {record["label"] for record in baselines}
     looks = [r for r in records if r["kind"] == "select" and r["label"] in labels and r["value"] is not None]
     rival = min(looks, key=lambda record: record["value"], default=None)
     costs: dict[str, int] = {}
@@ -67,6 +68,7 @@ def result(path: Path) -> dict:
     return {
         "value": report["best"]["value"],
         "se": report["best"]["se"],
+        "begins_at": min(baselines, key=lambda record: record["value"], default={"label": None})["label"],
         "winner": report["best"]["label"],
         "baselines": report["baselines"],
         "best_baseline": report["best_baseline"],
