@@ -37,6 +37,8 @@ REFUSED = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "cohere"), "has no mixture class of its form"),
     "phi3": "keeps gates and ups in one tensor",
 }
+#: how the names of classes end whose head the mixture has
+_HEADS = {"t5": "ForConditionalGeneration", "vit": "ForImageClassification"}
 #: what lcsc's mixture of a ViT knows
 VIT_ACTIVATIONS = ("gelu", "relu", "silu")
 _VIT_SETTINGS = (
@@ -88,6 +90,11 @@ def find_dense(arch: Mapping[str, Any], shapes: Mapping[str, Shape], path: Any) 
     if config.get("quantization_config") is not None:
         raise BankError(f"`{path}` holds quantized weights, which cannot be experts. Save it unquantized.")
     _check_kind(kind, config, shapes, path)
+    if not str(arch["class"]).endswith(head := _HEADS.get(kind, "ForCausalLM")):
+        raise BankError(
+            f"`{path}` is a `{arch['class']}`, whose head its mixture does not have. Give a model of the class "
+            f"`...{head}`."
+        )
     roles, place = FAMILIES[kind], re.compile(_PLACES.get(kind, _PLACE))
     found: dict[str, dict[str, str]] = {}
     for name in shapes:
