@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lcsc.core.errors import BankError, ConfigError, MissingExtraError
+from lcsc.core.errors import BankError, ConfigError
+from lcsc.recycling.defaults import filled_config
 from lcsc.recycling.experts import expert_names, router_name
 from lcsc.recycling.kinds import known_kind
 
@@ -248,28 +249,18 @@ def mixture_config(
         changes: what is said of the experts.
 
     Raises:
+        BankError: settings that transformers refuses.
         MissingExtraError: transformers, whose defaults they are, is not installed.
     """
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the defaults of `{mixture.name}` are those of transformers, which is not here. Install it with: pip "
-            "install 'lcsc[lm]'"
-        ) from error
-
-    def filled(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in settings.items() if k not in ("model_type", "architectures", "transformers_version")}
-        return AutoConfig.for_model(kind, **kept).to_dict()  # type: ignore[no-any-return]
-
     if mixture is VIT:
-        full = filled("vit", old)
+        full = filled_config("vit", old)
         own = {key: full[key] for key in _VIT_SETTINGS}
         return {"_class_name": mixture.name, **own, "num_labels": found.labels, **changes}
     config = {**old, "architectures": [mixture.name], "model_type": mixture.kind, **changes}
-    unknown = set(filled(found.kind, {})) - set(filled(str(mixture.kind), {})) - {"head_dim"}  # read undeclared
+    dense, sparse = filled_config(found.kind, {}), filled_config(str(mixture.kind), {})
+    unknown = set(dense) - set(sparse) - {"head_dim"}  # which is read undeclared
     config = {key: value for key, value in config.items() if key in changes or key not in unknown}
-    before, after = filled(found.kind, old), filled(str(mixture.kind), config)
+    before, after = filled_config(found.kind, old), filled_config(str(mixture.kind), config)
     said = {*changes, "architectures", "model_type", "transformers_version", "dtype", "torch_dtype"}
     differing = {
         key: value for key, value in before.items() if key in after and after[key] != value and key not in said

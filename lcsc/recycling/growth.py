@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lcsc.core.errors import BankError, ConfigError
+from lcsc.recycling.defaults import filled_config
 from lcsc.recycling.experts import MIXTURES
 from lcsc.recycling.kinds import known_kind
 from lcsc.recycling.stages import FAMILIES as STAGES
@@ -103,7 +104,7 @@ def find_decoder(arch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     if config.get("quantization_config") is not None:
         raise BankError(f"`{path}` holds quantized weights, to which no noise can be added. Save it unquantized.")
     known_kind(arch, path, FAMILIES, REFUSED, "is not among the models that lcsc knows how to grow")
-    full = filled_config(config)
+    full = filled_config(str(config["model_type"]), config)
     found: dict[int, dict[str, str]] = {}
     stems: set[str] = set()
     for name in shapes:
@@ -123,14 +124,6 @@ def find_decoder(arch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
         raise BankError(f"the layers of `{path}` depend on their place or end in a norm, so copies would not fit in.")
     layers = tuple(found[i] for i in range(len(found)))
     return Decoder(stems.pop(), layers, full, key, _mixture(arch, full, layers, shapes, path))
-
-
-def filled_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the defaults of its class."""
-    from transformers import AutoConfig
-
-    own = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "transformers_version")}
-    return AutoConfig.for_model(str(config["model_type"]), **own).to_dict()  # type: ignore[no-any-return]
 
 
 def _mixture(
