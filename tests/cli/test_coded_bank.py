@@ -119,6 +119,9 @@ def test_verify_tells_what_is_wrong(folder, lcsc, tmp_path):
     assert code == 2
     assert "it was coded with loss" in err
     file = to / file_name(30)
+    code, _, err = lcsc("verify", str(file))
+    assert code == 2
+    assert "is one of a chain of coded checkpoints" in err
     data = bytearray(file.read_bytes())
     data[-1] ^= 4
     file.write_bytes(data)
