@@ -147,7 +147,8 @@ def test_mistakes_are_one_sentence_and_leave_nothing(here, lcsc, model, capsys):
         ((*gqa, "to=out"), "`operator.num_kv_heads` is not set"),
         ((*gqa, "to=out", "operator.num_kv_heads=3"), "cannot be divided into 3 equal groups. Choose one of (1, 2, 4)"),
         ((*gqa, "to=out", "operator.heads=3"), "no setting named `operator.heads`"),
-        ((*gqa, "to=out", two, "operator.step=x"), "configuration error at `operator.step`"),
+        ((*gqa, "to=out", two, "operator.step=x"), "`operator.step` is `x`; it must be a whole number."),
+        ((*gqa, "to=out", two, "operator.repeat_heads=2.5"), "`operator.repeat_heads` is `2.5`; it must be true"),
         ((*gqa, two), "`to` is not set"),
         ((f"model={model}", "to=out"), "`operator` is not set"),
         (
