@@ -222,7 +222,17 @@ def decode(container: Container, before: State | None, wanted: Collection[str] |
         raise
     except Wrong as error:
         raise damaged(container.path, str(error)) from None
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryError, StopIteration):
+        raise damaged(container.path, "its header does not describe a checkpoint") from None
+
+
+def kinds_in(container: Container) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor by name; raises BankError where the header does not tell them."""
+    try:
+        return _kinds(container.header["tensors"])
+    except Wrong as error:
+        raise damaged(container.path, str(error)) from None
+    except (KeyError, TypeError, ValueError):
         raise damaged(container.path, "its header does not describe a checkpoint") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,9 @@ from lcsc.bank import CheckpointBank, Selection
 from lcsc.bank.coded import write_coded
 from lcsc.bank.optimizer_file import contents_of, find_optimizer, read_optimizer
 from lcsc.bank.survey import survey
-from lcsc.codec.chain import Chain, file_name
+from lcsc.codec.arrays import Array
+from lcsc.codec.chain import Chain, ChainWriter, file_name
+from lcsc.codec.container import Container, pack
 from lcsc.codec.settings import CodecSettings
 from lcsc.core.errors import BankError, ConfigError, OutputExistsError
 
@@ -65,9 +68,38 @@ def test_decoded_numbers_go_with_the_bank(folder, tmp_path):
     place = bank.rows[0].files[0].parent
     assert place.is_dir()
     assert bank.matrix is not None
-    del bank
+    left = place.with_name("lcsc-coded-0123456789abcdef")  # by a process that was killed
+    left.mkdir()
+    other = CheckpointBank.open(tmp_path / "coded")
+    assert place.is_dir()
+    assert not left.exists()
+    del bank, other
     gc.collect()
     assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reference", None),
+        ("tensors", [["a", "float32"]]),
+        ("tensors", [[["a"], "float32", [1]]]),
+        ("parts", [[0, "w", [0], "planes", ["none"], "raw", "0"]]),
+        ("about", {"kind": "new", "rate": None, "arch": None, "ties": {}}),
+        ("about", {"kind": "raw", "rate": None, "arch": 3, "ties": {}}),
+        ("about", {"kind": "raw", "rate": None, "arch": None, "ties": {"a": "none"}}),
+    ],
+)
+def test_a_header_that_describes_no_checkpoint_is_refused(tmp_path, key, value):
+    """Even where its checksum is right, as in a file that somebody made to do harm."""
+    ChainWriter(tmp_path).append(1, {"a": Array("float32", np.arange(3, dtype="f4"))})
+    file = Container(tmp_path / file_name(1))
+    header = {**file.header, "about": {"kind": "raw", "rate": None, "arch": None, "ties": {}}, key: value}
+    if value is None:
+        del header[key]
+    (tmp_path / file_name(1)).write_bytes(pack(header, []))
+    with pytest.raises(BankError, match=r"is no whole coded checkpoint"):
+        CheckpointBank.open(tmp_path)
 
 
 def test_a_scan_tells_of_a_coded_bank(folder, tmp_path):
