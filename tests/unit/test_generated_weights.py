@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.core.seeds import Purpose, SeedRange
@@ -227,3 +228,16 @@ def test_a_folder_of_runs_without_metrics_is_refused(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"run-0": {"loss": [1.0]}}))
     with pytest.raises(BankError, match="none of the 1 runs"):
         read_runs(tmp_path)
+    (tmp_path / "run-0").mkdir()
+    for step in (1, 2):
+        save_file({"a": torch.ones(3)}, tmp_path / "run-0" / f"model-{step}.safetensors")
+    for told, said in (
+        ([], "cannot be read"),
+        ({"run-0": [1.0, 2.0]}, "a run has no metrics"),
+        ({"run-0": {"loss": [1.0]}}, "does not hold 2 finite numbers of `loss`"),
+        ({"run-0": {"loss": [1.0, "low"]}}, "does not hold 2 finite numbers of `loss`"),
+        ({"run-0": {"loss": 1.0}}, "does not hold 2 finite numbers of `loss`"),
+    ):
+        (tmp_path / "metrics.json").write_text(json.dumps(told))
+        with pytest.raises(BankError, match=said):
+            read_runs(tmp_path)
