@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -220,6 +221,24 @@ def test_the_average_follows_the_network_from_the_start(runs):
 def test_settings_that_do_not_fit_are_refused(settings, said):
     with pytest.raises(ConfigError, match=said):
         ParameterDiTTrainer(**settings)
+
+
+def test_runs_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
+    told = {f"run-{i}": {"loss": [2.0, 1.0]} for i in (0, 1)}
+    for name in told:
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        for step in (1, 2):
+            save_file({"a": torch.ones(3)}, tmp_path / "runs" / name / f"model-{step}.safetensors")
+    (tmp_path / "runs" / "metrics.json").write_text(json.dumps(told))
+    for settings, said in (
+        ({}, "holds networks of the tensors {'a': (3,)}, and `network` makes a `SmallClassifier`"),
+        ({"num_held_out": 2}, "`trainer.num_held_out` is 2 of 2 runs"),
+        ({"metric": "return"}, "the runs have no metric `return`"),
+    ):
+        trainer = ParameterDiTTrainer(**{"runs": str(tmp_path / "runs"), "num_held_out": 1, **settings})
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            trainer.train(arch=ARCH, model=None, dataset=Digits(), out=tmp_path / "out", seed=0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_runs_without_metrics_is_refused(tmp_path):
