@@ -197,6 +197,21 @@ def test_transformers_saves_through_the_callback(tmp_path: Path) -> None:
     assert CheckpointBank.open(tmp_path / "bank").steps == (7,)
 
 
+def test_a_network_tells_what_a_search_needs_to_know(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+                       up_block_types=("UpBlock2D",), norm_num_groups=4)  # fmt: skip
+    for net in (LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)), unet):
+        net.save_pretrained(tmp_path / type(net).__name__ / "checkpoint-1")
+        CodedSaver(tmp_path / "coded" / type(net).__name__).save(1, net)
+        plain, coded = (CheckpointBank.open(tmp_path / at / type(net).__name__) for at in ("", "coded"))
+        assert coded.arch == plain.arch
+        assert coded.digest == plain.digest
+
+
 def test_half_precision_and_shared_tensors_are_taken_as_they_are() -> None:
     net = torch.nn.Linear(3, 2).to(torch.bfloat16)
     net.register_buffer("also", net.weight.data)
