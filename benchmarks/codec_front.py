@@ -167,7 +167,7 @@ def draw(results: dict, to: Path) -> None:
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=70)
+    parser.add_argument("--trials", type=int, default=92, help="enough for the sums of all budgets below the mean")
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200, help="of the training")
     parser.add_argument("--after", default="0,10,50", help="steps of continued training; the first is 0")
