@@ -33,6 +33,8 @@ from lcsc.operators.compress import WIDTHS, Compress
 
 #: widths that are held against a searched one, and those that are scored as they are read back
 HELD, PLAIN = (3, 4, 5), WIDTHS
+#: blocks of the search half that a trial is scored on
+SEARCHED = 128
 #: mean of the bits that the search shares out; it tries the sums of smaller budgets too
 MEAN = 5
 
@@ -67,7 +69,7 @@ class Front:
     def search(self) -> None:
         """All trials, and for each width the best of those that take no more bytes than it does everywhere."""
         more = [f"operator.mean_bits={MEAN}", f"operator.num_groups={self.groups}", f"search.num_trials={self.trials}"]
-        _, records = search_of(problem([*self.words, *more, f"search.num_images={len(self.images)}"]))
+        _, records = search_of(problem([*self.words, *more, f"search.num_images={min(SEARCHED, len(self.images))}"]))
         trials = [record for record in records if record["kind"] == "trial" and record["value"] is not None]
         cost_N, loss_N = (np.array([trial[key] for trial in trials]) for key in ("file_bytes", "value"))
         kept = pareto(cost_N, loss_N)
