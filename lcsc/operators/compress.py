@@ -82,7 +82,7 @@ class Compress:
         choices = None
         if self.mean_bits is not None:
             floats = tuple(1 + (place + 0.5) / num for place in range(num))
-            choices = Choices(floats, WIDTHS, int(self.mean_bits * G))
+            choices = Choices(floats, WIDTHS, int(self.mean_bits * G), "bits")
         boxes = [Box("bits", G, 0.0, 1.0, scale=0.25, choices=choices)]
         if self.tau is None:
             boxes.append(Box("tau", 1, 0.0, TAU, scale=0.5))

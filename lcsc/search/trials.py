@@ -134,14 +134,16 @@ class Trials:
         told = {key: value for key, value in own.items() if value is not None}
         key = {"uid": proposal.uid, "vector": list(job.vector), **told}
         paid = {} if trial.penalty is None else {"penalty": trial.penalty}
+        paid |= {} if proposal.may_win else {"may_win": False}
         num = job.images[1] - job.images[0]
         record = self._steps.record("trial", key, result, lambda row: {**row, **paid}, num)
         sampled = record.get("images", num)
         spent = sampled + (num if "recheck" in record else 0)
         self._steps.images, self.saved = self._steps.images + spent, self.saved + num - sampled
-        self._steps.progress.step("trial", record["value"], spent, result is None or "inherited" in record)
+        value = record["value"] if record.get("may_win", True) else None
+        self._steps.progress.step("trial", value, spent, result is None or "inherited" in record)
         if job.call == "race" and "dropped_at" not in record:
-            self._incumbent = better(self._incumbent, job.vector, record["value"])
+            self._incumbent = better(self._incumbent, job.vector, value)
         if result is not None:
             self._failed.append(record if record["value"] is None else None)
         return record
