@@ -112,7 +112,8 @@ class Front:
         for width in HELD:
             one, other = f"searched {width}", f"uniform {width}"
             nbytes = [self.row["scores"][name]["file_bytes"] for name in (one, other)]
-            found = {str(steps): self.difference(one, other, steps) for steps in self.after}
+            both = [self.row["scores"][name]["after"] for name in (one, other)]
+            found = {steps: self.difference(one, other, int(steps)) for steps in both[0] if steps in both[1]}
             self.row["pairs"][str(width)] = {"bytes": nbytes[0] - nbytes[1], "after": found}
 
     def candidate(self, bank_: object, name: str) -> Candidate:
