@@ -16,6 +16,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,6 +34,8 @@ from lcsc.operators.compress import WIDTHS, Compress
 
 #: widths that are held against a searched one, and those that are scored as they are read back
 HELD, PLAIN = (3, 4, 5), WIDTHS
+#: and with one anchor for the whole bank
+LONG = "uniform 4, one anchor"
 #: blocks of the search half that a trial is scored on
 SEARCHED = 128
 #: mean of the bits that the search shares out; it tries the sums of smaller budgets too
@@ -52,7 +55,7 @@ class Front:
     def pieces(self) -> dict[str, Callable[[], None]]:
         """By name, in order."""
         found: dict[str, Callable[[], None]] = {"train": self.train}
-        plain = ["exact", *(f"uniform {width}" for width in PLAIN)]
+        plain = ["exact", *(f"uniform {width}" for width in PLAIN), LONG]
         found |= {f"after/0/{name}": functools.partial(self.score, 0, name) for name in plain}
         found["search"] = self.search
         pairs = [f"{kind} {width}" for width in HELD for kind in ("uniform", "searched")]
@@ -119,11 +122,13 @@ class Front:
     def candidate(self, bank_: object, name: str) -> Candidate:
         """By its name."""
         operator = Compress(num_groups=self.groups)
+        if name == LONG:
+            operator = replace(operator, anchor_every=bank_.num_checkpoints)
         if name == "exact":
             row_P = bank_.matrix()[-1]
             return Candidate(bank_.arch, bank_.layout, lambda out: out.copy_(row_P), {}, bank_.constants)
         G = len(operator.groups(bank_))
-        bits = self.row["found"][name] if name.startswith("searched") else [int(name.split()[1])] * G
+        bits = self.row["found"][name] if name.startswith("searched") else [int(name.split()[1].rstrip(","))] * G
         floats = np.array([(WIDTHS.index(width) + 0.5) / len(WIDTHS) for width in bits])
         return operator.apply(bank_, {"bits": floats})
 
@@ -142,7 +147,7 @@ def draw(results: dict, to: Path) -> None:
     for ax, steps in zip(axes[0], shown, strict=True):
         for kind, color, mark in (("uniform", "#888888", "s"), ("searched", "#1f77b4", "o")):
             for row in results["seeds"]:
-                own = [one for name, one in row["scores"].items() if name.startswith(kind)]
+                own = [one for name, one in row["scores"].items() if name.startswith(kind) and name != LONG]
                 points = sorted(
                     ((one["file_bytes"], one["after"][str(steps)]) for one in own if str(steps) in one["after"]),
                     key=lambda point: point[0],
