@@ -72,7 +72,9 @@ class Front:
     def search(self) -> None:
         """All trials, and for each width the best of those that take no more bytes than it does everywhere."""
         more = [f"operator.mean_bits={MEAN}", f"operator.num_groups={self.groups}", f"search.num_trials={self.trials}"]
-        _, records = search_of(problem([*self.words, *more, f"search.num_images={min(SEARCHED, len(self.images))}"]))
+        more += [f"search.num_images={min(SEARCHED, len(self.images))}"]
+        more += ["search.num_images_select=16", "search.num_images_report=16"]  # the trials are what is wanted
+        _, records = search_of(problem([*self.words, *more]))
         trials = [record for record in records if record["kind"] == "trial" and record["value"] is not None]
         cost_N, loss_N = (np.array([trial[key] for trial in trials]) for key in ("file_bytes", "value"))
         kept = pareto(cost_N, loss_N)
