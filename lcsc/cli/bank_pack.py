@@ -22,6 +22,7 @@ _CODEC: dict[str, type] = {
     "bits_v": int,
     "tau": float,
     "beta": float,
+    "coder": str,
 }
 
 
@@ -76,14 +77,15 @@ def _code(bank: CheckpointBank, to: Path, settings: Mapping[str, str | None]) ->
     with passing("pack", unit="checkpoints") as progress:
         write_coded(bank, to, how, progress, state_of)
     took, nbytes = time.perf_counter() - began, sum(file.stat().st_size for file in to.iterdir())
+    by = "" if how.coder == "counts" else f" by coder {how.coder}"
     raw = bank.num_checkpoints * sum(s.nbytes for s in set(bank.rows[-1].table.values()))
     print(
-        f"packed: {to} ({bank.num_checkpoints} checkpoints, codec {how.mode}, {size_text(raw)} of weights in "
+        f"packed: {to} ({bank.num_checkpoints} checkpoints, codec {how.mode}{by}, {size_text(raw)} of weights in "
         f"{size_text(nbytes)}, {took:.1f} s)"
     )
 
 
-def _number(key: str, text: str) -> int | float:
+def _number(key: str, text: str) -> int | float | str:
     try:
         return _CODEC[key](text)
     except ValueError:
