@@ -50,28 +50,33 @@ _SLOTS: dict[str, tuple[tuple[str, tuple[tuple[int, int], ...]], ...]] = {
     "v": (("v-", _SQUARE), ("m", _SQUARE), ("w", _HERE), ("m-", _HERE), ("own", _BEHIND)),
     "low": (("high", _HERE),),
 }
-_PAIRS = {
-    "w": (("m-", "w-"), ("w-", "v-"), ("m-", "v-"), ("row", "column")),
-    "m": (("w", "m-"), ("m-", "v-"), ("w", "w-"), ("row", "column")),
-    "v": (("m", "v-"), ("v-", "m-"), ("v-", "w"), ("row", "column")),
-    "low": (),
+#: contexts of the tables of counts, of slots at the symbol's own place
+_COUNTED = {
+    "w": (("w-", "m-", "v-"), ("m-", "w-"), ("w-",)),
+    "m": (("w", "m-", "v-"), ("w", "m-"), ("v-",)),
+    "v": (("m", "v-", "m-"), ("m", "v-"), ("v-",)),
+    "low": (("high",),),
 }
 
 
 @functools.cache
 def _contexts(plane: str, size: int) -> Contexts:
     """Contexts of a plane, or of `low` digits, for symbols below `size`."""
-    from lcsc.kernels.neural import COLUMN, ROW, Contexts
+    from lcsc.kernels.neural import COLUMN, ROW, UNKNOWN, Contexts
 
     slots = [(_PLANES.index(name), *place) for name, places in _SLOTS[plane] for place in places]
     at = {_PLANES[source]: k for k, (source, *place) in enumerate(slots) if place == [0, 0]}
     if plane != "low":
-        at |= {"row": len(slots), "column": len(slots) + 1}
         slots += [(ROW, 0, 0), (COLUMN, 0, 0)]
-    pairs = np.array([(at[a], at[b]) for a, b in _PAIRS[plane]], np.int64).reshape(-1, 2)
+    first, counted = 0, []
+    for names in _COUNTED[plane]:
+        counted.append([first, *[at[name] for name in names], *[-1] * (3 - len(names))])
+        first += (UNKNOWN + 1) ** len(names)
     symbol_S = np.arange(size)
     size_S = symbol_S * 16 // size if plane == "v" else np.where(symbol_S, abs(2 * symbol_S - size) * 16 // size, 0)
-    return Contexts(np.array(slots, np.int64), pairs, 256 * np.minimum(size_S, 15).astype(np.int64))
+    return Contexts(
+        np.array(slots, np.int64), np.array(counted, np.int64), 256 * np.minimum(size_S, 15).astype(np.int64)
+    )
 
 
 class _Place:

@@ -196,7 +196,7 @@ def test_the_interpreter_computes_the_same(monkeypatch):
         return kernel.encode(own[:72].copy(), *place.arguments(known, ("w", 16), net)), net
 
     data, net = coded()
-    for name in ("_exp", "_find_rows", "_predict", "_learn", "_walk"):
+    for name in ("_exp", "_find", "_ask_counts", "_predict", "_descend", "_learn", "_count", "_walk"):
         monkeypatch.setattr(kernel, name, getattr(kernel, name).py_func)
     with np.errstate(over="ignore"):
         again, other = coded()
