@@ -11,28 +11,25 @@ done, and the same line goes on with the next.
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from codec import INTERVALS, LOSSY, LanguageModel, plane_bytes, weights_of
 from codec_peers import xz_symbols
-from machine import circumstances
+from pieces import Pieces, add_options, run_pieces
 
 import lcsc.kernels.entropy as entropy
 import lcsc.kernels.neural as network
 from lcsc.codec import neural
 from lcsc.codec.arrays import PREFIX
 from lcsc.codec.chain import Chain, ChainWriter
-from lcsc.core.files import write_json
 
 #: what of a lossy chain is measured, by name; the first at every interval
 SETTINGS = {"4 bits": INTERVALS, "4 bits, tau 1, beta 1": (20,)}
@@ -54,7 +51,7 @@ class Clock:
     def __enter__(self) -> Clock:
         self.real = {name: getattr(self.module, name) for name in self.names}
         for name in self.names:
-            setattr(self.module, name, functools.partial(self.call, name))
+            setattr(self.module, name, partial(self.call, name))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,29 +120,23 @@ def measured(saved: list[dict], settings) -> dict:
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400, help="of the training")
     parser.add_argument("--text", type=Path, help="a text file; without it the package's own text")
-    parser.add_argument("--work", type=Path, default=Path("codec_work"), help="folder of states between pieces")
-    parser.add_argument("--to", type=Path, required=True)
+    add_options(parser)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    args.work.mkdir(parents=True, exist_ok=True)
-    results = json.loads(args.to.read_text()) if args.to.exists() else {**circumstances(), "seeds": []}
-    results["environment"] = neural.environment()  # compiles, before anything is timed
-    row = next((row for row in results["seeds"] if row["seed"] == args.seed), None)
-    if row is None:
-        row = {"seed": args.seed, "steps": args.steps, "lossy": {}}
-        results["seeds"] = sorted([*results["seeds"], row], key=lambda row: row["seed"])
-    model = LanguageModel({}, args.text, args.seed, args.steps, (0,), args.work)
-    if not model.file.exists():
-        model.train()
-    row["symbols"] = sum(a.bits.size for name, a in model.chain(1)[-1].items() if not name.startswith("state/"))
-    for name, gaps in SETTINGS.items():
-        for gap in gaps:
-            if str(gap) not in row["lossy"].setdefault(name, {}):
-                row["lossy"][name][str(gap)] = measured(model.chain(gap), LOSSY[name])
-                write_json(args.to, results)
+
+    def pieces_of(row: dict) -> Pieces:
+        model = LanguageModel({}, args.text, args.seed, args.steps, (0,), args.work)
+
+        def measure(name: str, gap: int) -> None:
+            if not model.file.exists():
+                model.train()
+            row["lossy"].setdefault(name, {})[str(gap)] = measured(model.chain(gap), LOSSY[name])
+
+        return {f"{name}/{gap}": partial(measure, name, gap) for name, gaps in SETTINGS.items() for gap in gaps}
+
+    # the environment is found by running the network, which compiles it before anything is timed
+    run_pieces(args, pieces_of, steps=args.steps, environment=neural.environment(), lossy={})
 
 
 if __name__ == "__main__":

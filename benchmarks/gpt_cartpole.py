@@ -1,11 +1,12 @@
 """Policies of CartPole, generated when a return is asked for (G.pt), on runs that are held out.
 
-    python benchmarks/gpt_cartpole.py --folder build/gpt --to benchmarks/results/gpt_cartpole.json
+    python benchmarks/gpt_cartpole.py --folder build/gpt --to benchmarks/results/gpt_cartpole.json \
+        --figure docs/images/gpt_cartpole.svg
 
 Needs gymnasium (extra `rl`). The runs are linear policies trained by evolution strategies (arXiv:1703.03864) with
 antithetic pairs, all at once; checkpoints are saved at steps evenly spaced in their logarithm. Returns are means over
-episodes from random states, at most 500; those that the generator is judged by are of other episodes than those it was
-trained with.
+episodes from random states, at most 500; those that anything is judged by are of other episodes than those that the
+generator was trained with and the best training checkpoints are chosen by. R = runs, P = flat weights.
 """
 
 from __future__ import annotations
@@ -20,30 +21,44 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpt_digits import NUM_PROMPTS, r2
+from gpt_digits import MEAN_OF, NUM_PROMPTS, NUM_UPDATES, r2
 from machine import circumstances, mean_se
 
 from lcsc.core.seeds import Purpose, SeedRange
-from lcsc.models.parameter_sampling import updated
+from lcsc.models.parameter_sampling import propose, updated
 from lcsc.models.weight_runs import WeightRuns
 from lcsc.training.parameter_dit import ParameterDiTTrainer
 from lcsc.training.weight_fit import fit_generator, new_generator
-from lcsc.training.weight_rivals import diversity
+from lcsc.training.weight_rivals import diversity, seconds_of
 
 SHAPES = {"bias": (2,), "weight": (2, 4)}
 SIZE, MOST = 10, 500
-NUM_RUNS, NUM_HELD_OUT, NUM_SAVES, EPISODES = 170, 20, 14, 16
-#: evolution strategies: pairs of a step, steps, noise, learning rate
-PAIRS, STEPS, SIGMA, RATE = 8, 50, 0.1, 0.1
+NUM_RUNS, NUM_HELD_OUT, NUM_SAVES = 500, 20, 20
+#: episodes of a checkpoint that is learned from, and of what is judged
+EPISODES, EPISODES_JUDGED = 32, 64
+#: evolution strategies: pairs of a step, steps, noise, learning rate; steps of those that an update is compared with
+PAIRS, STEPS, SIGMA, RATE = 8, 80, 0.1, 0.05
+MOST_STEPS = 150
+GENERATOR = {"num_steps": 3000, "batch_size": 64, "learning_rate": 2e-3, "chunk": 4, "pairs": "prompts"}
+#: environments side by side: more of them fall out of the processor's cache
+SIDE_BY_SIDE = 4096
 
 
 def returns(theta_NP: np.ndarray, episodes: int, seed: int) -> np.ndarray:
     """Mean return of each policy over `episodes` episodes, shape (N,)."""
+    many_MP = np.repeat(theta_NP, episodes, 0)
+    parts = [
+        _returns(many_MP[start : start + SIDE_BY_SIDE], seed + start) for start in range(0, len(many_MP), SIDE_BY_SIDE)
+    ]
+    return np.concatenate(parts).reshape(-1, episodes).mean(1)
+
+
+def _returns(theta_NP: np.ndarray, seed: int) -> np.ndarray:
+    """Return of one episode of each policy."""
     import gymnasium
 
-    num = len(theta_NP) * episodes
+    num = len(theta_NP)
     env = gymnasium.make_vec("CartPole-v1", num_envs=num, vectorization_mode="vector_entry_point")
-    theta_NP = np.repeat(theta_NP, episodes, 0)
     weight_N24, bias_N2 = theta_NP[:, 2:].reshape(-1, 2, 4), theta_NP[:, :2]
     state_N4, _ = env.reset(seed=seed)
     alive_N, total_N = np.ones(num, dtype=bool), np.zeros(num)
@@ -55,7 +70,26 @@ def returns(theta_NP: np.ndarray, episodes: int, seed: int) -> np.ndarray:
         if not alive_N.any():
             break
     env.close()
-    return total_N.reshape(-1, episodes).mean(1)
+    return total_N
+
+
+def climbed(theta_RP: np.ndarray, rng: np.random.Generator, seed: int) -> np.ndarray:
+    """The policies after one step of evolution strategies, `2 * PAIRS` episodes each."""
+    noise_REP = rng.standard_normal((len(theta_RP), PAIRS, SIZE))
+    both = np.concatenate([theta_RP[:, None] + SIGMA * noise_REP, theta_RP[:, None] - SIGMA * noise_REP], 1)
+    scores_RE = returns(both.reshape(-1, SIZE), 1, seed).reshape(len(theta_RP), 2 * PAIRS)
+    ahead_RE = (scores_RE[:, :PAIRS] - scores_RE[:, PAIRS:]) / (scores_RE.std(1, keepdims=True) + 1e-8)
+    return theta_RP + RATE * (ahead_RE[..., None] * noise_REP).mean(1)
+
+
+def steps_within(seconds: float, theta_1P: np.ndarray, seed: int) -> int:
+    """Steps of evolution strategies that one policy takes in a time, at least 1; they get longer as it improves."""
+    rng, took, steps = np.random.default_rng(seed), 0.0, 0
+    while took < seconds:
+        began, steps = time.perf_counter(), steps + 1
+        theta_1P = climbed(theta_1P, rng, steps)
+        took += time.perf_counter() - began
+    return steps
 
 
 def make_runs(seed: int) -> WeightRuns:
@@ -66,16 +100,11 @@ def make_runs(seed: int) -> WeightRuns:
     theta_RP = 0.1 * rng.standard_normal((NUM_RUNS, SIZE))
     kept = [theta_RP.copy()]
     for step in range(1, STEPS + 1):
-        noise_REP = rng.standard_normal((NUM_RUNS, PAIRS, SIZE))
-        both = np.concatenate([theta_RP[:, None] + SIGMA * noise_REP, theta_RP[:, None] - SIGMA * noise_REP], 1)
-        scores_RE = returns(both.reshape(-1, SIZE), 1, 1000 * seed + step).reshape(NUM_RUNS, 2 * PAIRS)
-        ahead_RE = scores_RE[:, :PAIRS] - scores_RE[:, PAIRS:]
-        ahead_RE = ahead_RE / (scores_RE.std(1, keepdims=True) + 1e-8)
-        theta_RP = theta_RP + RATE * (ahead_RE[..., None] * noise_REP).mean(1)
+        theta_RP = climbed(theta_RP, rng, 1_000_000 * (seed + 1) + 10_000 * step)
         if step in steps_K:
             kept.append(theta_RP.copy())
     theta_RKP = np.stack(kept, 1)
-    gain_RK = returns(theta_RKP.reshape(-1, SIZE), EPISODES, 77).reshape(NUM_RUNS, -1)
+    gain_RK = returns(theta_RKP.reshape(-1, SIZE), EPISODES, 100_000_000 * (seed + 1)).reshape(NUM_RUNS, -1)
     return WeightRuns(
         SHAPES,
         tuple(f"run-{r:05d}" for r in range(NUM_RUNS)),
@@ -85,62 +114,166 @@ def make_runs(seed: int) -> WeightRuns:
     )
 
 
+class Piece:
+    """One seed: its runs, its generator, and what is measured of them."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.seeds = seed, SeedRange(seed, Purpose.TRAIN)
+        began = time.process_time()
+        runs = make_runs(seed)
+        self.seconds_runs, began = time.process_time() - began, time.process_time()
+        self.learned, self.held = runs.part(slice(0, -NUM_HELD_OUT)), runs.part(slice(-NUM_HELD_OUT, None))
+        trainer = ParameterDiTTrainer(runs="made here", metric="return", rising=True, **GENERATOR)
+        net = new_generator(self.learned, {**trainer.sizes, "rising": True}, "return", False, self.seeds)
+        self.net = fit_generator(net, self.learned, trainer.fit_settings, self.seeds, progress=False)
+        self.seconds_fit = time.process_time() - began
+        self.start_RP, self.now_R = self.held.theta_RKP[:, 0], self.held.metric("return")[:, 0]
+
+    def judged(self, theta_NP: torch.Tensor, at: int = 0) -> torch.Tensor:
+        """Returns on episodes that nothing has seen, other ones for each `at`."""
+        seed = 100_000_000 * (self.seed + 1) + 10_000_000 * (1 + at)
+        return torch.from_numpy(returns(theta_NP.double().numpy(), EPISODES_JUDGED, seed)).float()
+
+    def alignment(self) -> dict:
+        """How well one update heeds its prompt; see gpt_digits.py."""
+        from scipy.stats import spearmanr
+
+        share_G = torch.linspace(0, 1, NUM_PROMPTS)
+        goals_RG = self.net.best + share_G * (self.now_R[:, None] - self.net.best)
+        many_NP, now_N = (x.repeat_interleave(NUM_PROMPTS, 0) for x in (self.start_RP, self.now_R))
+        noise_NP = torch.from_numpy(self.seeds.normal(range(len(many_NP)), (SIZE,), 21))
+        seen_RG = self.judged(propose(self.net, many_NP, now_N, goals_RG.flatten(), noise_NP)).reshape(goals_RG.shape)
+        rng = np.random.default_rng(self.seed)
+        mixed_RG = torch.stack([goal_G[torch.from_numpy(rng.permutation(NUM_PROMPTS))] for goal_G in goals_RG])
+        ranks = [spearmanr(a, b).statistic for a, b in zip(goals_RG.numpy(), seen_RG.numpy(), strict=True)]
+        # every run's own prompts differ with its start, so a mean over runs is of the mean prompt
+        return {
+            "r2": r2(seen_RG, goals_RG),
+            "r2_shuffled": r2(seen_RG, mixed_RG),
+            "r2_of_means": r2(seen_RG.mean(0)[None], goals_RG.mean(0)[None]),
+            "spearman": float(np.nanmean(ranks)),
+            "prompts": goals_RG.mean(0).tolist(),
+            "observed": seen_RG.mean(0).tolist(),
+            "observed_std": seen_RG.std(0).tolist(),
+        }
+
+    def update(self) -> dict:
+        """One update at the best prompt, and some more, told the measured return each time; and its own seconds."""
+        goals = [torch.full_like(self.now_R, self.net.best)] * NUM_UPDATES
+        noises = np.stack([self.seeds.normal(range(NUM_HELD_OUT), (SIZE,), 30 + s) for s in range(NUM_UPDATES)])
+        ways = updated(self.net, self.start_RP, self.now_R, goals, noises, measure=lambda x: self.judged(x, 1))
+        one = [x[:1] for x in (self.start_RP, self.now_R, goals[0], torch.from_numpy(noises[0]))]
+        seen_MP = self.learned.theta_RKP.flatten(0, 1)
+        return {
+            "start": float(self.judged(self.start_RP, 2).mean()),
+            "prompt": self.net.best,
+            "after": float(self.judged(ways[0], 2).mean()),
+            "updates": [float(self.judged(theta_NP, 2).mean()) for theta_NP in ways],
+            "seconds": seconds_of(lambda: propose(self.net, *one)),
+            "sample_to_nearest_training": float(torch.cdist(ways[0], seen_MP).min(1).values.mean()),
+            "held_out_to_nearest_training": float(
+                torch.cdist(self.held.theta_RKP[:, -1], seen_MP).min(1).values.mean()
+            ),
+        }
+
+    def rivals(self, update: dict) -> dict:
+        """Copies of training checkpoints, and evolution strategies from the same starts."""
+        gain_RK = self.learned.metric("return")
+        top_R = torch.argsort(-gain_RK.max(1).values, stable=True)[:MEAN_OF]
+        few_MP = self.learned.theta_RKP[top_R, gain_RK[top_R].argmax(1)]
+        noise_NP = torch.from_numpy(self.seeds.normal(range(NUM_HELD_OUT), (SIZE,), 40))
+        found = {
+            "nearest": few_MP[:1],
+            "mean_of_5": few_MP.mean(0, keepdim=True),
+            "noise_0.05": few_MP[0] + 0.05 * few_MP[0].std() * noise_NP,
+            "noise_0.1": few_MP[0] + 0.1 * few_MP[0].std() * noise_NP,
+        }
+        rng, theta_RP, means = np.random.default_rng(1000 + self.seed), self.start_RP.double().numpy(), []
+        equal = steps_within(update["seconds"], theta_RP[:1], self.seed)
+        for step in range(1, MOST_STEPS + 1):
+            theta_RP = climbed(theta_RP, rng, 100_000_000 * (self.seed + 1) + 90_000_000 + 1000 * step)
+            means.append(float(self.judged(torch.from_numpy(theta_RP), 2).mean()))
+        return {
+            "returns": {name: float(self.judged(some_NP, 2).mean()) for name, some_NP in found.items()},
+            "evolution": {
+                "means": means,
+                "episodes_a_step": 2 * PAIRS,
+                "steps_of_equal_time": equal,
+                "at_equal_time": means[min(equal, MOST_STEPS) - 1],
+                "steps_to_one_update": next((s for s, x in enumerate(means, 1) if x >= update["after"]), None),
+                "steps_to_99_percent": next((s for s, x in enumerate(means, 1) if x >= 0.99 * update["after"]), None),
+            },
+        }
+
+
 def run(seed: int) -> dict:
-    """All numbers of a seed; seconds are of this process's CPU."""
-    began = time.process_time()
-    runs = make_runs(seed)
-    seconds_runs, began = time.process_time() - began, time.process_time()
-    learned, held = runs.part(slice(0, -NUM_HELD_OUT)), runs.part(slice(-NUM_HELD_OUT, None))
-    settings = {"num_steps": 800, "batch_size": 64, "learning_rate": 2e-3, "chunk": 4}
-    trainer = ParameterDiTTrainer(runs="made here", metric="return", rising=True, **settings)
-    seeds = SeedRange(seed, Purpose.TRAIN)
-    net = new_generator(learned, {**trainer.sizes, "rising": True}, "return", False, seeds)
-    net = fit_generator(net, learned, trainer.fit_settings, seeds, progress=False)
-    seconds_fit = time.process_time() - began
-
-    def measure(theta_NP: torch.Tensor, at: int = 5) -> torch.Tensor:
-        return torch.from_numpy(returns(theta_NP.double().numpy(), EPISODES, 10_000 * (seed + 1) + at)).float()
-
-    theta_RP, now_R = held.theta_RKP[:, 0], held.metric("return")[:, 0]
-    share_G = torch.linspace(0, 1, NUM_PROMPTS)
-    goals_RG = net.best + share_G * (now_R[:, None] - net.best)
-    many_NP, now_N = theta_RP.repeat_interleave(NUM_PROMPTS, 0), now_R.repeat_interleave(NUM_PROMPTS)
-    noise = seeds.normal(range(len(many_NP)), (SIZE,), 21)
-    (asked_NP,) = updated(net, many_NP, now_N, [goals_RG.flatten()], noise[None])
-    seen_RG = measure(asked_NP).reshape(goals_RG.shape)
-    rng = np.random.default_rng(seed)
-    mixed_RG = torch.stack([goal_G[torch.from_numpy(rng.permutation(NUM_PROMPTS))] for goal_G in goals_RG])
-    best_N = [torch.full_like(now_R, net.best)] * 5
-    noises = np.stack([seeds.normal(range(len(theta_RP)), (SIZE,), 30 + s) for s in range(5)])
-    ways = updated(net, theta_RP, now_R, best_N, noises, measure=measure)
-    flat_MP, gain_M = learned.theta_RKP.flatten(0, 1), learned.metric("return").flatten()
-    top = torch.argsort(-gain_M)[:5]
+    """All numbers of a seed; `cpu_seconds` are of this process."""
+    piece = Piece(seed)
+    update = piece.update()
+    ends_NP = piece.held.theta_RKP[:8, -1]
     return {
         "seed": seed,
-        "cpu_seconds": {"runs": seconds_runs, "generator": seconds_fit},
-        "returns_of_the_runs": learned.metric("return").mean(0).tolist(),
-        "steps": runs.steps_RK[0].tolist(),
-        "r2": r2(seen_RG, goals_RG),
-        "r2_shuffled": r2(seen_RG, mixed_RG),
-        "prompts": goals_RG.mean(0).tolist(),
-        "observed": seen_RG.mean(0).tolist(),
-        "observed_std": seen_RG.std(0).tolist(),
-        "start": float(now_R.mean()),
-        "updates": [float(measure(theta_NP, 6).mean()) for theta_NP in ways],
-        "nearest": float(measure(flat_MP[top[:1]], 6).mean()),
-        "mean_of_5": float(measure(flat_MP[top].mean(0, keepdim=True), 6).mean()),
-        "sample_to_nearest_training": float(torch.cdist(ways[0], flat_MP).min(1).values.mean()),
-        "held_out_to_nearest_training": float(torch.cdist(held.theta_RKP[:, -1], flat_MP).min(1).values.mean()),
-        "diversity": diversity(net, theta_RP[:8], now_R[:8], held.theta_RKP[:8, -1], 10, seeds),
+        "cpu_seconds": {"runs": piece.seconds_runs, "generator": piece.seconds_fit},
+        "returns_of_the_runs": piece.learned.metric("return").mean(0).tolist(),
+        "steps": piece.learned.steps_RK[0].tolist(),
+        "held_out": piece.alignment(),
+        "one_update": update,
+        "rivals": piece.rivals(update),
+        "diversity": diversity(piece.net, piece.start_RP[:8], piece.now_R[:8], ends_NP, 10, piece.seeds),
     }
 
 
+def table(rows: list[dict]) -> dict:
+    """Means over seeds and their standard errors."""
+    evolution = [row["rivals"]["evolution"] for row in rows]
+    return {
+        **{key: mean_se([row["held_out"][key] for row in rows]) for key in ("r2", "r2_shuffled", "spearman")},
+        "r2_of_means": mean_se([row["held_out"]["r2_of_means"] for row in rows]),
+        "start": mean_se([row["one_update"]["start"] for row in rows]),
+        "one_update": mean_se([row["one_update"]["after"] for row in rows]),
+        "rivals": {
+            name: mean_se([row["rivals"]["returns"][name] for row in rows]) for name in rows[0]["rivals"]["returns"]
+        },
+        "evolution_of_equal_time": mean_se([told["at_equal_time"] for told in evolution]),
+        **{
+            key: [told[key] for told in evolution]
+            for key in ("steps_of_equal_time", "steps_to_one_update", "steps_to_99_percent")
+        },
+    }
+
+
+def draw(rows: list[dict], target: Path) -> None:
+    """Prompted against measured return, and one update beside the steps of evolution strategies."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.4, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for row in rows:
+        x, y, spread = (np.array(row["held_out"][key]) for key in ("prompts", "observed", "observed_std"))
+        (line,) = left.plot(x, y, marker=".", linewidth=1, label=f"seed {row['seed']}")
+        left.fill_between(x, y - spread, np.minimum(y + spread, MOST), alpha=0.12, color=line.get_color(), linewidth=0)
+        means = row["rivals"]["evolution"]["means"]
+        right.plot(range(len(means) + 1), [row["one_update"]["start"], *means], linewidth=1, color=line.get_color())
+        right.plot([1], [row["one_update"]["after"]], marker="*", color=line.get_color(), markersize=9, linewidth=0)
+    left.plot([0, MOST], [0, MOST], color="0.6", linestyle="--", linewidth=1, zorder=0)
+    left.set(xlabel="return asked for", ylabel="return measured after one update")
+    left.legend(fontsize=8, frameon=False)
+    right.set(xlabel="step", ylabel="return, mean of 20 held-out runs", title="evolution strategies; stars: one update")
+    for ax in (left, right):
+        ax.xaxis.label.set_size(8), ax.yaxis.label.set_size(8), ax.title.set_size(9)
+        ax.tick_params(labelsize=8)
+        ax.set_ylim(0, 1.04 * MOST)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
+
+
 def main() -> None:
-    """Run the seeds that are missing, and write the results file."""
+    """Run the seeds that are missing, and write the results file and the figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, required=True, help="keeps each seed, and goes on with what is there")
     parser.add_argument("--to", type=Path)
+    parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -150,11 +283,17 @@ def main() -> None:
         if not file.exists():
             file.write_text(json.dumps(run(seed), indent=1) + "\n")
         rows.append(json.loads(file.read_text()))
-        print(json.dumps({key: rows[-1][key] for key in ("r2", "r2_shuffled", "start", "updates", "nearest")}))
+    found = table(rows)
+    print(json.dumps(found, indent=1))
     if args.to:
-        table = {key: mean_se([row[key] for row in rows]) for key in ("r2", "r2_shuffled", "start", "nearest")}
-        table["one_update"] = mean_se([row["updates"][0] for row in rows])
-        args.to.write_text(json.dumps({**circumstances(), "table": table, "seeds": rows}, indent=1) + "\n")
+        settings = {"runs": NUM_RUNS, "held_out": NUM_HELD_OUT, "saves": NUM_SAVES, "generator": GENERATOR}
+        evolution = {"pairs": PAIRS, "steps": STEPS, "sigma": SIGMA, "rate": RATE, "episodes_judged": EPISODES_JUDGED}
+        settings |= {"evolution": evolution}
+        args.to.write_text(
+            json.dumps({**circumstances(), "settings": settings, "table": found, "seeds": rows}, indent=1) + "\n"
+        )
+    if args.figure:
+        draw(rows, args.figure)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from lcsc.training.weight_runs import INIT, make_runs, parts_of
 
 SMALL = {"num_runs": 300, "num_held_out": 20, "chunk": 34, "num_steps": 900, "batch_size": 64, "learning_rate": 2e-3}
 MANY = {**SMALL, "num_runs": 1000, "run_steps": 300, "run_batch_size": 32, "num_steps": 700}
-LONG = {**SMALL, "num_runs": 3000, "num_steps": 2500, "num_layers": 3}
+PROMPTS = {**MANY, "tokens": "neurons", "pairs": "prompts"}
+LONG = {**PROMPTS, "num_runs": 3000, "run_batch_size": 64, "num_steps": 7000}
 #: hidden units, and settings of the trainer
 TASKS = {
     "linear": ([], SMALL),
@@ -42,7 +43,8 @@ TASKS = {
     "plain": ([8], {**MANY, "permute": True}),
     "aligned": ([8], {**MANY, "align": True}),
     "neurons": ([8], {**MANY, "tokens": "neurons"}),
-    "neurons_long": ([8], {**LONG, "tokens": "neurons"}),
+    "neurons_prompts": ([8], PROMPTS),
+    "neurons_long": ([8], LONG),
     "uniform": ([], {**SMALL, "saves": "uniform"}),
 }
 NUM_PROMPTS, NUM_UPDATES, MEAN_OF = 20, 5, 5

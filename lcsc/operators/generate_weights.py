@@ -35,6 +35,8 @@ DIFFUSION, POST = 11, 12
 DIGITS = 6
 #: most noise seeds and most noise that are searched
 MAX_SEEDS, MAX_NOISE = 8, 0.1
+#: bound of a coefficient, beyond what searches try: nevergrad takes bounds of all boxes or of none
+MAX_COEF = 10.0
 
 
 @register(
@@ -120,7 +122,7 @@ class GenerateWeights:
         if self.noise_seed is None and made.noise_matters >= self.min_diversity:
             boxes.append(Box("noise_seed", 1, 0.0, float(MAX_SEEDS), scale=1.0))
         if self.combine is not None:  # a refinement: idle at zero
-            boxes.append(Box("coef", len(self._combined(bank)), scale=0.1, level=1))
+            boxes.append(Box("coef", len(self._combined(bank)), -MAX_COEF, MAX_COEF, scale=0.1, level=1))
         space = SearchSpace(tuple(boxes))
         self.plan(bank, space.to_point(np.zeros(space.size)))  # refuses settings that do not fit
         return space
@@ -128,10 +130,10 @@ class GenerateWeights:
     def baselines(self, bank: CheckpointBank) -> list[Baseline]:
         """The generator's first try, and what it has to be compared with; see the class."""
         space, made = self.space(bank), self._opened(bank)
-        rows = [Baseline("one_update", "one update, best metric seen", space.to_point(np.zeros(space.size)))]
-        labels = {
-            "nearest": "training checkpoint of the best metric",
-            "mean": f"mean of {MEAN_OF} training checkpoints",
+        rows = [Baseline("one_update", "one update, best seen", space.to_point(np.zeros(space.size)))]
+        labels = {  # short enough for pictures
+            "nearest": "best checkpoint seen",
+            "mean": f"mean of {MEAN_OF} seen",
             **{kind: self._rival_label(made, kind) for kind in ("sgd", "adam") if kind in made.rivals},
         }
         for kind, label in labels.items():
@@ -142,7 +144,7 @@ class GenerateWeights:
             point = space.to_point(np.zeros(space.size))
             point["start"][:] = self._beyond(bank) + PROPOSALS.index("noisy") - 0.5
             point["post_noise"][:] = sigma
-            rows.append(Baseline("noisy", f"training checkpoint with noise {sigma:g}", point))
+            rows.append(Baseline("noisy", f"best seen, noise {sigma:g}", point))
         return rows
 
     def notes(self, bank: CheckpointBank) -> list[str]:
@@ -307,7 +309,7 @@ class GenerateWeights:
     @staticmethod
     def _rival_label(made: WeightGenerator, kind: str) -> str:
         told = made.measured["time"]["optimizers"][kind]
-        return f"{told['steps']} steps of {kind.upper() if kind == 'sgd' else kind.title()}, the time of one update"
+        return f"{told['steps']} {kind.upper() if kind == 'sgd' else kind.title()} steps, same time"
 
 
 def _whole(x: np.ndarray, count: int) -> int:

@@ -25,8 +25,10 @@ def geometry(run: Run) -> Figure:
     """
     frame = run.directions()
     slope = "slope" in frame
-    figure = new_figure(4.0, "Where the score changes, and where the winner went" if slope
-                        else "The checkpoints' directions, and where the winner went")  # fmt: skip
+    # a winner that combines no checkpoints has no way along them
+    drawn_way = not frame.empty and bool(np.isfinite(frame["way"].to_numpy()).all())
+    heading = "Where the score changes" if slope else "The checkpoints' directions"
+    figure = new_figure(4.0, heading + (", and where the winner went" if drawn_way else ""))
     ax = figure.add_axes((0.105, 0.135, 0.865, 0.6))
     if frame.empty:
         return empty(figure, ax, "known when the search is finished")
@@ -44,7 +46,7 @@ def geometry(run: Run) -> Figure:
             # from the edge: on a logarithmic axis a bar has no zero to stand on
             tall = np.maximum(share[mask], low) - low
             ax.bar(number[mask], tall, bottom=low, width=0.78, color=color, label=label)
-    if np.isfinite(way).all():
+    if drawn_way:
         label = "the winner's squared way from the best baseline"
         ax.plot(number, np.maximum(way, low), "o", color=BLUE, markersize=4.6, label=label, clip_on=False, zorder=4)
     ax.set_xlim(0.4, len(frame) + 0.6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,10 +149,12 @@ class Run:
         if self.finished:
             winner = [record for record in self._records("report") if record["who"] == "best"]
             return winner[0] if winner else None
-        return _lowest(self._records("trial"))
+        return lowest(self._records("trial"))
 
     def trials(self) -> DataFrame:
         """Trials in order: uid, value (NaN when failed), best_so_far, status, seconds, images (NaN when not timed).
+
+        A last column, may_win, is False for those beyond a budget; they do not count in best_so_far.
 
         Raises:
             RunError: the journal is damaged.
@@ -161,12 +163,16 @@ class Run:
 
         timing = read_timing(self.path / "timing.jsonl")
         rows = [
-            (r["uid"], r["value"], r["status"], *(timing.get(r["seq"], {}).get(key) for key in ("seconds", "images")))
+            (
+                *(r["uid"], r["value"], r["status"]),
+                *(timing.get(r["seq"], {}).get(key) for key in ("seconds", "images")),
+                r.get("may_win", True),
+            )
             for r in self._records("trial")
         ]
-        frame = pd.DataFrame(rows, columns=["uid", "value", "status", "seconds", "images"])
-        frame = frame.astype({"value": "float64", "seconds": "float64", "images": "float64"})
-        frame.insert(2, "best_so_far", frame["value"].cummin().ffill())
+        frame = pd.DataFrame(rows, columns=["uid", "value", "status", "seconds", "images", "may_win"])
+        frame = frame.astype({"value": "float64", "seconds": "float64", "images": "float64", "may_win": "bool"})
+        frame.insert(2, "best_so_far", frame["value"].where(frame["may_win"]).cummin().ffill())
         return frame
 
     def baselines(self) -> DataFrame:
@@ -298,7 +304,7 @@ class Run:
         """What stands for each family, in the order in which the families were first scored."""
         records, final = self._records("baseline"), {record["who"]: record for record in self._records("report")}
         families = dict.fromkeys(record["family"] for record in records)
-        best = {family: _lowest([r for r in records if r["family"] == family]) for family in families}
+        best = {family: lowest([r for r in records if r["family"] == family]) for family in families}
         return {family: final.get(family, record) for family, record in best.items() if record is not None}
 
     def _best_baseline_family(self) -> str | None:
@@ -306,7 +312,7 @@ class Run:
         summary = self.summary
         if summary is not None:
             return (summary.get("report") or {}).get("best_baseline")
-        tuned = _lowest(self._records("baseline"))
+        tuned = lowest(self._records("baseline"))
         return tuned["family"] if tuned else None
 
     def _best_baseline(self) -> Record | None:
@@ -383,5 +389,7 @@ def read_timing(file: Path) -> dict[int, dict[str, Any]]:
     return rows
 
 
-def _lowest(records: list[Record]) -> Record | None:
-    return min((r for r in records if r["value"] is not None), key=lambda r: r["value"], default=None)
+def lowest(records: Iterable[Record]) -> Record | None:
+    """The lowest of the records that have a value and may win; None where there is none."""
+    found = (record for record in records if record["value"] is not None and record.get("may_win", True))
+    return min(found, key=lambda record: record["value"], default=None)

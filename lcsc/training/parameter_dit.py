@@ -47,7 +47,7 @@ class ParameterDiTTrainer:
             `lcsc.training.weight_runs.RunSettings`.
         tokens, chunk, width, num_layers, num_heads, freqs, max_log2: see `lcsc.models.parameter_dit.ParameterDiT`.
         align: see there; hidden units get the order that is nearest to those of the first run's last checkpoint.
-        permute, num_steps, batch_size, learning_rate, weight_decay, warmup, max_grad_norm, ema: see
+        permute, pairs, num_steps, batch_size, learning_rate, weight_decay, warmup, max_grad_norm, ema: see
             `lcsc.training.weight_fit.FitSettings`.
         sampler_steps: of DDIM, when noise and time are measured.
         device: that the generator is trained on.
@@ -73,6 +73,7 @@ class ParameterDiTTrainer:
     max_log2: float = 3.0
     align: bool = False
     permute: bool = False
+    pairs: str = "spacing"
     num_steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 2e-3
@@ -117,6 +118,7 @@ class ParameterDiTTrainer:
             "max_grad_norm",
             "ema",
             "permute",
+            "pairs",
         )
         return FitSettings(**{name: getattr(self, name) for name in names})
 

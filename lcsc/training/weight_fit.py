@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lcsc.core.errors import ConfigError
+from lcsc.core.errors import ConfigError, did_you_mean
 from lcsc.core.seeds import SeedRange
 from lcsc.models.parameter_dit import NUM_TIMES, SCALED_STD, ParameterDiT
 from lcsc.models.parameter_sampling import alphas_bar, order_of
@@ -28,6 +28,8 @@ from lcsc.training.state import Progressed, load_state, save_state
 PAIRS, NET = 7, 8
 #: steps between states that an interrupted training goes on from
 STATE_EVERY = 200
+#: how the two checkpoints of a pair are drawn
+PAIRINGS = ("spacing", "prompts")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class FitSettings:
         max_grad_norm: larger gradients are scaled down to it.
         ema: largest rate of the average that is saved; in step s it is at most (1 + s) / (10 + s).
         permute: whether hidden units are brought into a random order in every pair.
+        pairs: of `PAIRINGS`. `spacing` draws how far apart the two checkpoints are first, as the paper does. `prompts`
+            draws them as they will be asked for: half of the starts are first checkpoints, and the later one is nearest
+            to a metric drawn evenly from what the run reaches after the start.
     """
 
     num_steps: int
@@ -53,8 +58,11 @@ class FitSettings:
     max_grad_norm: float
     ema: float
     permute: bool
+    pairs: str = "spacing"
 
     def __post_init__(self) -> None:
+        if self.pairs not in PAIRINGS:
+            raise ConfigError(f"`trainer.pairs` is `{self.pairs}`.{did_you_mean(self.pairs, PAIRINGS)}")
         for name in ("num_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`trainer.{name}` is {getattr(self, name)}; it must be at least 1.")
@@ -135,12 +143,10 @@ class Pairs:
 
     def draw(self, step: int) -> dict[str, Tensor]:
         """`x`, `t`, `goal`, `now` and `theta` of `ParameterDiT.forward`, and `target`; a function of the step alone."""
-        R, K, P = self._theta_RKP.shape
+        R, _, P = self._theta_RKP.shape
         N, rng = self._settings.batch_size, self._seeds.generator(step, PAIRS)
         run_N = rng.integers(R, size=N)
-        apart_N = rng.integers(K, size=N)  # the spacing first, then the earlier one
-        early_N = (rng.random(N) * (K - apart_N)).astype(np.int64)
-        late_N = early_N + apart_N
+        early_N, late_N = self._prompted(run_N, rng) if self._settings.pairs == "prompts" else self._spaced(run_N, rng)
         theta_NP, target_NP = self._theta_RKP[run_N, early_N], self._theta_RKP[run_N, late_N]
         t_N = torch.from_numpy(rng.integers(NUM_TIMES, size=N))
         noise_NP = torch.from_numpy(rng.standard_normal((N, P), dtype=np.float32))
@@ -159,6 +165,24 @@ class Pairs:
             "theta": theta_NP,
             "target": target_NP,
         }
+
+    def _spaced(self, run_N: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The spacing first, then the earlier checkpoint; ranks of both, int64, shape (N,)."""
+        N, K = len(run_N), self._metric_RK.shape[1]
+        apart_N = rng.integers(K, size=N)
+        early_N = (rng.random(N) * (K - apart_N)).astype(np.int64)
+        return early_N, early_N + apart_N
+
+    def _prompted(self, run_N: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """As `_spaced`: the earlier checkpoint, then the metric that the later one is nearest to."""
+        N, K = len(run_N), self._metric_RK.shape[1]
+        early_N = np.where(rng.random(N) < 0.5, 0, rng.integers(K, size=N))
+        metric_NK, places_N = self._metric_RK[run_N].double().numpy(), np.arange(N)
+        later_NK = np.arange(K) >= early_N[:, None]
+        sign, now_N = -1 if self._net.rising else 1, metric_NK[places_N, early_N]
+        best_N = metric_NK[places_N, np.where(later_NK, sign * metric_NK, np.inf).argmin(1)]
+        goal_N = now_N + rng.random(N) * (best_N - now_N)
+        return early_N, np.where(later_NK, np.abs(metric_NK - goal_N[:, None]), np.inf).argmin(1)
 
 
 def noised(clean_NP: Tensor, noise_NP: Tensor, t_N: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from lcsc.core.seeds import Purpose
 from lcsc.datasets.digits import Digits
 from lcsc.models.network import load_network
 from lcsc.models.weight_generator import open_generator
+from lcsc.searchers.base import Task
 from lcsc.training import weight_fit
 from lcsc.training.parameter_dit import ParameterDiTTrainer
 
@@ -153,6 +154,8 @@ def test_checkpoints_are_combined_with_what_is_generated(made):
     operator = registry.build("operator", "generate_weights", sampler_steps=2, combine="all", post_noise=0.0)
     space = operator.space(bank)
     assert [box.level for box in space.boxes if box.name == "coef"] == [1]
+    first = registry.build("searcher", "ladder").start(Task(space, 20, 0)).ask()  # refuses bounds of some boxes alone
+    assert first.vector.shape == (space.size,)
     point = space.to_point([0.0] * space.size)
     alone = bank.layout.flatten(operator.apply(bank, point).weights())
     point["coef"][:] = [0.0, 0.25, 0.0, -0.5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -163,6 +164,28 @@ def test_pairs_are_of_one_run_and_the_target_is_not_earlier(runs):
         assert (metric[run, early], metric[run, late]) == (now, goal)
 
 
+@pytest.mark.parametrize("rising", [False, True])
+def test_pairs_that_are_drawn_as_prompts_are_spread_evenly_over_the_metric(runs, rising):
+    """Of 41 checkpoints the first 31 hardly differ in their metric."""
+    falls_K = torch.cat([torch.linspace(2.0, 1.9, 31), torch.linspace(1.8, 0.9, 10)])
+    metric_RK = (-falls_K if rising else falls_K).expand(10, -1)
+    theta_RKP = torch.arange(410.0).reshape(10, 41, 1).expand(-1, -1, runs.theta_RKP.shape[2]).clone()
+    many = replace(runs, theta_RKP=theta_RKP, metrics={"loss": metric_RK})
+    net = generator(many)
+    net.rising, net.scale = rising, 1.0
+    # shares of pairs that start at the first checkpoint, and of those that hardly go anywhere: with spacings the sums
+    # of 1 / (41 - spacing) over their spacings; as prompts from 2.0 half-way to 1.8, of the way to 0.9
+    for pairs, firsts, near in (("spacing", 0.105, 0.319), ("prompts", 0.512, 0.15 / 1.1)):
+        settings = replace(FIT, batch_size=8000, pairs=pairs)
+        drawn = Pairs(many, net, settings, SeedRange(0, Purpose.TRAIN)).draw(1)
+        early, late = (drawn[name][:, 0].long() for name in ("theta", "target"))
+        assert torch.equal(early // 41, late // 41)
+        assert (early <= late).all()
+        first = early % 41 == 0
+        assert first.float().mean().item() == pytest.approx(firsts, abs=0.02)
+        assert (drawn["goal"].abs()[first] >= 1.9).float().mean().item() == pytest.approx(near, abs=0.04)
+
+
 def test_saves_are_spaced_in_the_logarithm_and_start_at_the_beginning(runs):
     assert RUNS.steps().tolist() == [0, 1, 2, 5, 12]
     assert RunSettings(10, 2, 12, 4, "uniform", 0.5, 8, "own").steps().tolist() == [0, 4, 8, 12]
@@ -187,6 +210,7 @@ def test_the_average_follows_the_network_from_the_start(runs):
         ({"num_saves": 2}, "at least 3"),
         ({"metric": "return"}, "`trainer.metric` is `return`"),
         ({"tokens": "rows"}, "`tokens` is `rows`"),
+        ({"pairs": "even"}, "`trainer.pairs` is `even`"),
         ({"width": 10, "num_heads": 4}, "no multiple"),
         ({"ema": 1.0}, r"\[0, 1\)"),
         ({"learning_rate": 0.0}, "above 0"),

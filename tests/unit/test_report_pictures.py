@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 from helpers_fake_run import FLOOR, make_fake_run
-from helpers_report import edit_records
+from helpers_report import edit_geometry, edit_records
 
 from lcsc.report import directions, grids, plots
 from lcsc.report.run import Run
@@ -62,6 +62,15 @@ def test_narrow_range_of_scores_gets_a_linear_axis(tmp_path):
     assert Run.open(path).plot_convergence().axes[0].get_yscale() == "linear"
 
 
+def test_what_stands_over_the_convergence_fits_the_picture(tmp_path):
+    path = make_fake_run(tmp_path / "run", name="gpt_digits_mixed_all", num_trials=4)
+    edit_records(path, lambda r: r | {"block": (None, 3)[r["uid"] % 2]} if r.get("kind") == "trial" else r)
+    run = Run.open(path)
+    assert run.noise == "search and fresh seeds"
+    figure = run.plot_convergence()
+    assert max(text.get_window_extent().x1 for text in figure.texts) <= figure.bbox.x1
+
+
 def test_score_bars_start_at_zero(finished):
     run = Run.open(finished)
     (ax,) = plots.scores(run).axes
@@ -83,6 +92,16 @@ def test_geometry_plot_draws_the_shares_and_marks_what_is_flat(finished, grouped
         np.testing.assert_allclose(way, np.maximum(frame["way"], low))
         colors = [bar.get_facecolor() for bar in bars]
         assert [color == colors[-1] for color in colors] == frame["flat"].tolist() == [False] * 36 + [True] * 3
+
+
+def test_geometry_plot_speaks_of_the_winner_s_way_only_where_it_draws_one(tmp_path):
+    path = make_fake_run(tmp_path / "run", num_trials=3)
+    heading = "The checkpoints' directions"
+    assert directions.geometry(Run.open(path)).texts[0].get_text() == f"{heading}, and where the winner went"
+    edit_geometry(path, {key: value for key, value in Run.open(path).geometry.items() if key != "way"})
+    figure = directions.geometry(Run.open(path))
+    assert figure.texts[0].get_text() == heading
+    assert not figure.axes[0].lines
 
 
 def test_tile_repeats_pixels_in_reading_order():

@@ -21,7 +21,7 @@ from lcsc.report.tables import (
 
 def test_trials_are_the_journal_with_its_cumulative_minimum(finished):
     frame, records = open_run(finished).trials(), read_records(finished, "trial")
-    assert list(frame.columns) == ["uid", "value", "best_so_far", "status", "seconds", "images"]
+    assert list(frame.columns) == ["uid", "value", "best_so_far", "status", "seconds", "images", "may_win"]
     assert frame["uid"].tolist() == list(range(60))
     values = [np.inf if record["value"] is None else record["value"] for record in records]
     assert frame["value"].fillna(np.inf).tolist() == values
@@ -188,7 +188,7 @@ def test_a_run_knows_whose_noise_its_trials_saw(tmp_path, blocks, noise):
     )
     texts = " ".join(text.get_text() for text in run.plot_convergence().texts)
     assert ("dots and lines: search seeds" in texts) == (noise == "search seeds")
-    assert (f"trials: {noise} · baselines: search seeds" in texts) == (noise != "search seeds")
+    assert (f"trials: {noise} · lines: search seeds" in texts) == (noise != "search seeds")
 
 
 # ---- damage
