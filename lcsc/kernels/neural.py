@@ -261,7 +261,7 @@ def _walk(
     reading: bool, sym_N: Any, data: Any, own: int, known_PN: Any, ends_E: Any, columns_E: Any, contexts: Any, net: Any
 ) -> Any:
     """Write `sym_N` into `data`, or read it from there; returns where the bytes end, and the range that is left."""
-    zero = np.int64(0)  # a plain 0 has a type of its own, for which all is compiled once more
+    zero: Any = np.int64(0)  # a plain 0 has a type of its own, for which all is compiled once more
     K, (H, S) = len(contexts.slots_K3), net.out_HS.shape
     J = len(contexts.counted_J4)
     rows, value_K, line_J = np.empty(K + J, np.int64), np.empty(K, np.int64), np.empty(J, np.int64)
