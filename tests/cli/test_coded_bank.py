@@ -162,12 +162,33 @@ def test_verify_tells_what_is_wrong(folder, lcsc, tmp_path):
     assert f"`{file}` is no whole coded checkpoint" in err
 
 
+def test_a_network_codes_and_is_refused_where_it_computes_otherwise(folder, lcsc, tmp_path, monkeypatch):
+    from lcsc.codec import neural
+
+    to, words = tmp_path / "neural", ["codec=lossy", "optimizer=true"]
+    code, out, err = lcsc("bank", "pack", f"from={folder}", f"to={to}", *words, "coder=neural")
+    assert (code, err) == (0, "")
+    assert "5 checkpoints, codec lossy by coder neural" in out
+    assert lcsc("bank", "pack", f"from={folder}", f"to={tmp_path / 'counts'}", *words)[0] == 0
+    assert lcsc("verify", str(to))[::2] == (0, "")
+    assert CheckpointBank.open(to).digest == CheckpointBank.open(tmp_path / "counts").digest
+    monkeypatch.setattr(neural, "_arithmetic", lambda: "0" * 32)
+    for line in (["verify", str(to)], ["bank", "scan", str(to)]):
+        code, _, err = lcsc(*line)
+        assert code == 2
+        assert f"`{to / file_name(10)}` was coded by a network (coder=neural) that does not compute here" in err
+        assert len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["codec=zip"], "`codec` is `zip`"),
         (["codec=lossy", "bits_w=four"], "`bits_w` is `four`; it must be a whole number"),
         (["codec=lossless", "dtype=float16"], "`dtype` is `float16`, and a codec keeps"),
+        (["codec=lossy", "coder=lstm"], "`coder` is `lstm`; it must be one of counts, neural"),
+        (["codec=lossless", "coder=neural"], "`coder` is `neural` and `codec` is `lossless`"),
+        (["coder=neural"], "`coder` is a setting of a codec, and there is none"),
         (["tau=1"], "`tau` is a setting of a codec, and there is none"),
         (["codec=lossless", "optimizer=yes"], "`optimizer` is `yes`"),
         (["codec=lossless", "bits_w=3"], "`bits_w` says what is lost, and codec=lossless loses nothing"),

@@ -185,10 +185,12 @@ def test_transformers_saves_through_the_callback(tmp_path: Path) -> None:
 
     net, optimizer = small()
     run(net, optimizer, 0, 2)
-    called = saver_callback(CodedSaver(tmp_path / "bank"))
+    called = saver_callback(CodedSaver(tmp_path / "bank", CodecSettings("lossy", coder="neural")))
     arguments = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
     called.on_save(arguments, TrainerState(global_step=7), TrainerControl(), model=net, optimizer=optimizer)
-    assert CheckpointBank.open(tmp_path / "bank").steps == (7,)
+    bank = CheckpointBank.open(tmp_path / "bank")
+    assert bank.steps == (7,)
+    assert torch.equal(bank.layout.views(bank.matrix()[0])["0.weight"], net[0].weight)  # an anchor's
     called.on_train_begin(arguments, TrainerState(global_step=7), TrainerControl())
     with pytest.raises(OutputExistsError, match="goes on from step 0"):
         called.on_train_begin(arguments, TrainerState(), TrainerControl())
