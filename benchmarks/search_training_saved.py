@@ -73,9 +73,9 @@ def measure(experiment: str, seed: int, args: argparse.Namespace) -> dict:
         return early(words, stop, save_every, args.work / f"early-{name}-{stop}")
 
     if "early" in args.ways:
-        row["early"] = reached(so_far, [stop for stop in STOPS if 2 * save_every <= stop < steps], row)
+        row["early"] = reached(so_far, [stop for stop in args.stops if 2 * save_every <= stop < steps], row)
     if "planned" in args.ways and not experiment.startswith("cifar10"):
-        row["planned"] = reached(lambda stop: planned(experiment, seed, stop, args), STOPS, row)
+        row["planned"] = reached(lambda stop: planned(experiment, seed, stop, args), args.stops, row)
     return row
 
 
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=["early", "planned"], choices=["early", "planned"])
     parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--stops", type=int, nargs="+", default=STOPS, help="lengths of short runs, shortest first")
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results/search_training_saved.json"))
     args = parser.parse_args()
     rows = [measure(args.experiment, seed, args) for seed in args.seeds]
