@@ -21,25 +21,25 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpt_digits import MEAN_OF, NUM_PROMPTS, NUM_UPDATES, r2
+from gpt_digits import MEAN_OF, NUM_PROMPTS, NUM_UPDATES, fitted, r2
 from machine import circumstances, mean_se
 
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.models.parameter_sampling import propose, updated
 from lcsc.models.weight_runs import WeightRuns
 from lcsc.training.parameter_dit import ParameterDiTTrainer
-from lcsc.training.weight_fit import fit_generator, new_generator
+from lcsc.training.weight_fit import new_generator
 from lcsc.training.weight_rivals import diversity, seconds_of
 
 SHAPES = {"bias": (2,), "weight": (2, 4)}
 SIZE, MOST = 10, 500
-NUM_RUNS, NUM_HELD_OUT, NUM_SAVES = 500, 20, 20
+NUM_RUNS, NUM_HELD_OUT, NUM_SAVES = 300, 20, 20
 #: episodes of a checkpoint that is learned from, and of what is judged
 EPISODES, EPISODES_JUDGED = 32, 64
 #: evolution strategies: pairs of a step, steps, noise, learning rate; steps of those that an update is compared with
 PAIRS, STEPS, SIGMA, RATE = 8, 80, 0.1, 0.05
 MOST_STEPS = 150
-GENERATOR = {"num_steps": 3000, "batch_size": 64, "learning_rate": 2e-3, "chunk": 4, "pairs": "prompts"}
+GENERATOR = {"num_steps": 2000, "batch_size": 64, "learning_rate": 2e-3, "chunk": 4, "pairs": "prompts"}
 #: environments side by side: more of them fall out of the processor's cache
 SIDE_BY_SIDE = 4096
 
@@ -92,41 +92,50 @@ def steps_within(seconds: float, theta_1P: np.ndarray, seed: int) -> int:
     return steps
 
 
-def make_runs(seed: int) -> WeightRuns:
-    """All runs side by side."""
-    rng = np.random.default_rng(seed)
-    late = np.maximum(np.geomspace(1, STEPS, NUM_SAVES - 1).round().astype(int), np.arange(1, NUM_SAVES))
-    steps_K = np.concatenate([[0], late])
+def make_runs(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """All runs side by side: policies, shape (R, K, P), and their returns, shape (R, K)."""
+    rng, steps = np.random.default_rng(seed), set(saved_steps().tolist())
     theta_RP = 0.1 * rng.standard_normal((NUM_RUNS, SIZE))
     kept = [theta_RP.copy()]
     for step in range(1, STEPS + 1):
         theta_RP = climbed(theta_RP, rng, 1_000_000 * (seed + 1) + 10_000 * step)
-        if step in steps_K:
+        if step in steps:
             kept.append(theta_RP.copy())
     theta_RKP = np.stack(kept, 1)
     gain_RK = returns(theta_RKP.reshape(-1, SIZE), EPISODES, 100_000_000 * (seed + 1)).reshape(NUM_RUNS, -1)
-    return WeightRuns(
-        SHAPES,
-        tuple(f"run-{r:05d}" for r in range(NUM_RUNS)),
-        np.tile(steps_K, (NUM_RUNS, 1)),
-        torch.from_numpy(theta_RKP).float(),
-        {"return": torch.from_numpy(gain_RK).float()},
-    )
+    return theta_RKP, gain_RK
+
+
+def saved_steps() -> np.ndarray:
+    """Steps of the checkpoints, shape (K,)."""
+    late = np.geomspace(1, STEPS, NUM_SAVES - 1).round().astype(int)
+    return np.concatenate([[0], np.maximum(late, np.arange(1, NUM_SAVES))])
+
+
+def kept_runs(seed: int, file: Path) -> tuple[WeightRuns, float]:
+    """The runs of a seed, made where they are missing, and the CPU seconds that took."""
+    if not file.exists():
+        began = time.process_time()
+        theta_RKP, gain_RK = make_runs(seed)
+        np.savez(file, theta=theta_RKP, gain=gain_RK, seconds=time.process_time() - began)
+    with np.load(file) as told:
+        theta_RKP, gain_RK, seconds = told["theta"], told["gain"], float(told["seconds"])
+    names = tuple(f"run-{r:05d}" for r in range(NUM_RUNS))
+    metrics = {"return": torch.from_numpy(gain_RK).float()}
+    steps_RK = np.tile(saved_steps(), (NUM_RUNS, 1))
+    return WeightRuns(SHAPES, names, steps_RK, torch.from_numpy(theta_RKP).float(), metrics), seconds
 
 
 class Piece:
     """One seed: its runs, its generator, and what is measured of them."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, keep: Path) -> None:
         self.seed, self.seeds = seed, SeedRange(seed, Purpose.TRAIN)
-        began = time.process_time()
-        runs = make_runs(seed)
-        self.seconds_runs, began = time.process_time() - began, time.process_time()
+        runs, self.seconds_runs = kept_runs(seed, keep / f"runs-{seed}.npz")
         self.learned, self.held = runs.part(slice(0, -NUM_HELD_OUT)), runs.part(slice(-NUM_HELD_OUT, None))
         trainer = ParameterDiTTrainer(runs="made here", metric="return", rising=True, **GENERATOR)
         net = new_generator(self.learned, {**trainer.sizes, "rising": True}, "return", False, self.seeds)
-        self.net = fit_generator(net, self.learned, trainer.fit_settings, self.seeds, progress=False)
-        self.seconds_fit = time.process_time() - began
+        self.net, self.seconds_fit = fitted(net, self.learned, trainer, self.seeds, keep / f"cartpole-{seed}")
         self.start_RP, self.now_R = self.held.theta_RKP[:, 0], self.held.metric("return")[:, 0]
 
     def judged(self, theta_NP: torch.Tensor, at: int = 0) -> torch.Tensor:
@@ -206,9 +215,10 @@ class Piece:
         }
 
 
-def run(seed: int) -> dict:
-    """All numbers of a seed; `cpu_seconds` are of this process."""
-    piece = Piece(seed)
+def run(seed: int, keep: Path) -> dict:
+    """All numbers of a seed; what is not finished is kept in `keep`."""
+    keep.mkdir(exist_ok=True)
+    piece = Piece(seed, keep)
     update = piece.update()
     ends_NP = piece.held.theta_RKP[:8, -1]
     return {
@@ -281,7 +291,7 @@ def main() -> None:
     for seed in args.seeds:
         file = args.folder / f"cartpole-{seed}.json"
         if not file.exists():
-            file.write_text(json.dumps(run(seed), indent=1) + "\n")
+            file.write_text(json.dumps(run(seed, args.folder / "unfinished"), indent=1) + "\n")
         rows.append(json.loads(file.read_text()))
     found = table(rows)
     print(json.dumps(found, indent=1))
