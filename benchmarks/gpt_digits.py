@@ -85,9 +85,14 @@ class Piece:
         self.trainer = ParameterDiTTrainer(**settings)
         self.many = Many({"class": "SmallClassifier", "config": {"hidden": hidden}})
         self.parts, self.seeds = parts_of(Digits(), self.many), SeedRange(seed, Purpose.TRAIN)
-        began = time.process_time()
-        runs = make_runs(self.trainer.run_settings, self.many, self.parts, seed)
-        self.seconds_runs = time.process_time() - began
+        made = keep / f"{task}-{seed}-runs.pt"
+        if not made.exists():
+            began = time.process_time()
+            runs = make_runs(self.trainer.run_settings, self.many, self.parts, seed)
+            keep.mkdir(parents=True, exist_ok=True)
+            torch.save({**vars(runs), "seconds": time.process_time() - began}, made)
+        told = torch.load(made, weights_only=False)  # written here
+        self.seconds_runs, runs = told.pop("seconds"), WeightRuns(**told)
         num = self.trainer.num_held_out
         self.learned, self.held = runs.part(slice(0, -num)), runs.part(slice(-num, None))
         net = new_generator(self.learned, self.trainer.sizes, self.trainer.metric, self.trainer.align, self.seeds)
