@@ -70,7 +70,8 @@ def fitted(
         with safe_open(folder.state_path, "pt") as file:
             before = int(file.metadata()["step"])
     began = time.process_time()
-    net = fit_generator(net, learned, trainer.fit_settings, seeds, folder, progress=False)
+    with folder.lock():
+        net = fit_generator(net, learned, trainer.fit_settings, seeds, folder, progress=False)
     if not took.exists():
         seconds = time.process_time() - began
         took.write_text(json.dumps(seconds * trainer.num_steps / max(1, trainer.num_steps - before)))
