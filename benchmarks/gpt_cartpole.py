@@ -28,7 +28,7 @@ from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.models.parameter_sampling import propose, updated
 from lcsc.models.weight_runs import WeightRuns
 from lcsc.training.parameter_dit import ParameterDiTTrainer
-from lcsc.training.weight_fit import new_generator
+from lcsc.training.weight_fit import PAIRINGS, new_generator
 from lcsc.training.weight_rivals import diversity, seconds_of
 
 SHAPES = {"bias": (2,), "weight": (2, 4)}
@@ -39,7 +39,7 @@ EPISODES, EPISODES_JUDGED = 32, 64
 #: evolution strategies: pairs of a step, steps, noise, learning rate; steps of those that an update is compared with
 PAIRS, STEPS, SIGMA, RATE = 8, 80, 0.1, 0.05
 MOST_STEPS = 150
-GENERATOR = {"num_steps": 2000, "batch_size": 64, "learning_rate": 2e-3, "chunk": 4, "pairs": "prompts"}
+GENERATOR = {"num_steps": 2000, "batch_size": 64, "learning_rate": 2e-3, "chunk": 4}
 #: environments side by side: more of them fall out of the processor's cache
 SIDE_BY_SIDE = 4096
 
@@ -127,15 +127,15 @@ def kept_runs(seed: int, file: Path) -> tuple[WeightRuns, float]:
 
 
 class Piece:
-    """One seed: its runs, its generator, and what is measured of them."""
+    """One seed and way to draw pairs: the runs, the generator, and what is measured of them."""
 
-    def __init__(self, seed: int, keep: Path) -> None:
+    def __init__(self, seed: int, pairs: str, keep: Path) -> None:
         self.seed, self.seeds = seed, SeedRange(seed, Purpose.TRAIN)
         runs, self.seconds_runs = kept_runs(seed, keep / f"runs-{seed}.npz")
         self.learned, self.held = runs.part(slice(0, -NUM_HELD_OUT)), runs.part(slice(-NUM_HELD_OUT, None))
-        trainer = ParameterDiTTrainer(runs="made here", metric="return", rising=True, **GENERATOR)
+        trainer = ParameterDiTTrainer(runs="made here", metric="return", rising=True, pairs=pairs, **GENERATOR)
         net = new_generator(self.learned, {**trainer.sizes, "rising": True}, "return", False, self.seeds)
-        self.net, self.seconds_fit = fitted(net, self.learned, trainer, self.seeds, keep / f"cartpole-{seed}")
+        self.net, self.seconds_fit = fitted(net, self.learned, trainer, self.seeds, keep / f"{pairs}-{seed}")
         self.start_RP, self.now_R = self.held.theta_RKP[:, 0], self.held.metric("return")[:, 0]
 
     def judged(self, theta_NP: torch.Tensor, at: int = 0) -> torch.Tensor:
@@ -185,8 +185,8 @@ class Piece:
             ),
         }
 
-    def rivals(self, update: dict) -> dict:
-        """Copies of training checkpoints, and evolution strategies from the same starts."""
+    def rivals(self, seconds: float) -> dict:
+        """Copies of training checkpoints, and evolution strategies from the same starts, also for so many seconds."""
         gain_RK = self.learned.metric("return")
         top_R = torch.argsort(-gain_RK.max(1).values, stable=True)[:MEAN_OF]
         few_MP = self.learned.theta_RKP[top_R, gain_RK[top_R].argmax(1)]
@@ -198,7 +198,7 @@ class Piece:
             "noise_0.1": few_MP[0] + 0.1 * few_MP[0].std() * noise_NP,
         }
         rng, theta_RP, means = np.random.default_rng(1000 + self.seed), self.start_RP.double().numpy(), []
-        equal = steps_within(update["seconds"], theta_RP[:1], self.seed)
+        equal = steps_within(seconds, theta_RP[:1], self.seed)
         for step in range(1, MOST_STEPS + 1):
             theta_RP = climbed(theta_RP, rng, 100_000_000 * (self.seed + 1) + 90_000_000 + 1000 * step)
             means.append(float(self.judged(torch.from_numpy(theta_RP), 2).mean()))
@@ -209,8 +209,6 @@ class Piece:
                 "episodes_a_step": 2 * PAIRS,
                 "steps_of_equal_time": equal,
                 "at_equal_time": means[min(equal, MOST_STEPS) - 1],
-                "steps_to_one_update": next((s for s, x in enumerate(means, 1) if x >= update["after"]), None),
-                "steps_to_99_percent": next((s for s, x in enumerate(means, 1) if x >= 0.99 * update["after"]), None),
             },
         }
 
@@ -218,37 +216,51 @@ class Piece:
 def run(seed: int, keep: Path) -> dict:
     """All numbers of a seed; what is not finished is kept in `keep`."""
     keep.mkdir(exist_ok=True)
-    piece = Piece(seed, keep)
-    update = piece.update()
-    ends_NP = piece.held.theta_RKP[:8, -1]
+    arms = {}
+    for pairs in PAIRINGS:
+        piece = Piece(seed, pairs, keep)
+        ends_NP = piece.held.theta_RKP[:8, -1]
+        arms[pairs] = {
+            "cpu_seconds": piece.seconds_fit,
+            "held_out": piece.alignment(),
+            "one_update": piece.update(),
+            "diversity": diversity(piece.net, piece.start_RP[:8], piece.now_R[:8], ends_NP, 10, piece.seeds),
+        }
     return {
         "seed": seed,
-        "cpu_seconds": {"runs": piece.seconds_runs, "generator": piece.seconds_fit},
+        "cpu_seconds_of_the_runs": piece.seconds_runs,
         "returns_of_the_runs": piece.learned.metric("return").mean(0).tolist(),
         "steps": piece.learned.steps_RK[0].tolist(),
-        "held_out": piece.alignment(),
-        "one_update": update,
-        "rivals": piece.rivals(update),
-        "diversity": diversity(piece.net, piece.start_RP[:8], piece.now_R[:8], ends_NP, 10, piece.seeds),
+        "arms": arms,
+        "rivals": piece.rivals(arms[PAIRINGS[-1]]["one_update"]["seconds"]),
     }
 
 
 def table(rows: list[dict]) -> dict:
     """Means over seeds and their standard errors."""
-    evolution = [row["rivals"]["evolution"] for row in rows]
+    evolution, found = [row["rivals"]["evolution"] for row in rows], {}
+    for pairs in PAIRINGS:
+        arms = [row["arms"][pairs] for row in rows]
+        steps = [
+            next((step for step, mean in enumerate(told["means"], 1) if mean >= arm["one_update"]["after"]), None)
+            for told, arm in zip(evolution, arms, strict=True)
+        ]
+        found[pairs] = {
+            **{
+                key: mean_se([arm["held_out"][key] for arm in arms])
+                for key in ("r2", "r2_shuffled", "r2_of_means", "spearman")
+            },
+            "updates": [mean_se([arm["one_update"]["updates"][s] for arm in arms]) for s in range(NUM_UPDATES)],
+            "evolution_steps_to_one_update": steps,
+        }
     return {
-        **{key: mean_se([row["held_out"][key] for row in rows]) for key in ("r2", "r2_shuffled", "spearman")},
-        "r2_of_means": mean_se([row["held_out"]["r2_of_means"] for row in rows]),
-        "start": mean_se([row["one_update"]["start"] for row in rows]),
-        "one_update": mean_se([row["one_update"]["after"] for row in rows]),
+        "start": mean_se([row["arms"][PAIRINGS[0]]["one_update"]["start"] for row in rows]),
+        "pairs": found,
         "rivals": {
             name: mean_se([row["rivals"]["returns"][name] for row in rows]) for name in rows[0]["rivals"]["returns"]
         },
         "evolution_of_equal_time": mean_se([told["at_equal_time"] for told in evolution]),
-        **{
-            key: [told[key] for told in evolution]
-            for key in ("steps_of_equal_time", "steps_to_one_update", "steps_to_99_percent")
-        },
+        "evolution_steps_of_equal_time": [told["steps_of_equal_time"] for told in evolution],
     }
 
 
@@ -256,20 +268,27 @@ def draw(rows: list[dict], target: Path) -> None:
     """Prompted against measured return, and one update beside the steps of evolution strategies."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.4, 3.3), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(9.6, 3.3), layout="constrained")
+    *prompted, right = figure.subplots(1, 3)
     for row in rows:
-        x, y, spread = (np.array(row["held_out"][key]) for key in ("prompts", "observed", "observed_std"))
-        (line,) = left.plot(x, y, marker=".", linewidth=1, label=f"seed {row['seed']}")
-        left.fill_between(x, y - spread, np.minimum(y + spread, MOST), alpha=0.12, color=line.get_color(), linewidth=0)
+        for pairs, ax in zip(PAIRINGS, prompted, strict=True):
+            told = row["arms"][pairs]["held_out"]
+            x, y, spread = (np.array(told[key]) for key in ("prompts", "observed", "observed_std"))
+            (line,) = ax.plot(x, y, marker=".", linewidth=1, label=f"seed {row['seed']}")
+            low, high = np.maximum(y - spread, 0), np.minimum(y + spread, MOST)
+            ax.fill_between(x, low, high, alpha=0.12, color=line.get_color(), linewidth=0)
         means = row["rivals"]["evolution"]["means"]
-        right.plot(range(len(means) + 1), [row["one_update"]["start"], *means], linewidth=1, color=line.get_color())
-        right.plot([1], [row["one_update"]["after"]], marker="*", color=line.get_color(), markersize=9, linewidth=0)
-    left.plot([0, MOST], [0, MOST], color="0.6", linestyle="--", linewidth=1, zorder=0)
-    left.set(xlabel="return asked for", ylabel="return measured after one update")
-    left.legend(fontsize=8, frameon=False)
-    right.set(xlabel="step", ylabel="return, mean of 20 held-out runs", title="evolution strategies; stars: one update")
-    for ax in (left, right):
+        right.plot([row["arms"]["prompts"]["one_update"]["start"], *means], linewidth=1, color=line.get_color())
+        for pairs, marker in zip(PAIRINGS, "os", strict=True):
+            updates = row["arms"][pairs]["one_update"]["updates"]
+            right.plot(range(1, 1 + NUM_UPDATES), updates, marker, color=line.get_color(), markersize=4)
+    for pairs, ax in zip(PAIRINGS, prompted, strict=True):
+        ax.plot([0, MOST], [0, MOST], color="0.6", linestyle="--", linewidth=1, zorder=0)
+        ax.set(xlabel="return asked for", ylabel="return after one update", title=f"pairs drawn as {pairs}")
+    prompted[0].legend(fontsize=8, frameon=False)
+    title = "lines: evolution strategies\nupdates: circles spacing, squares prompts"
+    right.set(xlabel="steps or updates", ylabel="return, mean of 20 held-out runs", title=title)
+    for ax in (*prompted, right):
         ax.xaxis.label.set_size(8), ax.yaxis.label.set_size(8), ax.title.set_size(9)
         ax.tick_params(labelsize=8)
         ax.set_ylim(0, 1.04 * MOST)
