@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -213,33 +214,35 @@ class Piece:
         }
 
 
-def run(seed: int, keep: Path) -> dict:
-    """All numbers of a seed; what is not finished is kept in `keep`."""
+def run(seed: int, row: dict, pairings: list[str], keep: Path) -> Iterator[dict]:
+    """The numbers of a seed, with each way to draw pairs that was missing; what is not finished is kept in `keep`."""
     keep.mkdir(exist_ok=True)
-    arms = {}
-    for pairs in PAIRINGS:
+    for pairs in pairings:
+        if pairs in row.get("arms", {}):
+            continue
         piece = Piece(seed, pairs, keep)
         ends_NP = piece.held.theta_RKP[:8, -1]
-        arms[pairs] = {
+        arm = {
             "cpu_seconds": piece.seconds_fit,
             "held_out": piece.alignment(),
             "one_update": piece.update(),
             "diversity": diversity(piece.net, piece.start_RP[:8], piece.now_R[:8], ends_NP, 10, piece.seeds),
         }
-    return {
-        "seed": seed,
-        "cpu_seconds_of_the_runs": piece.seconds_runs,
-        "returns_of_the_runs": piece.learned.metric("return").mean(0).tolist(),
-        "steps": piece.learned.steps_RK[0].tolist(),
-        "arms": arms,
-        "rivals": piece.rivals(arms[PAIRINGS[-1]]["one_update"]["seconds"]),
-    }
+        told = {
+            "seed": seed,
+            "cpu_seconds_of_the_runs": piece.seconds_runs,
+            "returns_of_the_runs": piece.learned.metric("return").mean(0).tolist(),
+            "steps": piece.learned.steps_RK[0].tolist(),
+            "rivals": row.get("rivals") or piece.rivals(arm["one_update"]["seconds"]),
+        }
+        row = {**told, "arms": {**row.get("arms", {}), pairs: arm}}
+        yield row
 
 
 def table(rows: list[dict]) -> dict:
     """Means over seeds and their standard errors."""
     evolution, found = [row["rivals"]["evolution"] for row in rows], {}
-    for pairs in PAIRINGS:
+    for pairs in rows[0]["arms"]:
         arms = [row["arms"][pairs] for row in rows]
         steps = [
             next((step for step, mean in enumerate(told["means"], 1) if mean >= arm["one_update"]["after"]), None)
@@ -254,7 +257,7 @@ def table(rows: list[dict]) -> dict:
             "evolution_steps_to_one_update": steps,
         }
     return {
-        "start": mean_se([row["arms"][PAIRINGS[0]]["one_update"]["start"] for row in rows]),
+        "start": mean_se([next(iter(row["arms"].values()))["one_update"]["start"] for row in rows]),
         "pairs": found,
         "rivals": {
             name: mean_se([row["rivals"]["returns"][name] for row in rows]) for name in rows[0]["rivals"]["returns"]
@@ -268,25 +271,27 @@ def draw(rows: list[dict], target: Path) -> None:
     """Prompted against measured return, and one update beside the steps of evolution strategies."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 3.3), layout="constrained")
-    *prompted, right = figure.subplots(1, 3)
+    pairings = list(rows[0]["arms"])
+    figure = Figure(figsize=(3.3 * (1 + len(pairings)), 3.3), layout="constrained")
+    *prompted, right = figure.subplots(1, 1 + len(pairings))
     for row in rows:
-        for pairs, ax in zip(PAIRINGS, prompted, strict=True):
+        for pairs, ax in zip(pairings, prompted, strict=True):
             told = row["arms"][pairs]["held_out"]
             x, y, spread = (np.array(told[key]) for key in ("prompts", "observed", "observed_std"))
             (line,) = ax.plot(x, y, marker=".", linewidth=1, label=f"seed {row['seed']}")
             low, high = np.maximum(y - spread, 0), np.minimum(y + spread, MOST)
             ax.fill_between(x, low, high, alpha=0.12, color=line.get_color(), linewidth=0)
         means = row["rivals"]["evolution"]["means"]
-        right.plot([row["arms"]["prompts"]["one_update"]["start"], *means], linewidth=1, color=line.get_color())
-        for pairs, marker in zip(PAIRINGS, "os", strict=True):
+        right.plot([row["arms"][pairings[0]]["one_update"]["start"], *means], linewidth=1, color=line.get_color())
+        for pairs, marker in zip(pairings, "so", strict=False):
             updates = row["arms"][pairs]["one_update"]["updates"]
             right.plot(range(1, 1 + NUM_UPDATES), updates, marker, color=line.get_color(), markersize=4)
-    for pairs, ax in zip(PAIRINGS, prompted, strict=True):
+    for pairs, ax in zip(pairings, prompted, strict=True):
         ax.plot([0, MOST], [0, MOST], color="0.6", linestyle="--", linewidth=1, zorder=0)
         ax.set(xlabel="return asked for", ylabel="return after one update", title=f"pairs drawn as {pairs}")
     prompted[0].legend(fontsize=8, frameon=False)
-    title = "lines: evolution strategies\nupdates: circles spacing, squares prompts"
+    marks = " and ".join(f"{mark} ({pairs})" for pairs, mark in zip(pairings, ("squares", "circles"), strict=False))
+    title = f"evolution strategies (lines),\nupdates: {marks}"
     right.set(xlabel="steps or updates", ylabel="return, mean of 20 held-out runs", title=title)
     for ax in (*prompted, right):
         ax.xaxis.label.set_size(8), ax.yaxis.label.set_size(8), ax.title.set_size(9)
@@ -301,6 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, required=True, help="keeps each seed, and goes on with what is there")
+    parser.add_argument("--pairs", nargs="*", default=["prompts", "spacing"], choices=PAIRINGS)
     parser.add_argument("--to", type=Path)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
@@ -309,9 +315,11 @@ def main() -> None:
     rows = []
     for seed in args.seeds:
         file = args.folder / f"cartpole-{seed}.json"
-        if not file.exists():
-            file.write_text(json.dumps(run(seed, args.folder / "unfinished"), indent=1) + "\n")
-        rows.append(json.loads(file.read_text()))
+        row = json.loads(file.read_text()) if file.exists() else {}
+        for found in run(seed, row, args.pairs, args.folder / "unfinished"):
+            row = found
+            file.write_text(json.dumps(row, indent=1) + "\n")
+        rows.append(row)
     found = table(rows)
     print(json.dumps(found, indent=1))
     if args.to:
