@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import pickle
 import sys
 import tempfile
@@ -25,14 +24,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from codec_peers import excp, measure, peers, shuffled, xz_symbols
-from machine import circumstances
+from pieces import Pieces, add_options, run_pieces
 
 import lcsc.kernels.entropy as entropy
 from lcsc.bank import CheckpointBank
 from lcsc.codec.arrays import PREFIX
 from lcsc.codec.chain import Chain, ChainWriter
 from lcsc.codec.settings import CodecSettings
-from lcsc.core.files import write_json
 from lcsc.models.network import build_network
 from lcsc.training.coded import restore_training, training_tensors
 
@@ -320,15 +318,18 @@ def by_excp(saved: list[dict], raw: int) -> tuple[dict, float]:
 class Weights:
     """One bank: rates without loss, and what a search on lossy ones finds, scored on the exact one."""
 
-    def __init__(self, row: dict, path: Path, seed: int, trials: int, work: Path) -> None:
-        self.row, self.path, self.seed, self.trials, self.work = row, path, seed, trials, work
+    def __init__(self, row: dict, args: argparse.Namespace) -> None:
+        self.row, self.path, self.seed, self.work = row, args.bank, args.seed, args.work
+        self.trials, self.images = args.trials, args.images
 
     def pieces(self) -> dict[str, Callable[[], None]]:
         """By name, in order."""
-        from codec_search import BANKS
+        from codec_search import BANKS, SEARCHED
 
-        names = {f"search/{name}": functools.partial(self.search, name) for name in BANKS}
-        return {"lossless": self.lossless, **names}
+        opens = {f"open/{name}": functools.partial(self.open, name) for name in BANKS}
+        return {"lossless": self.lossless, **opens} | {
+            f"search/{name}": functools.partial(self.search, name) for name in SEARCHED
+        }
 
     def lossless(self) -> None:
         """The last of four checkpoints."""
@@ -339,52 +340,41 @@ class Weights:
         self.row |= {"checkpoints": bank.num_checkpoints, "parameters": bank.layout.num_parameters}
         self.row["lossless"] = lossless_rates([tensors_of(row, names) for row in bank.rows[-4:]], "w")
 
+    def open(self, name: str) -> None:
+        """How long coding and opening take."""
+        from codec_search import opened
+
+        self.row.setdefault("open", {})[name] = opened(self.path, name, self.seed, self.work)
+
     def search(self, name: str) -> None:
         """On one bank of `codec_search.BANKS`."""
         from codec_search import searched
 
-        self.row.setdefault("search", {})[name] = searched(self.path, name, self.seed, self.trials, self.work)
+        self.row.setdefault("search", {})[name] = searched(
+            self.path, name, self.seed, self.trials, self.images, self.work
+        )
 
 
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["lm", "bank"])
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400, help="of the training before it is interrupted")
     parser.add_argument("--after", default="0,10,50,200", help="steps after resuming at which the loss is taken")
     parser.add_argument("--text", type=Path, help="a text file; without it the package's own text")
     parser.add_argument("--bank", type=Path, default=Path("banks/digits"))
     parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--work", type=Path, default=Path("codec_work"), help="folder of states between pieces")
-    parser.add_argument(
-        "--seconds", type=float, default=1e9, help="begin no further piece after this time, exit with 3"
-    )
-    parser.add_argument("--only", default="", help="beginnings of the pieces to measure, comma between them")
-    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=2048, help="that the winner of a bank is scored on")
+    add_options(parser)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    args.work.mkdir(parents=True, exist_ok=True)
-    results = json.loads(args.to.read_text()) if args.to.exists() else {**circumstances(), "seeds": []}
-    row = next((row for row in results["seeds"] if row["seed"] == args.seed), None)
-    if row is None:
-        row = {"seed": args.seed, "done": {}}
-        results["seeds"] = sorted([*results["seeds"], row], key=lambda row: row["seed"])
     after = tuple(map(int, args.after.split(",")))
-    if args.what == "lm":
-        pieces = LanguageModel(row, args.text, args.seed, args.steps, after, args.work).pieces()
-    else:
-        pieces = Weights(row, args.bank, args.seed, args.trials, args.work).pieces()
-    started = time.perf_counter()
-    for name, make in pieces.items():
-        if name in row["done"] or not name.startswith(tuple(args.only.split(","))):
-            continue
-        if time.perf_counter() - started > args.seconds:
-            sys.exit(3)  # the same line goes on
-        began = time.perf_counter()
-        make()
-        row["done"][name] = time.perf_counter() - began
-        write_json(args.to, results)
+
+    def pieces_of(row: dict) -> Pieces:
+        if args.what == "lm":
+            return LanguageModel(row, args.text, args.seed, args.steps, after, args.work).pieces()
+        return Weights(row, args).pieces()
+
+    run_pieces(args, pieces_of)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
     python benchmarks/codec_front.py --seed 0 --work codec_work --to codec_front.json
 
-Trains the bank of experiment=codec_small, searches at several means, and scores every result on the report half as it
-is, and after 10 and 50 steps of continued training from a new optimizer: the change against the exact checkpoint
-trained alike. Each piece is saved when it is done, and the same line goes on with the next.
+Trains the bank of experiment=codec_small and makes one search, on the search half of the text. For each width the same
+bits everywhere stand against the trial of the lowest search loss that takes no more bytes, and everything is scored on
+the report half: as it is read back, and after 10 and 50 steps of continued training from a new optimizer. A change is
+the difference from the exact checkpoint, trained alike, block by block. Each piece is saved when it is done, and the
+same line goes on with the next.
 """
 
 from __future__ import annotations
@@ -13,75 +15,107 @@ import argparse
 import functools
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
-import torch
 from codec_search import evaluator_of
-from machine import circumstances
+from pieces import add_options, run_pieces
 from search_honesty import problem
 from search_honesty import searched as search_of
 from searches import bank
 
-from lcsc.core.files import write_json
+from lcsc.core.pareto import pareto
 from lcsc.core.seeds import Purpose
 from lcsc.operators.base import Candidate
 from lcsc.operators.compress import WIDTHS, Compress
 
-MEANS = (4, 3, 5)
-AFTER = (0, 10, 50)
-IMAGES = range(352)
+#: widths that are held against a searched one, and those that are scored as they are read back
+HELD, PLAIN = (3, 4, 5), WIDTHS
+#: mean of the bits that the search shares out; it tries the sums of smaller budgets too
+MEAN = 5
 
 
 class Front:
     """One seed, piece by piece."""
 
-    def __init__(self, row: dict, seed: int, work: Path, trials: int, steps: int) -> None:
-        self.row, self.trials = row, trials
-        words = ["experiment=codec_small", f"seed={seed}", f"trainer.num_steps={steps}"]
-        self.place = work / f"codec-front-{seed}-{steps}"
+    def __init__(self, row: dict, args: argparse.Namespace) -> None:
+        self.row, self.trials, self.groups = row, args.trials, args.groups
+        self.after, self.images = tuple(map(int, args.after.split(","))), range(args.images)
+        words = ["experiment=codec_small", f"seed={args.seed}", f"trainer.num_steps={args.steps}"]
+        self.place = args.work / f"codec-front-{args.seed}-{args.steps}"
         self.train_words, self.words = words, [*words, f"bank.path={self.place}"]
 
     def pieces(self) -> dict[str, Callable[[], None]]:
         """By name, in order."""
         found: dict[str, Callable[[], None]] = {"train": self.train}
-        plain = ["exact", *(f"uniform {width}" for width in WIDTHS)]
+        plain = ["exact", *(f"uniform {width}" for width in PLAIN)]
         found |= {f"after/0/{name}": functools.partial(self.score, 0, name) for name in plain}
-        for mean in MEANS:
-            found[f"search/{mean}"] = functools.partial(self.search, mean)
-            found[f"after/0/searched {mean}"] = functools.partial(self.score, 0, f"searched {mean}")
-        for steps in AFTER[1:]:
-            for name in ("exact", *(f"{kind} {mean}" for mean in MEANS for kind in ("uniform", "searched"))):
+        found["search"] = self.search
+        pairs = [f"{kind} {width}" for width in HELD for kind in ("uniform", "searched")]
+        for steps in self.after:
+            for name in ("exact", *pairs):
                 found[f"after/{steps}/{name}"] = functools.partial(self.score, steps, name)
+        found["pairs"] = self.pair
         return found
 
     def train(self) -> None:
         """The bank."""
         bank(self.train_words, self.place)
 
-    def search(self, mean: int) -> None:
-        """Where bits go that are `mean` on average."""
-        _, records = search_of(problem([*self.words, f"operator.mean_bits={mean}", f"search.num_trials={self.trials}"]))
-        best = next(record for record in records if record["kind"] == "report" and record["who"] == "best")
-        self.row.setdefault("found", {})[f"searched {mean}"] = best["bits"]
+    def search(self) -> None:
+        """All trials, and for each width the best of those that take no more bytes than it does everywhere."""
+        more = [f"operator.mean_bits={MEAN}", f"operator.num_groups={self.groups}", f"search.num_trials={self.trials}"]
+        _, records = search_of(problem([*self.words, *more, f"search.num_images={len(self.images)}"]))
+        trials = [record for record in records if record["kind"] == "trial" and record["value"] is not None]
+        cost_N, loss_N = (np.array([trial[key] for trial in trials]) for key in ("file_bytes", "value"))
+        kept = pareto(cost_N, loss_N)
+        self.row["search_front"] = [
+            {key: trial[key] for key in ("bits", "file_bytes", "value")}
+            for trial, keep in zip(trials, kept, strict=True)
+            if keep
+        ]
+        for width in HELD:
+            most = self.row["scores"][f"uniform {width}"]["file_bytes"]
+            best = min((trial for trial in trials if trial["file_bytes"] <= most), key=lambda trial: trial["value"])
+            self.row.setdefault("found", {})[f"searched {width}"] = best["bits"]
 
     def score(self, steps: int, name: str) -> None:
         """Loss on the report half after so many steps, and what it is above the exact one's."""
         more = ["objective=uptrained_loss", f"objective.num_steps={steps}"] if steps else []
         evaluator = evaluator_of([*self.words, *more])
-        made = self.candidate(evaluator.bank, name)
-        score = evaluator.objective(made, seed=0, purpose=Purpose.REPORT, images=IMAGES, full=True)
+        objective, made = evaluator.objective, self.candidate(evaluator.bank, name)
+        blocks = objective.block_states(
+            made, seed=0, purpose=Purpose.REPORT, images=self.images, num_blocks=len(self.images)
+        )
+        losses_N = np.array([total for _, total in blocks.states])
+        where_N = objective._groups(objective._rows(0, Purpose.REPORT, self.images))  # neighbours are alike
+        losses_S = [float(losses_N[where_N == stretch].mean()) for stretch in np.unique(where_N)]
         own = self.row.setdefault("scores", {}).setdefault(name, {"after": {}})
         own |= {key: made.recipe[key] for key in ("bits", "file_bytes", "ratio") if key in made.recipe}
-        own["after"][str(steps)] = {"loss": score.value, "se": score.se}
-        own["after"][str(steps)]["change"] = score.value - self.row["scores"]["exact"]["after"][str(steps)]["loss"]
+        own |= dict(made.measured)
+        own["after"][str(steps)] = {"loss": float(losses_N.mean()), "stretches": losses_S}
+        own["after"][str(steps)] |= self.difference(name, "exact", steps)
+
+    def difference(self, one: str, other: str, steps: int) -> dict[str, float]:
+        """Of two losses, with the standard error of the mean over stretches of text."""
+        a_S, b_S = (np.array(self.row["scores"][name]["after"][str(steps)]["stretches"]) for name in (one, other))
+        apart_S = a_S - b_S
+        return {"change": float(apart_S.mean()), "change_se": float(apart_S.std(ddof=1) / np.sqrt(len(apart_S)))}
+
+    def pair(self) -> None:
+        """Searched bits against the same bits everywhere."""
+        self.row["pairs"] = {}
+        for width in HELD:
+            one, other = f"searched {width}", f"uniform {width}"
+            nbytes = [self.row["scores"][name]["file_bytes"] for name in (one, other)]
+            found = {str(steps): self.difference(one, other, steps) for steps in self.after}
+            self.row["pairs"][str(width)] = {"bytes": nbytes[0] - nbytes[1], "after": found}
 
     def candidate(self, bank_: object, name: str) -> Candidate:
         """By its name."""
-        operator = Compress()
+        operator = Compress(num_groups=self.groups)
         if name == "exact":
             row_P = bank_.matrix()[-1]
             return Candidate(bank_.arch, bank_.layout, lambda out: out.copy_(row_P), {}, bank_.constants)
@@ -98,22 +132,31 @@ def draw(results: dict, to: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    scored = [own["after"] for row in results["seeds"] for name, own in row["scores"].items() if name != "exact"]
-    shown = [steps for steps in AFTER if any(str(steps) in after for after in scored)]
+    shown = sorted({int(steps) for row in results["seeds"] for steps in row["scores"]["exact"]["after"]})
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(2 + 3.6 * len(shown), 3.6), constrained_layout=True, squeeze=False
+        1, len(shown), figsize=(2 + 3.4 * len(shown), 3.8), constrained_layout=True, squeeze=False, sharey=True
     )
     for ax, steps in zip(axes[0], shown, strict=True):
         for kind, color, mark in (("uniform", "#888888", "s"), ("searched", "#1f77b4", "o")):
             for row in results["seeds"]:
+                own = [one for name, one in row["scores"].items() if name.startswith(kind)]
                 points = sorted(
-                    (own["file_bytes"] / 1e3, 1e3 * own["after"][str(steps)]["change"])
-                    for name, own in row["scores"].items()
-                    if name.startswith(kind) and str(steps) in own["after"]
+                    ((one["file_bytes"], one["after"][str(steps)]) for one in own if str(steps) in one["after"]),
+                    key=lambda point: point[0],
                 )
                 label = f"{kind} bits" if row is results["seeds"][0] else None
-                ax.plot(*zip(*points, strict=True) if points else ((), ()), f"{mark}-", color=color, label=label, lw=1)
-        ax.axhline(0, color="#bbbbbb", lw=0.8)
+                ax.errorbar(
+                    [nbytes / 1e3 for nbytes, _ in points],
+                    [1e3 * after["change"] for _, after in points],
+                    [1e3 * after["change_se"] for _, after in points],
+                    fmt=f"{mark}-",
+                    color=color,
+                    label=label,
+                    linewidth=0.8,
+                    markersize=4,
+                )
+        ax.axhline(0, color="#bbbbbb", linewidth=0.8)
+        ax.set_yscale("symlog", linthresh=0.1)
         ax.set_title(f"after {steps} steps" if steps else "as it is read back", fontsize=10)
         ax.set_xlabel("kB of a coded checkpoint, anchors included")
     axes[0][0].set_ylabel("change of the loss, 1/1000 nat")
@@ -124,34 +167,18 @@ def draw(results: dict, to: Path) -> None:
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--work", type=Path, default=Path("codec_work"), help="folder of the bank")
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further piece after this time")
+    parser.add_argument("--trials", type=int, default=70)
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=200, help="of the training")
+    parser.add_argument("--after", default="0,10,50", help="steps of continued training; the first is 0")
+    parser.add_argument("--images", type=int, default=352, help="blocks of text; each half of the default text has 352")
     parser.add_argument("--draw", type=Path, help="draw the figure of the results file, and measure nothing")
-    parser.add_argument("--to", type=Path, required=True)
+    add_options(parser)
     args = parser.parse_args()
     if args.draw:
         draw(json.loads(args.to.read_text()), args.draw)
         return
-    torch.set_num_threads(1)
-    args.work.mkdir(parents=True, exist_ok=True)
-    results = json.loads(args.to.read_text()) if args.to.exists() else {**circumstances(), "seeds": []}
-    row = next((row for row in results["seeds"] if row["seed"] == args.seed), None)
-    if row is None:
-        row = {"seed": args.seed, "done": {}, "trials": args.trials, "steps": args.steps}
-        results["seeds"].append(row)
-    started = time.perf_counter()
-    for name, make in Front(row, args.seed, args.work, args.trials, args.steps).pieces().items():
-        if name in row["done"]:
-            continue
-        if time.perf_counter() - started > args.seconds:
-            sys.exit(3)  # the same line goes on
-        began = time.process_time()
-        make()
-        row["done"][name] = time.process_time() - began
-        write_json(args.to, results)
+    run_pieces(args, lambda row: Front(row, args).pieces(), trials=args.trials, steps=args.steps)
 
 
 if __name__ == "__main__":

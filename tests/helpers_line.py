@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,6 +16,7 @@ class Weights:
     """A candidate reduced to its point."""
 
     x: np.ndarray
+    measured: ClassVar[dict] = {}
 
     @property
     def recipe(self):

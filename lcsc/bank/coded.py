@@ -18,21 +18,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lcsc.bank.content import chunk_sums, content_digest
 from lcsc.bank.extents import Piece, Source, Table, read_source
 from lcsc.bank.find import Checkpoint, Group, choose
-from lcsc.codec.arrays import PREFIX, Array, Tensors
+from lcsc.bank.optimizer_file import Optimizer, optimizer_tensors
+from lcsc.codec.arrays import STATES, Array, Tensors
 from lcsc.codec.chain import Chain, ChainWriter, is_chain
 from lcsc.codec.checkpoint import State
 from lcsc.codec.settings import CodecSettings
 from lcsc.core.dtypes import ITEMSIZE
 from lcsc.core.errors import BankError
-from lcsc.core.files import free_bytes, new_directory, refuse_inside
+from lcsc.core.files import free_bytes, new_directory, refuse_inside, writing
 
 if TYPE_CHECKING:
     from lcsc.bank.bank import CheckpointBank
     from lcsc.bank.rows import Row
     from lcsc.bank.stream import Progress
 
-#: what the names of tensors begin with that belong to an optimizer or another state, and not to the network
-STATES = (PREFIX["m"], PREFIX["v"], "state/")
 _ALIGN = 64
 
 
@@ -62,7 +61,7 @@ def write_coded(
     to: Path,
     settings: CodecSettings,
     progress: Progress | None = None,
-    state_of: Callable[[int], Tensors] | None = None,
+    state_of: Callable[[int], Optimizer] | None = None,
 ) -> None:
     """Write a bank's checkpoints into the new folder `to`, coded; it appears when it is whole.
 
@@ -71,11 +70,12 @@ def write_coded(
         to: folder that does not exist yet.
         settings: how.
         progress: called with checkpoints done and all of them.
-        state_of: further tensors of a row, such as an optimizer's, named as `lcsc.codec.arrays` does.
+        state_of: the optimizer of a row, which is coded beside it.
 
     Raises:
         OutputExistsError: `to` exists.
-        BankError: LoRA factors, or several EMA rates.
+        BankError: LoRA factors, several EMA rates, or moments to drop where their weights do not move, of which is not
+            known whose they are.
         NonFiniteError: NaN or Inf in what is to be quantised.
     """
     if bank.kind == "lora":
@@ -84,18 +84,37 @@ def write_coded(
         raise BankError(f"`{bank.path}` was opened with several EMA rates. Code one of them, with weights=ema:RATE.")
     refuse_inside(bank.path, to)
     names = [*(entry.name for entry in bank.layout.entries), *bank.constants_named]
-    with new_directory(to) as folder:
+    with writing(to), new_directory(to) as folder:
         writer = ChainWriter(folder, settings)
         for k, row in enumerate(bank.rows):
             parent = bank.parent(k)  # which compares the checksums of torch files
             about = {"arch": bank.arch, "kind": bank.kind, "rate": bank.rate, "ties": dict(bank.layout.ties)}
-            tensors = tensors_of(row, names) | dict(state_of(k) if state_of else {})
-            writer.append(row.step, tensors, {**about, "parent": parent})
+            state = state_of(k) if state_of else Optimizer({})
+            if settings.mode == "lossy" and settings.joint and settings.tau and not state.named:
+                raise BankError(
+                    f"the optimizer of step {row.step} does not name its parameters, so that moments cannot be dropped "
+                    f"with their weights. Use joint=false, or tau=0 in place of {settings.tau:g}."
+                )
+            tensors = tensors_of(row, names) | state.tensors
+            writer.append(row.step, tensors, {**about, "parent": parent, **state.about})
             if progress:
                 progress(k + 1, len(bank.rows))
 
 
 # -------------------------------------------------------------------------------------------------------------- read
+
+
+def coded_states(path: Path) -> Callable[[int], Optimizer]:
+    """What gives the optimizer of a step of a coded bank; it raises BankError where none was coded."""
+    chain = Chain(path)
+
+    def of(step: int) -> Optimizer:
+        about, tensors = chain.header(step)["about"], optimizer_tensors(chain.read(step))
+        if not tensors:
+            raise BankError(f"step {step} of `{path}` was coded without an optimizer. Leave `optimizer` out.")
+        return Optimizer(tensors, {key: about[key] for key in ("optimizer", "plain") if key in about})
+
+    return of
 
 
 class Decoded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lcsc.bank import CheckpointBank
 from lcsc.bank.pack import write_pack
@@ -22,6 +23,8 @@ _CODEC: dict[str, type] = {
     "bits_v": int,
     "tau": float,
     "beta": float,
+    "joint": bool,
+    "layers": dict,
 }
 
 
@@ -59,7 +62,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _code(bank: CheckpointBank, to: Path, settings: Mapping[str, str | None]) -> None:
-    from lcsc.bank.coded import write_coded
+    from lcsc.bank.coded import coded_states, is_coded, write_coded
     from lcsc.bank.optimizer_file import states_of
     from lcsc.cli.sizes import size_text
     from lcsc.codec.settings import CodecSettings
@@ -68,10 +71,19 @@ def _code(bank: CheckpointBank, to: Path, settings: Mapping[str, str | None]) ->
         raise ConfigError(f"`dtype` is `{settings['dtype']}`, and a codec keeps the dtypes of the files. Leave it out.")
     if settings["optimizer"] not in ("true", "false"):
         raise ConfigError(f"`optimizer` is `{settings['optimizer']}`; it must be true or false.")
-    given = {key: _number(key, str(settings[key])) for key in _CODEC if settings[key] is not None}
+    given = {key: _value(key, str(settings[key])) for key in _CODEC if settings[key] is not None}
+    if settings["codec"] == "lossless" and (idle := [key for key in given if key != "anchor_every"]):
+        raise ConfigError(
+            f"`{idle[0]}` says what is lost, and codec=lossless loses nothing. Leave it out, or use codec=lossy."
+        )
     how = CodecSettings(mode=str(settings["codec"]), **given)  # type: ignore[arg-type]
     paths, shapes = [row.path for row in bank.rows], bank.layout.shapes
-    state_of = (lambda k: states_of(paths, shapes, k)) if settings["optimizer"] == "true" else None
+    state_of = None
+    if settings["optimizer"] == "true" and is_coded(bank.path):
+        of_step = coded_states(bank.path)
+        state_of = lambda k: of_step(bank.steps[k])  # noqa: E731
+    elif settings["optimizer"] == "true":
+        state_of = lambda k: states_of(paths, shapes, k)  # noqa: E731
     began = time.perf_counter()
     with passing("pack", unit="checkpoints") as progress:
         write_coded(bank, to, how, progress, state_of)
@@ -83,9 +95,24 @@ def _code(bank: CheckpointBank, to: Path, settings: Mapping[str, str | None]) ->
     )
 
 
-def _number(key: str, text: str) -> int | float:
+def _value(key: str, text: str) -> Any:
+    kind = _CODEC[key]
+    if kind is dict:
+        return _layers(text)
+    if kind is bool and text not in ("true", "false"):
+        raise ConfigError(f"`{key}` is `{text}`; it must be true or false.")
     try:
-        return _CODEC[key](text)
+        return text == "true" if kind is bool else kind(text)
     except ValueError:
-        kind = "a whole number" if _CODEC[key] is int else "a number"
-        raise ConfigError(f"`{key}` is `{text}`; it must be {kind}.") from None
+        said = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"`{key}` is `{text}`; it must be {said}.") from None
+
+
+def _layers(text: str) -> dict[str, int]:
+    """Bits by pattern of a tensor's name."""
+    rows = [row.rpartition(":") for row in text.split(",")]
+    if not all(pattern and bits.isdecimal() for pattern, _, bits in rows):
+        raise ConfigError(
+            f"`layers` is `{text}`; give patterns of names with their bits, such as layers='*embed*:6,*norm*:32'."
+        )
+    return {pattern: int(bits) for pattern, _, bits in rows}

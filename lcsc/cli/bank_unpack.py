@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lcsc.bank.bank import Selection
-from lcsc.bank.coded import STATES, is_coded
+from lcsc.bank.coded import is_coded
+from lcsc.bank.optimizer_file import NAMES, PLAIN, contents_of, optimizer_tensors
 from lcsc.cli.passes import passing
 from lcsc.cli.settings import need, parse_words, read_selection
-from lcsc.codec.arrays import Tensors
+from lcsc.codec.arrays import STATES, Tensors
 from lcsc.codec.chain import Chain
+from lcsc.codec.container import damaged
 from lcsc.core.errors import ConfigError
-from lcsc.core.files import new_directory
+from lcsc.core.files import new_directory, refuse_inside, writing
 
 
 class _Step:
@@ -24,8 +26,8 @@ class _Step:
 def main(words: Sequence[str]) -> None:
     """`from=FOLDER to=FOLDER [start= stop= every= last=]`.
 
-    Each step becomes a folder `checkpoint-STEP` with weights and config.json as its library names them, and
-    `optimizer.safetensors` where an optimizer was coded too.
+    Each step becomes a folder `checkpoint-STEP` with weights and config.json as its library names them, and where an
+    optimizer was coded too the torch file that it was, or `optimizer.safetensors` if a training coded it.
     """
     settings = parse_words(words, {"from": None, "to": None, "start": None, "stop": None, "every": "1", "last": None})
     path, to = Path(need(settings, "from")), Path(need(settings, "to"))
@@ -33,10 +35,15 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError(f"`from` is `{path}`, which holds no coded checkpoints. Give what `lcsc bank pack` wrote.")
     chain, select = Chain(path), read_selection(settings)
     steps = _picked(chain, select)
-    with passing("unpack", unit="checkpoints") as progress, new_directory(to) as folder:
+    refuse_inside(path, to)
+    with passing("unpack", unit="checkpoints") as progress, writing(to), new_directory(to) as folder:
         for done, (step, state) in enumerate(chain.walk(steps), 1):
-            about = chain.header(step).get("about") or {}
-            _write(folder / f"checkpoint-{step:06d}", state.tensors, about)
+            about, place = chain.header(step).get("about") or {}, folder / f"checkpoint-{step:06d}"
+            _write(place, state.tensors, about)
+            try:
+                _write_optimizer(place, state.tensors, about)
+            except (KeyError, TypeError, ValueError, RecursionError):
+                raise damaged(chain.files[step].path, "what it says of an optimizer is no file") from None
             progress(done, len(steps))
     print(f"unpacked: {to} ({len(steps)} checkpoints)")
 
@@ -57,13 +64,25 @@ def _write(folder: Path, tensors: Tensors, about: dict) -> None:
     weights |= {name: weights[twin].clone() for name, twin in ties.items()}
     library, config = saved_config(about["arch"]) if about.get("arch") else ("", {})
     name = "diffusion_pytorch_model" if library == "diffusers" else "model"
-    metadata = {"format": "pt"}
-    save_file(weights, folder / f"{name}.safetensors", metadata=metadata)
-    states = {_slot(n): as_tensor(a.bits, a.dtype) for n, a in tensors.items() if n.startswith(STATES)}
-    if states:
-        save_file(states, folder / "optimizer.safetensors", metadata=metadata)
+    save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
     if config:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_optimizer(folder: Path, tensors: Tensors, about: dict) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from lcsc.bank.storage import as_tensor
+
+    states = {n: as_tensor(a.bits, a.dtype) for n, a in optimizer_tensors(tensors).items()}
+    if said := about.get("optimizer"):
+        if said["file"] not in NAMES:
+            raise ValueError
+        torch.save(contents_of(said["contents"], states), folder / said["file"])
+    elif states:
+        metadata = {"format": "pt"} | ({PLAIN: json.dumps(about["plain"])} if "plain" in about else {})
+        save_file({_slot(n): t for n, t in states.items()}, folder / "optimizer.safetensors", metadata=metadata)
 
 
 def _slot(name: str) -> str:

@@ -17,6 +17,8 @@ from lcsc.core.dtypes import raw_dtype
 
 #: what the names of a plane's tensors begin with
 PREFIX = {"w": "", "m": "exp_avg/", "v": "exp_avg_sq/"}
+#: what the names of tensors begin with that belong to an optimizer or another state, and not to the network
+STATES = (PREFIX["m"], PREFIX["v"], "state/")
 #: most numbers of a stretch of several tensors
 LENGTH = 1 << 20
 
@@ -115,7 +117,8 @@ def stretches(
     groups: dict[tuple, list[str]] = {}
     for name in sorted(tensors.keys() - moments):
         planes = ("w", "v", "m") if _has_moments(tensors, name) else ("w",)
-        bits = dict(bits_of(name)) if bits_of and tensors[name].dtype == "float32" else {}
+        loses = bits_of and tensors[name].dtype == "float32" and not name.startswith(STATES)
+        bits = dict(bits_of(name)) if bits_of and loses else {}
         bits = {plane: bits[plane] for plane in planes if plane in bits}
         known = tuple(PREFIX[plane] + name in reference for plane in planes)
         groups.setdefault((tensors[name].dtype, planes, tuple(bits.items()), known), []).append(name)

@@ -138,7 +138,8 @@ class ChainWriter:
     """Adds checkpoints to a folder, each against the one before.
 
     Args:
-        path: the folder; made where it is not there. One with checkpoints is continued, which decodes the last.
+        path: the folder; made where it is not there. One with checkpoints is continued, which decodes the last. What a
+            killed process left half-written in it is removed.
         settings: how.
     """
 
@@ -146,14 +147,30 @@ class ChainWriter:
         self.path, self.settings = path, settings or CodecSettings()
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
+            for left in path.glob(f".step-*{SUFFIX}.*.tmp"):
+                left.unlink()
+        self._open()
+
+    def _open(self) -> None:
+        """Stand behind the last checkpoint that is there."""
         self._state: State | None = None
         self._last, self._since = -1, 0
-        if is_chain(path):
-            chain = Chain(path)
+        if is_chain(self.path):
+            chain = Chain(self.path)
             self._last = chain.steps[-1]
             ((_, self._state),) = chain.walk([self._last])
             behind = [chain.header(step)["reference"] is None for step in reversed(chain.steps)]
             self._since = behind.index(True) + 1
+
+    def cut(self, step: int) -> None:
+        """Remove the checkpoint of a step and all behind it, the last first, so that what is left is always whole."""
+        if step > self._last:
+            return
+        for own, file in reversed(Chain(self.path).files.items()):
+            if own >= step:
+                with writing(file.path):
+                    file.path.unlink()
+        self._open()
 
     def append(self, step: int, tensors: Tensors, about: Mapping[str, Any] | None = None) -> Path:
         """Code a checkpoint behind the last; its file appears when it is whole.

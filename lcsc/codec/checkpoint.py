@@ -63,7 +63,8 @@ class _Known:
         if plane == "m" and "v" in self.done:
             found["cur_v"] = lossless.exponents(self.done["v"], dtype)
         if plane == "m" and "w" in self.done and "w" in self.reference:
-            moved = self.done["w"].view("<f4") - self.reference["w"].view("<f4")
+            with np.errstate(invalid="ignore", over="ignore"):
+                moved = self.done["w"].view("<f4") - self.reference["w"].view("<f4")
             found["moved"] = lossless.exponents(moved.view("<u4"), dtype)
         return lossless.Known(dtype, self.reference.get(plane), found)
 
@@ -145,18 +146,22 @@ def _encode_symbols(
         for name, numbers in zip(stretch.of(plane), own, strict=True):
             if not np.isfinite(numbers).all():
                 raise NonFiniteError(
-                    f"`{name}` holds NaN or Inf, which cannot be quantised. Use codec=lossless, or another checkpoint."
+                    f"`{name}` of `{state.file}` holds NaN or Inf, which cannot be quantised. Use codec=lossless, or "
+                    "leave that checkpoint out."
                 )
     predicted = known.reference.get("w")
     delta = None
     if predicted is not None:
         ends = np.cumsum(known.sizes)[:-1]
-        delta = [a - b for a, b in zip(arrays["w"], np.split(predicted.view("<f4"), ends), strict=True)]
+        with np.errstate(over="ignore"):
+            delta = [a - b for a, b in zip(arrays["w"], np.split(predicted.view("<f4"), ends), strict=True)]
+        if not all(np.isfinite(x).all() for x in delta):
+            delta = None
     planes = lossy.planes_of(stretch, arrays, delta, settings.pruning)
     ways = {}
     for plane in lossy.ORDER:
-        if plane not in planes:
-            continue
+        if plane not in planes or not np.isfinite(_read_back(known, plane, planes[plane])).all():
+            continue  # numbers too far apart for a scale: kept without loss
         symbols, bits = planes[plane], max(1, stretch.bits[plane])
         before = None if known.state is None else known.state.counts.get((stretch.names, plane))
         params, streams, learned = lossy.encode_plane(plane, symbols.symbols, bits, known.symbols, before)
@@ -166,12 +171,17 @@ def _encode_symbols(
     return ways
 
 
+def _read_back(known: _Known, plane: str, own: lossy.Plane) -> np.ndarray:
+    """The numbers that symbols stand for, float32, shape (N,)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = own.values(known.sizes)
+        return (known.reference["w"].view("<f4") + values).astype("<f4") if plane == "w" else values
+
+
 def _take_symbols(known: _Known, plane: str, own: lossy.Plane, bits: int, learned: Any, state: State) -> None:
     """What symbols stand for, and what later planes and checkpoints may know of them."""
-    stretch, values = known.stretch, own.values(known.sizes)
-    if plane == "w":
-        values = (known.reference["w"].view("<f4") + values).astype("<f4")
-    known.done[plane] = values.view("<u4")
+    stretch = known.stretch
+    known.done[plane] = _read_back(known, plane, own).view("<u4")
     known.symbols[plane] = lossy.digits(own.symbols, bits)
     at = 0
     for name, size in zip(stretch.of(plane), known.sizes, strict=True):

@@ -113,7 +113,8 @@ def quantise(values: Sequence[np.ndarray], kept: Sequence[np.ndarray], bits: int
         if codes.size:
             symbol_N[kept_N] = nearest(some, codes) + np.uint8(1)
         found.append(symbol_N)
-    stored = np.exp2(codes.astype(np.float64)).astype(np.float32) if log else codes
+    with np.errstate(over="ignore"):  # the caller looks at what is read back
+        stored = np.exp2(codes.astype(np.float64)).astype(np.float32) if log else codes
     return Plane(np.concatenate(found), np.array(scales, np.float32), stored)
 
 

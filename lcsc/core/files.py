@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -56,16 +58,21 @@ def write_json(path: Path, value: Any) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """A folder to fill that appears under its final name only when the block ends without an error.
 
+    What killed processes left of earlier tries for the same path is removed.
+
     Raises:
         OutputExistsError: `path` exists already.
+        ConfigError: see `writing`.
     """
     if path.exists() or path.is_symlink():
         raise OutputExistsError(
             f"output `{path}` exists already. Nothing is overwritten; choose another path or remove it."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temp.mkdir()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_left(path)
+        lock = _made_and_locked(temp)
     try:
         yield temp
         for file in temp.rglob("*"):
@@ -87,7 +94,37 @@ def new_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
     fsync_dir(path.parent)
+
+
+def _made_and_locked(temp: Path) -> int:
+    """Make a folder that has its name only when it is locked; the system lets go of it however the process ends."""
+    bare = temp.with_suffix(".new")
+    bare.mkdir()
+    lock = os.open(bare, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        bare.rename(temp)
+    except OSError:
+        os.close(lock)
+        bare.rmdir()
+        raise
+    return lock
+
+
+def _drop_left(path: Path) -> None:
+    """Remove the temporary folders of a path that nobody fills any more."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with contextlib.suppress(OSError):  # in use, or a file
+            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(lock)
 
 
 @contextlib.contextmanager

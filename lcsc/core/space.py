@@ -48,11 +48,13 @@ class Choices:
         floats: a float for each choice; it may lie beyond the box's bounds, where it holds whatever the others cost.
         costs: whole numbers above 0, increasing; the last is no change at all.
         budget: what the costs may sum to.
+        unit: what the costs count, in the plural.
     """
 
     floats: tuple[float, ...]
     costs: tuple[int, ...]
     budget: int
+    unit: str = "costs"
 
 
 @dataclass(frozen=True)

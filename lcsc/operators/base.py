@@ -27,6 +27,8 @@ class Candidate:
         recipe: plain JSON values, enough to rebuild the candidate from the bank.
         constants: tensors that are not combined.
         adapter: how the files of an adapter are called and what is told in them; None for networks.
+        measured: numbers of its making that another machine measures otherwise, such as seconds: told in records, no
+            part of the recipe.
     """
 
     arch: Mapping[str, Any] | None
@@ -35,6 +37,7 @@ class Candidate:
     recipe: Mapping[str, Any]
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     adapter: AdapterFiles | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Tensor]:
         """A fresh copy of all tensors by name, float32 (constants in their own dtype)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,8 +41,9 @@ class Compress:
 
     The tensors are cut, in the order of their names, into groups of about as many numbers. The checkpoint is the last
     of a chain that begins with an anchor `anchor_every - 1` checkpoints before it, all coded alike. The recipe tells
-    `file_bytes`, what a checkpoint of such a chain takes, anchor included. Without a search all groups have
-    `mean_bits` (4 where it is null), and null `tau` and `anchor_every` are 0 and 5.
+    `file_bytes`, what a checkpoint of such a chain takes, anchor included, and a record also `encode_seconds`: the
+    processor's time that coding it took, as it was measured. Without a search all groups have `mean_bits` (4 where it
+    is null), and null `tau` and `anchor_every` are 0 and 5.
 
     Args:
         num_groups: G.
@@ -80,7 +82,7 @@ class Compress:
         choices = None
         if self.mean_bits is not None:
             floats = tuple(1 + (place + 0.5) / num for place in range(num))
-            choices = Choices(floats, WIDTHS, int(self.mean_bits * G))
+            choices = Choices(floats, WIDTHS, int(self.mean_bits * G), "bits")
         boxes = [Box("bits", G, 0.0, 1.0, scale=0.25, choices=choices)]
         if self.tau is None:
             boxes.append(Box("tau", 1, 0.0, TAU, scale=0.5))
@@ -117,8 +119,8 @@ class Compress:
             )
         layers = {_exactly(name): width for group, width in zip(groups, bits, strict=True) for name in group}
         settings = CodecSettings("lossy", anchor_every=every, layers=layers, tau=tau)
-        made, sizes = self._coded(bank, row, settings)
-        total = (sizes[0] + (every - 1) * sizes[-1]) / every
+        made, sizes, took = self._coded(bank, row, settings)
+        total, seconds = ((costs[0] + (every - 1) * costs[-1]) / every for costs in (sizes, took))
         raw = sum(entry.stop - entry.start for entry in bank.layout.entries) * 4
         pieces = tuple(_piece(name, made[name], bank) for group in groups for name in group)
         recipe = {
@@ -130,7 +132,8 @@ class Compress:
             "file_bytes": round(total),
             "ratio": raw / total,
         }
-        return Plan(row, arch, pieces, recipe, settled=replace(self, step=bank.steps[row]))
+        settled, measured = replace(self, step=bank.steps[row]), {"encode_seconds": seconds}
+        return Plan(row, arch, pieces, recipe, settled=settled, measured=measured)
 
     # ------------------------------------------------------------------------------------------------- details
 
@@ -172,15 +175,16 @@ class Compress:
         every = self.anchor_every or INTERVALS[min(int(point["anchor"][0] * len(INTERVALS)), len(INTERVALS) - 1)]
         return bits, tau, every
 
-    def _coded(self, bank: CheckpointBank, row: int, settings: CodecSettings) -> tuple[Tensors, list[int]]:
-        """What the checkpoint is read back as, and the bytes of the chain's files."""
+    def _coded(self, bank: CheckpointBank, row: int, settings: CodecSettings) -> tuple[Tensors, list[int], list[float]]:
+        """What the checkpoint is read back as, and the bytes of the chain's files and the seconds they took."""
         first = row + 1 - settings.anchor_every
-        anchor = _anchor(bank, first)
-        state, sizes = anchor[0], [anchor[1]]
+        state, nbytes, seconds = _anchor(bank, first)
+        sizes, took = [nbytes], [seconds]
         for k in range(first + 1, row + 1):
-            data, state = encode(_row(bank, k), state, settings, file=str(k), step=bank.steps[k], about={})
-            sizes.append(len(data))
-        return state.tensors, sizes
+            state, nbytes, seconds = _timed(bank, k, state, settings)
+            sizes.append(nbytes)
+            took.append(seconds)
+        return state.tensors, sizes, took
 
 
 def _exactly(name: str) -> str:
@@ -194,10 +198,18 @@ def _row(bank: CheckpointBank, k: int) -> Mapping[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def _anchor(bank: CheckpointBank, k: int) -> tuple[State, int]:
-    """Row k as an anchor, which depends on no setting: what it is read back as, and its bytes."""
-    data, state = encode(_row(bank, k), None, CodecSettings("lossy"), file=str(k), step=bank.steps[k], about={})
-    return state, len(data)
+def _anchor(bank: CheckpointBank, k: int) -> tuple[State, int, float]:
+    """Row k as an anchor, which depends on no setting, as `_timed` gives it."""
+    settings = CodecSettings("lossy")
+    _timed(bank, k, _timed(bank, k, None, settings)[0], settings)  # the first calls load kernels, which takes longer
+    return _timed(bank, k, None, settings)
+
+
+def _timed(bank: CheckpointBank, k: int, before: State | None, settings: CodecSettings) -> tuple[State, int, float]:
+    """Row k coded against another: what it is read back as, its bytes, and the processor's seconds that it took."""
+    tensors, began = _row(bank, k), time.thread_time()
+    data, state = encode(tensors, before, settings, file=str(k), step=bank.steps[k], about={})
+    return state, len(data), time.thread_time() - began
 
 
 def _piece(name: str, made: Any, bank: CheckpointBank) -> Piece:

@@ -188,7 +188,8 @@ class Gqa:
         if self.max_kv_heads is None:
             return None
         num = len(found.choices)
-        return Choices(tuple(1 + (place + 0.5) / num for place in range(num)), found.choices, self.max_kv_heads)
+        floats = tuple(1 + (place + 0.5) / num for place in range(num))
+        return Choices(floats, found.choices, self.max_kv_heads, "heads")
 
     def _attention(self, bank: CheckpointBank) -> Attention:
         shapes = bank.layout.shapes

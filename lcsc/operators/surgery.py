@@ -71,6 +71,7 @@ class Plan:
         files: texts to write beside the weights, by name.
         folders: where tokenizers and the like lie, by the folder below the new one; empty for the bank's own alone.
         settled: the operator without settings that depend on which other steps the bank holds; None where it has none.
+        measured: see `Candidate`.
     """
 
     row: int
@@ -82,6 +83,7 @@ class Plan:
     files: Mapping[str, str] = field(default_factory=dict)
     folders: Mapping[str, Path] = field(default_factory=dict)
     settled: object | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gone(self) -> set[str]:
@@ -187,4 +189,5 @@ def candidate(plan: Plan, bank: CheckpointBank) -> Candidate:
         layout.flatten({**old, **made}, out_P)
 
     constants = {} if plan.whole else bank.constants
-    return Candidate(plan.arch, layout, write, {**plan.recipe, "pieces": facts}, constants)
+    recipe = {**plan.recipe, "pieces": facts}
+    return Candidate(plan.arch, layout, write, recipe, constants, measured=plan.measured)

@@ -124,15 +124,25 @@ def draw(frame: DataFrame, runs: list[Run], size: Size = CACHE) -> Figure:
     ax.step(best[size.key], best["value"], where="post", color=BLUE, linewidth=1.8, zorder=2)
     for i, (text, color) in enumerate(handles):
         figure.text(0.77, 0.82 - 0.05 * i, f"■ {short(text, 24)}", fontsize=9, color=darker(color))
-    for i, row in enumerate(best.head(8).to_dict("records")):
-        text = f"{row[size.key]:,.0f} B  {number(row['value'], row['se'])}  {short(row[size.choice[0]], 14)}"
-        figure.text(0.77, 0.45 - 0.042 * i, text, fontsize=8, color=FAINT)
+    _list(figure, best, size, 0.82 - 0.05 * len(handles) - 0.03)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel(f"{size.axis} (log scale)")
     ax.set_ylabel(f"{metric} (lower is better)")
     return figure
+
+
+def _list(figure: Figure, best: DataFrame, size: Size, top: float) -> None:
+    """What nothing beats, from a height down: as many rows as there is room for, spread evenly from end to end."""
+    room = int((top - 0.08) / 0.042)
+    shown = np.unique(np.linspace(0, len(best) - 1, min(room, len(best))).round().astype(int))
+    for i, row in enumerate(best.iloc[shown].to_dict("records")):
+        text = f"{row[size.key]:,.0f} B  {number(row['value'], row['se'])}  {short(row[size.choice[0]], 14)}"
+        figure.text(0.77, top - 0.042 * i, text, fontsize=8, color=FAINT)
+    if len(shown) < len(best):
+        text = f"{len(shown)} of {len(best)} points of the line"
+        figure.text(0.77, top - 0.042 * len(shown), text, fontsize=8, color=FAINT, style="italic")
 
 
 def _errors(part: DataFrame) -> np.ndarray:

@@ -147,7 +147,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     evaluator = prints.get("evaluator") or {"detector_digest": prints.get("detector")}
     search, bank, summary = config.get("search") or {}, info["bank"], run.summary or {}
     trials, words = run.trials(), words_of(evaluator)
-    steps = run.steps
+    steps, own = run.steps, evaluator.get("detector") != info["metric"]
     images = [
         f"{search[key]:,} {text}"
         for key, text in (
@@ -163,8 +163,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     sampled = summary.get("images_sampled", trials["images"].sum())
     facts: list[tuple[str, Any]] = [
         ("metric", info["metric"]),
-        ("detector", evaluator.get("detector")),
-        ("detector digest", evaluator.get("detector_digest")),
+        ("detector", evaluator.get("detector") if own else None),
+        ("detector digest" if own else "metric digest", evaluator.get("detector_digest")),
         (words.many, " · ".join(images)),
         ("seed", config.get("seed")),
         (words.calls, info.get("nfe")),

@@ -138,8 +138,8 @@ def convergence(run: Run) -> Figure:
         ax.axhline(run.floor, color=INK, linewidth=1.4, linestyle=":", zorder=2)
     if strip is not None:
         ends = _draw_strip(strip, run, tuned, report)
-    elif trials["value"].notna().any():
-        best = trials["value"].min()
+    elif trials["best_so_far"].notna().any():
+        best = trials["best_so_far"].min()
         place = {
             "xytext": (7, -3),
             "textcoords": "offset points",
@@ -160,12 +160,15 @@ def _draw_trials(ax: Axes, trials: DataFrame, high: float) -> None:
     """Dots, the running minimum, and marks on the upper edge for what does not fit or failed."""
     x, value = np.arange(1, len(trials) + 1), trials["value"].to_numpy()
     inside, above, failed = value <= high, value > high, np.isnan(value)
-    ax.plot(x[inside], value[inside], "o", color=BLUE, markersize=3.6, alpha=0.38, markeredgewidth=0, zorder=3)
-    if np.isfinite(value).any():
+    beyond = inside & ~trials["may_win"].to_numpy()
+    for mask, look in ((inside & ~beyond, {"markeredgewidth": 0}), (beyond, {"markerfacecolor": "none"})):
+        if mask.any():
+            ax.plot(x[mask], value[mask], "o", color=BLUE, markersize=3.6, alpha=0.38, zorder=3, **look)
+    if trials["best_so_far"].notna().any():
         line = trials["best_so_far"].clip(upper=high).to_numpy()
         ax.plot([*x, x[-1] + 0.5], [*line, line[-1]], drawstyle="steps-post", color=BLUE, linewidth=2.4, zorder=4)
     edge = {"transform": ax.get_xaxis_transform(), "clip_on": False, "linestyle": "none", "zorder": 5}
-    notes = []
+    notes = [f"○ {beyond.sum()} beyond the budget"] if beyond.any() else []
     for mask, marker, color, text in ((above, "^", BLUE, "off scale"), (failed, "x", ORANGE, "failed")):
         if mask.any():
             ax.plot(x[mask], np.full(mask.sum(), 0.992), marker=marker, color=color, markersize=4.5, alpha=0.8, **edge)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,10 +149,12 @@ class Run:
         if self.finished:
             winner = [record for record in self._records("report") if record["who"] == "best"]
             return winner[0] if winner else None
-        return _lowest(self._records("trial"))
+        return lowest(self._records("trial"))
 
     def trials(self) -> DataFrame:
         """Trials in order: uid, value (NaN when failed), best_so_far, status, seconds, images (NaN when not timed).
+
+        A last column, may_win, is False for those beyond a budget; they do not count in best_so_far.
 
         Raises:
             RunError: the journal is damaged.
@@ -161,24 +163,30 @@ class Run:
 
         timing = read_timing(self.path / "timing.jsonl")
         rows = [
-            (r["uid"], r["value"], r["status"], *(timing.get(r["seq"], {}).get(key) for key in ("seconds", "images")))
+            (
+                *(r["uid"], r["value"], r["status"]),
+                *(timing.get(r["seq"], {}).get(key) for key in ("seconds", "images")),
+                r.get("may_win", True),
+            )
             for r in self._records("trial")
         ]
-        frame = pd.DataFrame(rows, columns=["uid", "value", "status", "seconds", "images"])
-        frame = frame.astype({"value": "float64", "seconds": "float64", "images": "float64"})
-        frame.insert(2, "best_so_far", frame["value"].cummin().ffill())
+        frame = pd.DataFrame(rows, columns=["uid", "value", "status", "seconds", "images", "may_win"])
+        frame = frame.astype({"value": "float64", "seconds": "float64", "images": "float64", "may_win": "bool"})
+        frame.insert(2, "best_so_far", frame["value"].where(frame["may_win"]).cummin().ffill())
         return frame
 
     def baselines(self) -> DataFrame:
         """Everything the search is measured against, on the search seeds: family, label, value, status, tuned.
 
-        `tuned` marks the best of each family, the one that is scored again on the report seeds.
+        `tuned` marks the one that stands for its family (`tuned`).
         """
         import pandas as pd
 
         records = self._records("baseline")
-        tuned = {family: record["seq"] for family, record in _tuned(records).items()}
-        rows = [(r["family"], r["label"], r["value"], r["status"], tuned.get(r["family"]) == r["seq"]) for r in records]
+        tuned = {family: record["label"] for family, record in self._tuned().items()}
+        rows = [
+            (r["family"], r["label"], r["value"], r["status"], tuned.get(r["family"]) == r["label"]) for r in records
+        ]
         frame = pd.DataFrame(rows, columns=["family", "label", "value", "status", "tuned"])
         return frame.astype({"value": "float64", "tuned": "bool"})
 
@@ -271,8 +279,11 @@ class Run:
         return frame.astype({name: "float64", "way": "float64"})
 
     def tuned(self, family: str) -> Record | None:
-        """The baseline of a family that was best on the search seeds, None when there is none yet."""
-        return _tuned(self._records("baseline")).get(family)
+        """The baseline that stands for a family, None when there is none yet.
+
+        The one with a final score; before there is one, the best on the search seeds.
+        """
+        return self._tuned().get(family)
 
     def plot_convergence(self) -> Figure:
         """Scores against trials, with the baselines and the final scores."""
@@ -289,12 +300,19 @@ class Run:
     def _records(self, kind: str) -> list[Record]:
         return [record for record in read_journal(self.path / "journal.jsonl") if record["kind"] == kind]
 
+    def _tuned(self) -> dict[str, Record]:
+        """What stands for each family, in the order in which the families were first scored."""
+        records, final = self._records("baseline"), {record["who"]: record for record in self._records("report")}
+        families = dict.fromkeys(record["family"] for record in records)
+        best = {family: lowest([r for r in records if r["family"] == family]) for family in families}
+        return {family: final.get(family, record) for family, record in best.items() if record is not None}
+
     def _best_baseline_family(self) -> str | None:
         """The family that counts as the best baseline: by the summary, else by search seeds."""
         summary = self.summary
         if summary is not None:
             return (summary.get("report") or {}).get("best_baseline")
-        tuned = _lowest(list(_tuned(self._records("baseline")).values()))
+        tuned = lowest(self._records("baseline"))
         return tuned["family"] if tuned else None
 
     def _best_baseline(self) -> Record | None:
@@ -371,12 +389,7 @@ def read_timing(file: Path) -> dict[int, dict[str, Any]]:
     return rows
 
 
-def _lowest(records: list[Record]) -> Record | None:
-    return min((r for r in records if r["value"] is not None), key=lambda r: r["value"], default=None)
-
-
-def _tuned(records: list[Record]) -> dict[str, Record]:
-    """The best record of each family, in the order in which the families were first scored."""
-    families = dict.fromkeys(record["family"] for record in records)
-    best = {family: _lowest([r for r in records if r["family"] == family]) for family in families}
-    return {family: record for family, record in best.items() if record is not None}
+def lowest(records: Iterable[Record]) -> Record | None:
+    """The lowest of the records that have a value and may win; None where there is none."""
+    found = (record for record in records if record["value"] is not None and record.get("may_win", True))
+    return min(found, key=lambda record: record["value"], default=None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lcsc.core.errors import RunError
-from lcsc.report.run import Run, read_journal, read_timing
+from lcsc.report.run import Run, lowest, read_journal, read_timing
 from lcsc.report.tables import display_label, number, printable, result_line
 from lcsc.search.frames import Record
 from lcsc.search.lock import LEASE, Owner, beat_of
@@ -139,10 +139,9 @@ def _trials(records: Sequence[Record], search: Mapping[str, Any]) -> str | None:
 
 
 def _lowest(records: Sequence[Record], kind: str) -> str | None:
-    scored = [record for record in records if record["kind"] == kind and record["value"] is not None]
-    if not scored:
+    best = lowest(record for record in records if record["kind"] == kind)
+    if best is None:
         return None
-    best = min(scored, key=lambda record: record["value"])
     label = f"trial {best['uid']}" if kind == "trial" else display_label(best["family"], best["label"])
     return f"{number(best['value'])} ({label}, on the search seeds)"
 

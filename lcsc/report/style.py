@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from lcsc.core.words import IMAGES, words_of
 from lcsc.report.tables import printable
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def empty(figure: Figure, ax: Axes, text: str) -> Figure:
 def circumstances(run: Run) -> str:
     """What a picture taken out of its report must still say."""
     parts = [short(run.name, 20)]
-    if run.info.get("nfe"):
+    evaluator = (run.info.get("fingerprints") or {}).get("evaluator") or {}
+    if run.info.get("nfe") and words_of(evaluator) is IMAGES:
         parts.append(f"{run.info['nfe']} NFE")
     if not run.finished:
         parts.append("unfinished")

@@ -105,7 +105,7 @@ def score_rows(run: Run) -> tuple[list[str], list[list[str]]]:
 def place_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table "where the winner lies", as text, in the order of the final scores.
 
-    No rows for a run that does not say; columns that it does not have are left out.
+    No rows for a run that does not say; columns without a number, as of a bank of one checkpoint, are left out.
     """
     points = run.geometry.get("points") or {}
     farthest = max((point.get("from_last") or 0.0 for point in points.values()), default=0.0)
@@ -115,7 +115,7 @@ def place_rows(run: Run) -> tuple[list[str], list[list[str]]]:
         "sum_abs": ("sum |coef|", 2),
         "max_abs": ("max |coef|", 3),
     }
-    shown = {key: look for key, look in columns.items() if any(key in point for point in points.values())}
+    shown = {k: look for k, look in columns.items() if any(point.get(k) is not None for point in points.values())}
 
     def text(value: float | None, decimals: int) -> str:
         return NOTHING if value is None else f"{value:,.{decimals}f}"

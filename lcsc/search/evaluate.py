@@ -116,7 +116,7 @@ class Evaluator:
 
 def head_of(candidate: Candidate) -> Row:
     """What a row says of the candidate itself."""
-    return {key: candidate.recipe[key] for key in TOLD if key in candidate.recipe}
+    return {key: candidate.recipe[key] for key in TOLD if key in candidate.recipe} | dict(candidate.measured)
 
 
 def failed_row(head: Row, reason: str, cost: int, cause: str = "invalid", **tail: Any) -> Row:

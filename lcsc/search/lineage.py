@@ -14,7 +14,10 @@ from lcsc.search.rundir import RunDir
 #: Settings that change what is scored, not what a score is. Sums are the same however a bank is stored.
 _FREE = ("`search.", "`searcher.", "`bank.path`", "`bank.storage`")
 #: What a record says of its place in the search rather than of the evaluation.
-_PLACE = {"seq", "kind", "uid", "vector", "block", "asked", "family", "label", "who", "penalty", "inherited", "job"}
+_PLACE = {
+    *("seq", "kind", "uid", "vector", "block", "asked", "family", "label", "who"),
+    *("penalty", "may_win", "inherited", "job"),
+}
 
 
 def inherited_rows(run: RunDir, note: Callable[[str], None]) -> dict[str, Row]:

@@ -250,7 +250,8 @@ class Search:
         chosen = [row for row in named if row[1] not in dropped]
         if chosen:
             return chosen
-        ranked = sorted((t for t in trials if t["value"] is not None), key=lambda t: (heard(t), t["uid"]))
+        scored = [trial for trial in trials if trial["value"] is not None and trial.get("may_win", True)]
+        ranked = sorted(scored, key=lambda trial: (heard(trial), trial["uid"]))
         ranked = [trial for trial in ranked if tuple(trial["vector"]) not in dropped]
         return [(f"trial {trial['uid']}", tuple(trial["vector"])) for trial in ranked[:count]]
 

@@ -134,14 +134,16 @@ class Trials:
         told = {key: value for key, value in own.items() if value is not None}
         key = {"uid": proposal.uid, "vector": list(job.vector), **told}
         paid = {} if trial.penalty is None else {"penalty": trial.penalty}
+        paid |= {} if proposal.may_win else {"may_win": False}
         num = job.images[1] - job.images[0]
         record = self._steps.record("trial", key, result, lambda row: {**row, **paid}, num)
         sampled = record.get("images", num)
         spent = sampled + (num if "recheck" in record else 0)
         self._steps.images, self.saved = self._steps.images + spent, self.saved + num - sampled
-        self._steps.progress.step("trial", record["value"], spent, result is None or "inherited" in record)
+        value = record["value"] if record.get("may_win", True) else None
+        self._steps.progress.step("trial", value, spent, result is None or "inherited" in record)
         if job.call == "race" and "dropped_at" not in record:
-            self._incumbent = better(self._incumbent, job.vector, record["value"])
+            self._incumbent = better(self._incumbent, job.vector, value)
         if result is not None:
             self._failed.append(record if record["value"] is None else None)
         return record
@@ -184,7 +186,10 @@ class Trials:
             if gradient is not None and self._penalty:
                 gradient = gradient + self._penalty.slope(np.array(record["vector"]))
             if isinstance(self._session, Weighing):
-                self._session.weigh(record["uid"], None if told is None else numbers(record).get(self._session.second))
+                found = {} if told is None else numbers(record)
+                known = all(name in found for name in self._session.weighed)
+                weights = tuple(found[name] for name in self._session.weighed) if known else None
+                self._session.weigh(record["uid"], weights)
             self._session.tell(record["uid"], self._worst if told is None else told, gradient)
         failed = [trial for trial in self._failed if trial is not None]
         if len(self._failed) == WINDOW and len(failed) > WINDOW // 2:

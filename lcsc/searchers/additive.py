@@ -53,7 +53,7 @@ class _Session:
                 self._add_up()
             picks = next(self._joint)
         self._asked.append(picks)
-        return Proposal(uid, self._vector(picks))
+        return Proposal(uid, self._vector(picks), may_win=self._cost(picks) <= self._budget)
 
     def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
         check_told(uid, value)
@@ -66,7 +66,7 @@ class _Session:
 
     def finalists(self, count: int) -> list[tuple[str, np.ndarray]]:
         """The best within the budget, which the changes of one layer alone exceed."""
-        return [(f"costs {self._shown(picks)}", self._vector(picks)) for picks in self._fit()[:count]]
+        return [(self._shown(picks), self._vector(picks)) for picks in self._fit()[:count]]
 
     def account(self) -> list[str]:
         """How well the sum of the single changes told what they do together."""
@@ -74,7 +74,7 @@ class _Session:
         if self._predicted is not None and self._predicted in self._values:
             found, guess = self._values[self._predicted], self._guess(self._predicted)
             lines.append(
-                f"the sum of the changes was least with costs {self._shown(self._predicted)}: {guess:.5g} by the sum, "
+                f"the sum of the changes was least with {self._shown(self._predicted)}: {guess:.5g} by the sum, "
                 f"{found:.5g} together"
             )
         return lines
@@ -135,7 +135,7 @@ class _Session:
         return self._values.get(self._singles[0], 0.0) + sum(changes)
 
     def _shown(self, picks: Picks) -> str:
-        return ", ".join(str(self._choices.costs[pick]) for pick in picks)
+        return f"{self._choices.unit} {', '.join(str(self._choices.costs[pick]) for pick in picks)}"
 
     def _vector(self, picks: Picks) -> np.ndarray:
         vector = self._begin.copy()

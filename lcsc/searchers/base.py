@@ -38,6 +38,7 @@ class Proposal:
             blocks are the same noise, different blocks are independent.
         num_images: how many images to score it on; None takes the budget's. A block belongs to one number of images.
         earlier: with a gradient: whose images count beside its own; needs a task without `no_memory`.
+        may_win: False for one that only informs the session, such as one beyond a budget.
     """
 
     uid: int
@@ -46,6 +47,7 @@ class Proposal:
     block: int | None = None
     num_images: int | None = None
     earlier: tuple[Earlier, ...] = ()
+    may_win: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,12 +142,12 @@ class Session(Protocol):
 
 @runtime_checkable
 class Weighing(Protocol):
-    """What a session offers beside `Session` when it weighs the value against a second number of the records."""
+    """What a session offers beside `Session` when it weighs the value against further numbers of the records."""
 
-    second: str
+    weighed: tuple[str, ...]
 
-    def weigh(self, uid: int, number: float | None) -> None:
-        """The number called `second` of proposal `uid`, before its value is told; None where the proposal failed."""
+    def weigh(self, uid: int, numbers: tuple[float, ...] | None) -> None:
+        """The numbers called `weighed` of proposal `uid`, before its value is told; None where the proposal failed."""
         ...
 
 

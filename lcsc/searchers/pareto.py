@@ -1,10 +1,10 @@
-"""Two numbers at a time, such as loss and bytes of cache: the candidates that nothing beats in both."""
+"""Several numbers at a time, such as loss and bytes of cache: the candidates that nothing beats in all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,28 +15,34 @@ from lcsc.searchers.base import Proposal, Start, Task, check_told
 from lcsc.searchers.nevergrad import Nevergrad, NevergradSession
 
 
-class _Pairs(NevergradSession):
-    """An optimizer of nevergrad that hears two losses: each told as the hypervolume that its point adds.
+class _Several(NevergradSession):
+    """An optimizer of nevergrad that hears several losses: each told as the hypervolume that its point adds.
 
     Args:
         optimizer, scale: see `NevergradSession`.
-        starts: scored points, which give both numbers their units and the corner that volumes are measured from.
-        second, at_most: see `Pareto`.
+        starts: scored points, which give all numbers their units and the corner that volumes are measured from.
+        weighed: names of the numbers beside the value; the first is the one that `at_most` bounds.
+        at_most: see `Pareto`.
     """
 
     def __init__(
-        self, optimizer: Any, scale: np.ndarray, starts: tuple[Start, ...], second: str, at_most: float | None
+        self,
+        optimizer: Any,
+        scale: np.ndarray,
+        starts: tuple[Start, ...],
+        weighed: tuple[str, ...],
+        at_most: float | None,
     ) -> None:
         super().__init__(optimizer, scale)
-        self.second, self._at_most = second, at_most
-        pairs = [(start.value, start.numbers[second]) for start in starts]
-        self._worst = np.max(pairs, axis=0) if pairs else None  # what a failure counts as
-        span = np.ptp(pairs, axis=0) if pairs else np.zeros(2)
+        self.weighed, self._at_most = weighed, at_most
+        points = [(start.value, *(start.numbers[name] for name in weighed)) for start in starts]
+        self._worst = np.max(points, axis=0) if points else None  # what a failure counts as
+        span = np.ptp(points, axis=0) if points else np.zeros(1 + len(weighed))
         self._unit = np.where(span > 0, span, 1.0)
         self._begin = starts[0].vector if starts else None
         self._vectors: dict[int, np.ndarray] = {}
-        self._weights: dict[int, float | None] = {}
-        self._scored: list[tuple[float, float, int]] = []  # value, second number, uid
+        self._weights: dict[int, tuple[float, ...] | None] = {}
+        self._scored: list[_Scored] = []
         if self._worst is not None:
             self.hear_corner(self._worst / self._unit + 0.1)
 
@@ -45,55 +51,80 @@ class _Pairs(NevergradSession):
         self._vectors[proposal.uid] = proposal.vector
         return proposal
 
-    def weigh(self, uid: int, number: float | None) -> None:
-        """The second number of a proposal, before its value; None where it failed."""
-        self._weights[uid] = number
+    def weigh(self, uid: int, numbers: tuple[float, ...] | None) -> None:
+        """The further numbers of a proposal, before its value; None where it failed."""
+        self._weights[uid] = numbers
 
     def tell(self, uid: int, value: float, gradient: np.ndarray | None = None) -> None:
         check_told(uid, value)
-        number = self._weights.pop(uid, None)
-        pair = np.array([value, np.nan if number is None else number])
-        if number is not None:
-            if not np.isfinite(number):
-                raise EvaluationError(f"trial {uid} says `{self.second}` is {number}; it must be finite.")
-            self._scored.append((float(value), float(number), uid))
-            self._worst = pair if self._worst is None else np.maximum(self._worst, pair)
+        numbers = self._weights.pop(uid, None)
+        if numbers is not None:
+            for name, number in zip(self.weighed, numbers, strict=True):
+                if not np.isfinite(number):
+                    raise EvaluationError(f"trial {uid} says `{name}` is {number}; it must be finite.")
+            self._scored.append(_Scored(float(value), tuple(map(float, numbers)), uid))
+            told = np.array([value, *numbers])
+            self._worst = told if self._worst is None else np.maximum(self._worst, told)
         elif self._worst is None:  # the first of all failed: nothing is known yet
             self._asked.pop(uid)
             return
-        told = np.where(np.isnan(pair), self._worst, pair)
+        else:
+            told = np.array([value, *self._worst[1:]])
         self._optimizer.tell(self._asked.pop(uid), list(told / self._unit))
 
     def best(self) -> np.ndarray:
         """The lowest value that costs no more than is allowed; where the search began while there is none."""
         fit = self._fit()
         if fit:
-            return self._vectors[min(fit)[2]]
+            return self._vectors[min(fit).uid]
         return super().best() if self._begin is None else self._begin
 
     def finalists(self, count: int) -> list[tuple[str, np.ndarray]]:
         """The front within the limit, thinned to `count`."""
         front = self._front(self._fit())
-        kept = thinned(np.array([p[1] for p in front]), np.array([p[0] for p in front]), count) if front else []
-        return [(f"trial {front[at][2]}, {self.second} {front[at][1]:g}", self._vectors[front[at][2]]) for at in kept]
+        if not front:
+            return []
+        kept = [front[at] for at in thinned(*_columns(front), count)]
+        return [(f"trial {point.uid}, {self._shown(point)}", self._vectors[point.uid]) for point in kept]
 
     def account(self) -> list[str]:
         """How long the front is and what it spans."""
         front = self._front(self._scored)
         if not front:
-            return [f"no trial told its `{self.second}`"]
-        values, numbers = [p[0] for p in front], [p[1] for p in front]
+            return [f"no trial told its {' and '.join(f'`{name}`' for name in self.weighed)}"]
+        values, numbers_NC = [point.value for point in front], np.array([point.numbers for point in front])
+        spans = ", ".join(
+            f"`{name}` {column.min():g} to {column.max():g}"
+            for name, column in zip(self.weighed, numbers_NC.T, strict=True)
+        )
+        every = "both" if len(self.weighed) == 1 else f"all {1 + len(self.weighed)}"
         return [
-            f"nothing beats {len(front)} of {len(self._scored)} trials in both numbers: `{self.second}` "
-            f"{min(numbers):g} to {max(numbers):g}, value {max(values):.5g} to {min(values):.5g}"
+            f"nothing beats {len(front)} of {len(self._scored)} trials in {every} numbers: {spans}, value "
+            f"{max(values):.5g} to {min(values):.5g}"
         ]
 
-    def _fit(self) -> list[tuple[float, float, int]]:
-        return [p for p in self._scored if self._at_most is None or p[1] <= self._at_most]
+    def _shown(self, point: _Scored) -> str:
+        return ", ".join(f"{name} {number:g}" for name, number in zip(self.weighed, point.numbers, strict=True))
 
-    def _front(self, points: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
-        kept = pareto(np.array([p[1] for p in points]), np.array([p[0] for p in points]))
+    def _fit(self) -> list[_Scored]:
+        return [point for point in self._scored if self._at_most is None or point.numbers[0] <= self._at_most]
+
+    def _front(self, points: list[_Scored]) -> list[_Scored]:
+        kept = pareto(*_columns(points)) if points else ()
         return [point for point, keep in zip(points, kept, strict=True) if keep]
+
+
+class _Scored(NamedTuple):
+    """A trial: its value, the further numbers, and which it is."""
+
+    value: float
+    numbers: tuple[float, ...]
+    uid: int
+
+
+def _columns(points: list[_Scored]) -> tuple[np.ndarray, np.ndarray]:
+    """Further numbers, shape (N, C), and values, shape (N,)."""
+    return np.array([point.numbers for point in points]), np.array([point.value for point in points])
 
 
 @register(
@@ -103,38 +134,46 @@ class _Pairs(NevergradSession):
 )
 @dataclass(frozen=True)
 class Pareto:
-    """Searches value and a second number together; the finalists are the front.
+    """Searches value and a second number together, and a third where one is named; the finalists are the front.
 
     The winner is the finalist of the lowest value on the select seeds. Without a limit that is about the dearest end of
     the front, so say `at_most` where one model is wanted; the report draws all of it.
 
     Args:
         second: the other number, as the journal names it, such as `cache_bytes_per_token`; lower is better.
-        at_most: the most it may be for the winner; None leaves it free. Dearer candidates still teach the search.
+        third: one more number, lower is better; null searches two.
+        at_most: the most the second may be for the winner; None leaves it free. Dearer candidates still teach the
+            search.
         optimizer: its name in nevergrad's registry; differential evolution suits fronts.
         sigma0: length of the first moves, in units of the boxes' scale.
     """
 
     second: str = "cache_bytes_per_token"
+    third: str | None = None
     at_most: float | None = None
     optimizer: str = "DE"
     sigma0: float = 1.0
 
-    def start(self, task: Task) -> _Pairs:
+    def start(self, task: Task) -> _Several:
         """Begin; see `Searcher.start`.
 
         Raises:
-            ConfigError: nothing to search, no such optimizer, or nobody tells the second number.
+            ConfigError: nothing to search, no such optimizer, or nobody tells one of the numbers.
         """
         inner = Nevergrad(self.optimizer, self.sigma0, warm_start=False)
         inner.check(task)
         told = _numbers(task.starts)
-        if task.starts and self.second not in told:
-            known = f"one of {', '.join(sorted(told))}" if told else "another searcher: these candidates tell none"
-            raise ConfigError(f"`searcher.second` is `{self.second}`, which no candidate here tells. Use {known}.")
-        starts = tuple(start for start in task.starts if self.second in start.numbers)
+        settings = {"second": self.second, **({} if self.third is None else {"third": self.third})}
+        for setting, name in settings.items():
+            if task.starts and name not in told:
+                known = f"one of {', '.join(sorted(told))}" if told else "another searcher: these candidates tell none"
+                raise ConfigError(f"`searcher.{setting}` is `{name}`, which no candidate here tells. Use {known}.")
+        if self.third == self.second:
+            raise ConfigError(f"`searcher.second` and `searcher.third` are both `{self.second}`. Leave the third null.")
+        weighed = tuple(settings.values())
+        starts = tuple(start for start in task.starts if set(weighed) <= start.numbers.keys())
         recipe = inner.recipe(replace(task, starts=starts))
-        return _Pairs(recipe.make(), task.space.scale, starts, self.second, self.at_most)
+        return _Several(recipe.make(), task.space.scale, starts, weighed, self.at_most)
 
 
 def _numbers(starts: tuple[Start, ...]) -> Mapping[str, None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lcsc.bank import CheckpointBank, Selection
 from lcsc.bank.coded import write_coded
-from lcsc.bank.optimizer_file import find_optimizer, read_optimizer
+from lcsc.bank.optimizer_file import contents_of, find_optimizer, read_optimizer
 from lcsc.bank.survey import survey
 from lcsc.codec.chain import Chain, file_name
 from lcsc.codec.settings import CodecSettings
@@ -23,7 +24,8 @@ def folder(tmp_path):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.BatchNorm1d(40), torch.nn.Linear(40, 40))
     net[2].weight = net[0].weight
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    biases, weights = ([p for p in net.parameters() if (p.ndim < 2) == first] for first in (True, False))
+    optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0}, {"params": weights}], lr=1e-3)
     for step in (10, 20, 30, 40, 50):
         for _ in range(2):
             net(torch.randn(8, 40)).square().mean().backward()
@@ -84,21 +86,25 @@ def test_an_optimizer_is_coded_beside_the_weights(folder, lcsc, tmp_path):
     assert (code, err) == (0, "")
     assert "5 checkpoints, codec lossless" in out
     assert CheckpointBank.open(to).digest == CheckpointBank.open(folder).digest
-    state = torch.load(folder / "checkpoint-50" / "optimizer.bin", weights_only=True)["state"]
+    state = torch.load(folder / "checkpoint-50" / "optimizer.bin", weights_only=True)
     coded = Chain(to).read(50)
-    assert coded["exp_avg/0.weight"].bits.tobytes() == state[0]["exp_avg"].numpy().tobytes()
-    assert coded["exp_avg_sq/0.weight"].bits.tobytes() == state[0]["exp_avg_sq"].numpy().tobytes()
+    assert coded["exp_avg/0.weight"].bits.tobytes() == state["state"][4]["exp_avg"].numpy().tobytes()
+    assert coded["exp_avg_sq/0.weight"].bits.tobytes() == state["state"][4]["exp_avg_sq"].numpy().tobytes()
     assert float(coded["state/step/0.weight"].bits) == 10.0
 
     code, out, err = lcsc("verify", str(to), f"bank={folder}")
     assert (code, err) == (0, "")
     assert f"the same bits as {folder}" in out
-    code, out, err = lcsc("bank", "unpack", f"from={to}", f"to={tmp_path / 'plain'}", "last=2")
+    again = tmp_path / "again"  # a coded bank is coded again with its optimizer
+    assert lcsc("bank", "pack", f"from={to}", f"to={again}", "codec=lossless", "optimizer=true")[0] == 0
+    code, out, err = lcsc("bank", "unpack", f"from={again}", f"to={tmp_path / 'plain'}", "last=2")
     assert (code, err) == (0, "")
     plain = tmp_path / "plain" / "checkpoint-000050"
-    assert torch.equal(load_file(plain / "optimizer.safetensors")["optimizer/exp_avg/0.weight"], state[0]["exp_avg"])
-    again = read_optimizer(find_optimizer(plain / "model.safetensors"), {})
-    assert again["exp_avg_sq/0.weight"].bits.tobytes() == state[0]["exp_avg_sq"].numpy().tobytes()
+    unpacked = torch.load(plain / "optimizer.bin", weights_only=True)
+    assert unpacked["param_groups"] == state["param_groups"]
+    assert [list(slots) for slots in unpacked["state"].values()] == [list(slots) for slots in state["state"].values()]
+    for index, slots in state["state"].items():
+        assert all(torch.equal(unpacked["state"][index][slot], tensor) for slot, tensor in slots.items())
     model = torch.load(folder / "checkpoint-50" / "pytorch_model.bin", weights_only=True)
     unpacked = load_file(plain / "model.safetensors")
     assert unpacked.keys() == model.keys()
@@ -129,12 +135,43 @@ def test_verify_tells_what_is_wrong(folder, lcsc, tmp_path):
         (["codec=lossless", "dtype=float16"], "`dtype` is `float16`, and a codec keeps"),
         (["tau=1"], "`tau` is a setting of a codec, and there is none"),
         (["codec=lossless", "optimizer=yes"], "`optimizer` is `yes`"),
+        (["codec=lossless", "bits_w=3"], "`bits_w` says what is lost, and codec=lossless loses nothing"),
+        (["codec=lossy", "layers=*:6,x"], "`layers` is `*:6,x`; give patterns of names with their bits"),
+        (["codec=lossy", "joint=1"], "`joint` is `1`; it must be true or false"),
+        (["codec=lossy", "tau=1", "optimizer=true"], "does not name its parameters, so that moments cannot be dropped"),
     ],
 )
 def test_settings_that_contradict_are_refused(folder, lcsc, tmp_path, words, said):
     code, _, err = lcsc("bank", "pack", f"from={folder}", f"to={tmp_path / 'out'}", *words)
     assert code == 2
     assert said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_have_bits_of_their_own(folder, lcsc, tmp_path):
+    to = tmp_path / "coded"
+    words = ("codec=lossy", "layers=0.w*:32,*:2", "joint=false")
+    assert lcsc("bank", "pack", f"from={folder}", f"to={to}", *words)[0] == 0
+    coded, loose = CheckpointBank.open(to), CheckpointBank.open(folder)
+    views = [bank.layout.views(bank.matrix()[-1]) for bank in (coded, loose)]
+    assert torch.equal(views[0]["0.weight"], views[1]["0.weight"])
+    (tmp_path / "below").write_text("")
+    code, _, err = lcsc("bank", "unpack", f"from={to}", f"to={tmp_path / 'below' / 'x'}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "cannot be written: File exists" in err
+    assert lcsc("bank", "unpack", f"from={to}", f"to={to / 'x'}")[0] == 2
+
+
+def test_an_optimizer_of_several_checkpoints_is_nobodys(lcsc, tmp_path):
+    for step in (5, 10):
+        save_file({"a": torch.full((3,), float(step))}, tmp_path / f"model-{step}.safetensors")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    out = tmp_path.parent / "out"
+    code, _, err = lcsc("bank", "pack", f"from={tmp_path}", f"to={out}", "codec=lossless", "optimizer=true")
+    assert code == 2
+    assert "lies beside 2 checkpoints and can be that of one alone" in err
+    assert not out.exists()
 
 
 def test_no_optimizer_is_said(tmp_path):
@@ -143,5 +180,14 @@ def test_no_optimizer_is_said(tmp_path):
     torch.save({"model": {"a": torch.ones(3)}}, tmp_path / "optimizer.pt")
     with pytest.raises(BankError, match="holds no optimizer"):
         read_optimizer(tmp_path / "optimizer.pt", {"a": (3,)})
+    state = {"state": {0: {"exp_avg": torch.ones(3), "rate": float("nan")}}, "param_groups": [{"betas": (0.9, 1)}]}
+    torch.save(state, tmp_path / "optimizer.pt")
+    found = read_optimizer(tmp_path / "optimizer.pt", {"a": (3,)})
+    assert (list(found.tensors), found.named) == (["exp_avg/a"], False)
+    again = contents_of(json.loads(json.dumps(found.about["optimizer"]["contents"])), {"exp_avg/a": 1})
+    assert str(again) == "{'state': {0: {'exp_avg': 1, 'rate': nan}}, 'param_groups': [{'betas': (0.9, 1)}]}"
+    torch.save({**state, "more": {1.5: 2}}, tmp_path / "optimizer.pt")
+    with pytest.raises(BankError, match="holds a dict at `more`, and tensors and plain values can be coded"):
+        read_optimizer(tmp_path / "optimizer.pt", {})
     with pytest.raises(ConfigError):
         CodecSettings(bits_v=0)

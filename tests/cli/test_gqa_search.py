@@ -12,6 +12,7 @@ from helpers_text import CONFIG
 from transformers import AutoModelForCausalLM
 
 from lcsc.models.network import load_network
+from lcsc.report.run import Run
 
 TINY = [
     *("operator=gqa", "experiment=gqa_small"),
@@ -42,6 +43,12 @@ def test_train_search_stop_continue_report_export_verify(here, lcsc):
     assert all(sum(counts) <= 4 for counts in heads[5:])
     assert [trial["cache_bytes_per_token"] for trial in trials] == [2 * sum(counts) * 4 * 4 for counts in heads]
     assert sum(summary_heads(run)) <= 4
+    # what exceeds the sum informs, and is not the best of anything
+    assert [trial.get("may_win", True) for trial in trials] == [sum(counts) <= 4 for counts in heads]
+    allowed = [trial["value"] for trial in trials if sum(trial["num_kv_heads"]) <= 4]
+    assert Run.open(run).trials()["best_so_far"].iloc[-1] == min(allowed)
+    labels = [r["label"] for r in records(run) if r["kind"] == "select"]
+    assert next(label for label in labels if label.startswith("heads ")) in {f"heads {a}, {b}" for a, b in heads[5:]}
     # the baselines are equal numbers with the same sum
     assert {r["num_kv_heads"] == [2, 2] for r in records(run) if r["kind"] == "baseline"} == {True}
 
@@ -60,6 +67,8 @@ def test_train_search_stop_continue_report_export_verify(here, lcsc):
     page = (run / "report" / "report.html").read_text()
     assert "Loss against cache" in page
     assert "trials changed one layer at a time" in page
+    assert "detector" not in page
+    assert "metric digest" in page
 
     code, _, err = lcsc("export", f"run={run}", "to=out")
     assert code == 0, err

@@ -45,6 +45,7 @@ def walked(num, both=0.0):
         proposal = session.ask()
         assert proposal.uid == uid
         assert proposal.vector[0] == 3.0  # what is not chosen stays where the best start has it
+        assert proposal.may_win == (cost(picks(proposal.vector)) <= BUDGET)
         seen.append(picks(proposal.vector))
         session.tell(uid, loss(seen[-1], both))
     return session, seen
@@ -63,6 +64,7 @@ def test_single_changes_then_the_best_sum_then_neighbours_and_smaller_budgets():
     assert set(cheapest.values()) <= set(seen[9:])
     assert picks(session.best()) == best
     assert [picks(v) for _, v in session.finalists(3)] == sorted(seen[9:], key=loss)[:3]
+    assert session.finalists(1)[0][0] == f"costs {', '.join(str(COSTS[pick]) for pick in best)}"
     assert session.account()[1].startswith("the sum of the changes was least with costs ")
     assert session.account()[1].endswith(f"{loss(best):.5g} by the sum, {loss(best):.5g} together")
 

@@ -46,7 +46,7 @@ def walk(session, num):
     for _ in range(num):
         proposal = session.ask()
         counts = heads(proposal.vector)
-        session.weigh(proposal.uid, cost(counts))
+        session.weigh(proposal.uid, (cost(counts),))
         session.tell(proposal.uid, loss(counts))
         seen.append(proposal.vector)
     return np.array(seen)
@@ -94,6 +94,32 @@ def test_finalists_are_the_front_and_the_limit_holds():
     assert cost(heads(bounded.best())) <= 64 * 10
 
 
+def test_a_third_number_opens_the_front():
+    def third(counts):
+        return float(counts[0])  # what the first of five costs apart
+
+    starts = tuple(Start(s.vector, s.value, "u", "", {**s.numbers, "third": third(heads(s.vector))}) for s in STARTS)
+    session, points = begun(starts=starts, third="third"), []
+    assert session.weighed == ("bytes", "third")
+    for _ in range(150):
+        proposal = session.ask()
+        counts = heads(proposal.vector)
+        session.weigh(proposal.uid, (cost(counts), third(counts)))
+        session.tell(proposal.uid, loss(counts))
+        points.append((cost(counts), third(counts), loss(counts)))
+    front = {p for p in points if not any(q != p and all(a <= b for a, b in zip(q, p, strict=True)) for q in points)}
+    named = session.finalists(1000)
+    seen = {(cost(c), third(c), loss(c)) for c in (heads(vector) for _, vector in named)}
+    assert seen == front
+    assert len(front) > len({p for p in front if p[1] == min(q[1] for q in front)})
+    assert named[0][0].endswith(f"bytes {min(front)[0]:g}, third {min(front)[1]:g}")
+    assert "all 3 numbers: `bytes`" in session.account()[0]
+    few = [heads(vector) for _, vector in session.finalists(6)]
+    assert len(few) == 6
+    for number in (cost, third, loss):
+        assert min(map(number, few)) == min(map(number, (heads(vector) for _, vector in named)))
+
+
 def test_replay_is_bit_identical_and_a_failure_counts_as_the_worst():
     def told(session, num, broken=True):
         seen = []
@@ -101,7 +127,7 @@ def test_replay_is_bit_identical_and_a_failure_counts_as_the_worst():
             proposal = session.ask()
             counts = heads(proposal.vector)
             fails = broken and proposal.uid % 5 == 2
-            session.weigh(proposal.uid, None if fails else cost(counts))
+            session.weigh(proposal.uid, None if fails else (cost(counts),))
             session.tell(proposal.uid, 99.0 if fails else loss(counts))
             seen.append(proposal.vector)
         return np.array(seen)
@@ -130,8 +156,12 @@ def test_mistakes_are_named():
     bare = (Start(np.full(5, 0.5), 1.0, "start"),)
     with pytest.raises(ConfigError, match="these candidates tell none"):
         build("searcher", "pareto").start(Task(SPACE, 9, 0, bare))
+    with pytest.raises(ConfigError, match=r"`searcher.third` is `size`, which no candidate"):
+        begun(third="size")
+    with pytest.raises(ConfigError, match="`searcher.second` and `searcher.third` are both `bytes`"):
+        begun(third="bytes")
     session = begun()
-    session.weigh(session.ask().uid, float("inf"))
+    session.weigh(session.ask().uid, (float("inf"),))
     with pytest.raises(EvaluationError, match="`bytes` is inf; it must be finite"):
         session.tell(0, 1.0)
 
@@ -142,3 +172,10 @@ def test_a_front_is_thinned_from_what_fills_it_least():
     assert thinned(cost_N, loss_N, 4) == [1, 2, 0, 4]  # 2.1 adds 1.9 x 0.1, 2.0 adds 0.1 x 4.0 of it
     assert thinned(cost_N, loss_N, 2) == [1, 4]
     assert thinned(cost_N, loss_N, 1) == [4]
+    third_N2 = np.column_stack([cost_N, [1.0, 2.0, 0.0, 0.0, 3.0]])
+    # crowding of 0: (8 - 2.1) / 7 + 1 / 3 + 3.9 / 8; of 3: 2 / 7 + 1 / 3 + 3 / 8; the others are ends
+    assert thinned(third_N2, loss_N, 4) == [1, 2, 0, 4]
+    assert thinned(third_N2, loss_N, 1) == [4]
+    assert pareto(third_N2, loss_N).tolist() == [True] * 5
+    again_N2, again_N = np.vstack([third_N2, third_N2[:1], [[9.0, 9.0]]]), np.append(loss_N, [2.0, 0.5])
+    assert pareto(again_N2, again_N).tolist() == [True] * 5 + [False, True]

@@ -12,9 +12,10 @@ from helpers_pictures import fine
 from PIL import Image
 
 from lcsc.core.pareto import pareto
-from lcsc.report.cache import cache_files, cache_points
+from lcsc.report.cache import cache_files, cache_points, draw
 from lcsc.report.compare import compare_runs
 from lcsc.report.run import Run
+from lcsc.report.status import Status
 
 HEADS = {"baseline": [2, 2], "select": [1, 2], "report": [1, 2]}
 
@@ -81,3 +82,38 @@ def test_several_runs_show_their_results(tmp_path):
     page = compare_runs(paths, tmp_path / "out")
     assert "Loss against cache" in page.read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"cache.png", "cache.csv"}
+
+
+def test_a_long_front_is_listed_from_end_to_end(tmp_path):
+    path = make_fake_run(tmp_path / "run", num_trials=30, samples=False)
+    records = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "trial":
+            uid = record["uid"]
+            record |= {"num_kv_heads": [uid + 1], "cache_bytes_per_token": 64 * (uid + 1), "value": 200.0 - uid}
+    (path / "journal.jsonl").write_bytes(framed(records))
+    run = Run.open(path)
+    (points,) = cache_points([run])
+    texts = [text.get_text() for text in draw(points, [run]).texts]
+    listed = [text for text in texts if " B  " in text]
+    assert listed[0].endswith("  1")
+    assert listed[-1].endswith("  30")
+    assert f"{len(listed)} of 30 points of the line" in texts
+
+
+def test_trials_beyond_a_budget_are_drawn_hollow_and_are_not_the_best(tmp_path):
+    path = make_fake_run(tmp_path / "run", num_trials=6, samples=False, finished=False)
+    records = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "trial":
+            record |= {"value": 100.0 + record["uid"], "status": "ok", "may_win": record["uid"] >= 2}
+    (path / "journal.jsonl").write_bytes(framed(records))
+    run = Run.open(path)
+    assert run.best["uid"] == 2
+    assert run.trials()["best_so_far"].tolist()[2:] == [102.0] * 4
+    assert run.trials()["best_so_far"].isna().tolist() == [True, True, False, False, False, False]
+    ax = run.plot_convergence().axes[0]
+    hollow = [line for line in ax.lines if line.get_markerfacecolor() == "none"]
+    assert [line.get_ydata().tolist() for line in hollow] == [[100.0, 101.0]]
+    assert "2 beyond the budget" in " ".join(text.get_text() for text in ax.texts)
+    assert dict(Status(run).rows())["best so far"].startswith("102.0 (trial 2")

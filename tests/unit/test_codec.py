@@ -233,6 +233,44 @@ def test_more_bits_lose_less(tmp_path, width):
     assert np.abs(w - was).mean() < least * np.abs(written[min(written)]["a.weight"].bits - was).mean()
 
 
+def test_numbers_too_far_apart_for_a_scale_are_kept(tmp_path):
+    """Never as Inf or NaN: a second moment of 1e10 among 1e-30, a weight that crosses the whole range."""
+    tensors = Training().run(3)
+    w, v = (tensors[name].bits for name in ("a.weight", "exp_avg_sq/a.weight"))
+    w[0, 0], v[:] = 3e38, 1e-30 * (1 + v / v.max())
+    v[0, :3] = 1e10, 3e38, 1e-45
+    after = tensors | {"a.weight": Array("float32", np.where(w == w[0, 0], -w, w))}
+    writer = ChainWriter(tmp_path, LOSSY)
+    for step, own in ((1, tensors), (2, after)):
+        writer.append(step, own)
+    for (_, state), own in zip(Chain(tmp_path).walk(), (tensors, after), strict=True):
+        assert bits(state.tensors["exp_avg_sq/a.weight"]) == bits(own["exp_avg_sq/a.weight"])
+        assert bits(state.tensors["a.weight"]) == bits(own["a.weight"])
+        assert bits(state.tensors["exp_avg/a.weight"]) != bits(own["exp_avg/a.weight"])
+
+
+def test_training_that_diverged_is_coded_without_a_word(tmp_path):
+    tensors = Training().run(3)
+    for name in ("a.weight", "exp_avg/a.weight", "exp_avg_sq/a.weight"):
+        tensors[name].bits[0, :3] = np.inf, -np.inf, np.nan
+    writer = ChainWriter(tmp_path)
+    for step in (1, 2):
+        writer.append(step, tensors)
+    assert all(bits(state.tensors[n]) == bits(a) for _, state in Chain(tmp_path).walk() for n, a in tensors.items())
+
+
+def test_a_state_that_is_no_pair_of_moments_is_kept(tmp_path):
+    """Differences of squares from a prediction could become negative."""
+    training, writer, names = Training(), ChainWriter(tmp_path, LOSSY), ("state/max/a", "exp_avg_sq/b", "exp_avg/b")
+    for step in (1, 2, 3):
+        tensors = training.run(2)
+        tensors |= dict.fromkeys(names[:2], tensors["exp_avg_sq/a.weight"])
+        tensors["exp_avg/b"] = Array("float32", tensors["exp_avg/a.weight"].bits.T)
+        writer.append(step, tensors)
+        read = Chain(tmp_path).read(step)
+        assert all(bits(read[name]) == bits(tensors[name]) for name in names)
+
+
 def test_zero_bits_keep_the_anchor(tmp_path):
     written = chain_of(tmp_path, CodecSettings("lossy", bits_w=0), num=3)
     states = dict(Chain(tmp_path).walk())
@@ -242,7 +280,7 @@ def test_zero_bits_keep_the_anchor(tmp_path):
 def test_what_cannot_be_quantised_is_refused(tmp_path):
     tensors = Training().run(3)
     tensors["exp_avg/a.weight"].bits[3, 4] = np.inf
-    with pytest.raises(NonFiniteError, match="`exp_avg/a.weight` holds NaN or Inf, which cannot be quantised"):
+    with pytest.raises(NonFiniteError, match="`exp_avg/a.weight` of `step-0+1.ckd` holds NaN or Inf"):
         ChainWriter(tmp_path, LOSSY).append(1, tensors)
     assert not list(tmp_path.iterdir())
 

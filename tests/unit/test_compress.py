@@ -10,6 +10,7 @@ from lcsc.bank import CheckpointBank
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.models.network import build_network, save_network
 from lcsc.operators.compress import WIDTHS, Compress
+from lcsc.search.evaluate import head_of
 
 ARCH = {
     "class": "LlamaForCausalLM",
@@ -88,6 +89,13 @@ def test_the_same_point_gives_the_same_bits(bank):
     point = operator.baselines(bank)[2].point
     one, two = operator.apply(bank, point), operator.apply(bank, point)
     assert one.recipe == two.recipe
+    assert "encode_seconds" not in one.recipe  # no two machines take the same
+    assert 0 < one.measured["encode_seconds"] < 60
+    assert head_of(one) == {
+        "bits": one.recipe["bits"],
+        "file_bytes": one.recipe["file_bytes"],
+        "encode_seconds": one.measured["encode_seconds"],
+    }
     assert all(torch.equal(a, b) for a, b in zip(one.weights().values(), two.weights().values(), strict=True))
 
 

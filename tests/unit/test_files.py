@@ -31,6 +31,22 @@ def test_finished_folder_appears_whole(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
 
 
+def test_what_a_killed_process_left_is_removed_and_what_another_fills_is_not(tmp_path):
+    for name in (".out.0123abcd.tmp", ".out.other.tmp", ".out2.0123abcd.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
+    others = {".out.other.tmp", ".out2.0123abcd.tmp"}
+    with new_directory(tmp_path / "out") as mine:
+        twice = new_directory(tmp_path / "out")
+        theirs = twice.__enter__()
+        assert {path.name for path in tmp_path.iterdir()} == {mine.name, theirs.name, *others}
+    with pytest.raises(OutputExistsError, match="appeared"):
+        twice.__exit__(None, None, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *others}
+    with pytest.raises(ConfigError, match="cannot be written"), new_directory(tmp_path / ".out2.0123abcd.tmp/half/x"):
+        pass
+
+
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputExistsError, match="exists already"), new_directory(tmp_path / "out"):

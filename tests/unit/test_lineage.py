@@ -155,6 +155,16 @@ def test_failures_are_tried_again(tmp_path):
     assert calls.count("SEARCH") == 2
 
 
+def test_what_was_beyond_a_budget_there_may_win_where_none_is_kept(tmp_path):
+    parent, records, _ = find(tmp_path)
+    next(record for record in records if record["kind"] == "trial").update(may_win=False)
+    (parent.path / "journal.jsonl").write_bytes(framed(records))
+    _, records, _ = find(tmp_path, 5, fork=True)
+    trials = [record for record in records if record["kind"] == "trial"]
+    assert ["inherited" in trial for trial in trials] == [True, True, True, True, False]
+    assert not any("may_win" in trial for trial in trials)
+
+
 def test_a_parent_that_is_not_there_or_is_damaged_gives_nothing(tmp_path):
     parent, _, _ = find(tmp_path)
     child, _, _ = find(tmp_path, 5, fork=True)

@@ -21,7 +21,7 @@ from lcsc.report.tables import (
 
 def test_trials_are_the_journal_with_its_cumulative_minimum(finished):
     frame, records = open_run(finished).trials(), read_records(finished, "trial")
-    assert list(frame.columns) == ["uid", "value", "best_so_far", "status", "seconds", "images"]
+    assert list(frame.columns) == ["uid", "value", "best_so_far", "status", "seconds", "images", "may_win"]
     assert frame["uid"].tolist() == list(range(60))
     values = [np.inf if record["value"] is None else record["value"] for record in records]
     assert frame["value"].fillna(np.inf).tolist() == values
@@ -58,6 +58,27 @@ def test_baselines_mark_the_best_of_each_family(finished):
     tuned = frame[frame["tuned"]]
     assert dict(zip(tuned["family"], tuned["value"], strict=True)) == expected
     assert set(expected) == {"last", "best_single", "ema", "power_ema", "uniform", "wsm"}
+
+
+def test_the_baseline_with_the_final_score_stands_for_its_family(tmp_path):
+    """A second look on other seeds may prefer another member than the search seeds did."""
+    path = make_fake_run(tmp_path / "run")
+    members = [record for record in read_records(path, "baseline") if record["family"] == "ema"]
+    shown = max(members, key=lambda record: record["value"])
+    edit_records(
+        path,
+        lambda record: (
+            {**record, "label": shown["label"], "vector": shown["vector"], "coef": shown["coef"]}
+            if record["kind"] == "report" and record["who"] == "ema"
+            else record
+        ),
+    )
+    run = Run.open(path)
+    assert run.baselines().query("tuned and family == 'ema'")["label"].tolist() == [shown["label"]]
+    assert run.tuned("ema")["label"] == shown["label"]
+    assert run.coefficients()["ema_coef"].tolist() == shown["coef"]
+    (ema,) = [line for line in run.plot_coefficients().axes[0].lines if shown["label"] in line.get_label()]
+    assert ema.get_ydata().tolist() == shown["coef"]
 
 
 def test_report_table_has_the_winner_first_and_ratios_to_the_best_baseline(finished):

@@ -133,5 +133,7 @@ def test_runs_that_do_not_say_where_the_winner_lies_have_no_such_table(tmp_path)
     assert (place_rows(run)[1], place_notes(run)) == ([], [])
     assert "Where the winner lies" not in write_report(path).read_text(encoding="utf-8")
     assert not (path / "report" / "geometry.png").exists()
+    edit_geometry(path, {"points": {"best": {"from_last": 2.0, "from_last_relative": None}}})  # one checkpoint
+    assert place_rows(Run.open(path))[0] == ["", "from last"]
     edit_geometry(path, {"points": {"best": {"sum_abs": 2.0, "max_abs": 1.0}}})  # weights that cannot be compared
     assert place_rows(run) == (["", "sum |coef|", "max |coef|"], [["LCSC (trial 1)", "2.00", "1.000"]])

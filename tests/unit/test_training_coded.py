@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from helpers_training import SMALL, train
 
 from lcsc.bank import CheckpointBank
+from lcsc.codec.chain import Chain, file_name
 from lcsc.codec.settings import CodecSettings
-from lcsc.core.errors import ConfigError, RunError
-from lcsc.training.coded import CodedSaver, save_hook, saver_callback, training_tensors
+from lcsc.core.errors import ConfigError, OutputExistsError, RunError
+from lcsc.training.coded import CodedSaver, load_hook, save_hook, saver_callback, training_tensors
 
 
 def small(seed: int = 0) -> tuple[torch.nn.Module, torch.optim.AdamW]:
@@ -64,6 +65,83 @@ def test_a_lossless_restore_goes_on_bit_for_bit(tmp_path: Path) -> None:
         CodedSaver(tmp_path / "bank").restore(torch.nn.Linear(2, 2))
 
 
+def by_kind(net: torch.nn.Module) -> torch.optim.Optimizer:
+    """Biases first: torch numbers parameters by group, and the network by its layers."""
+    biases, others = ([p for p in net.parameters() if (p.ndim < 2) == first] for first in (True, False))
+    return torch.optim.AdamW([{"params": biases, "weight_decay": 0.0}, {"params": others}], lr=1e-2)
+
+
+def only_the_last(net: torch.nn.Module) -> torch.optim.Optimizer:
+    net[0].requires_grad_(False)
+    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+
+
+def with_plain_numbers(net: torch.nn.Module) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(net.parameters())  # whose steps are no tensors
+
+
+@pytest.mark.parametrize("make", [by_kind, only_the_last, with_plain_numbers])
+def test_every_optimizer_goes_on_with_what_is_its_own(make, tmp_path: Path) -> None:
+    def fresh(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        net = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 40), torch.nn.Linear(40, 40))
+        return net, make(net)
+
+    net, optimizer = fresh(0)
+    run(net, optimizer, 0, 5)
+    CodedSaver(tmp_path).save(5, net, optimizer)
+    unbroken = run(net, optimizer, 5, 9)
+    again, other = fresh(1)
+    CodedSaver(tmp_path).restore(again, other)
+    assert run(again, other, 5, 9) == unbroken
+
+
+def test_an_optimizer_that_cannot_be_coded_or_restored_is_refused(tmp_path: Path) -> None:
+    net, optimizer = small()
+    run(net, optimizer, 0, 1)
+    CodedSaver(tmp_path / "bank").save(1, net, optimizer)
+    with pytest.raises(RunError, match=r"holds `exp_avg(_sq)?` of `0.bias`, which this optimizer does not train"):
+        CodedSaver(tmp_path / "bank").restore(net, torch.optim.AdamW([net[0].weight]))
+    both = torch.optim.AdamW([*net.parameters(), *torch.nn.Linear(2, 2).parameters()])
+    with pytest.raises(RunError, match="trains 2 parameters that are not the network's"):
+        CodedSaver(tmp_path / "none").save(1, net, both)
+    optimizer.state[net[0].weight]["history"] = [1.0]
+    with pytest.raises(RunError, match="keeps a list as `history` of `0.weight`"):
+        CodedSaver(tmp_path / "none").save(1, net, optimizer)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_training_goes_on_from_an_earlier_step(tmp_path: Path) -> None:
+    net, optimizer = small()
+    saver = CodedSaver(tmp_path)
+    for step in (2, 4, 6):
+        run(net, optimizer, step - 2, step)
+        saver.save(step, net, optimizer)
+    whole = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / f".{file_name(8)}.0123abcd.tmp").write_bytes(b"half")
+    again, other = small(seed=9)
+    saver = CodedSaver(tmp_path, replace=True)
+    assert saver.restore(again, other, step=2) == 2
+    with pytest.raises(OutputExistsError, match=r"has checkpoints up to step 6, and the training goes on from step 2"):
+        CodedSaver(tmp_path).check(2)
+    for step in (4, 6):
+        run(again, other, step - 2, step)
+        saver.save(step, again, other)
+        assert Chain(tmp_path).steps == tuple(range(2, step + 1, 2))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == whole
+
+
+def test_a_wrapped_network_has_its_own_names(tmp_path: Path) -> None:
+    net = torch.nn.Linear(3, 2)
+    CodedSaver(tmp_path).save(1, torch.nn.DataParallel(net))
+    assert set(Chain(tmp_path).read(1)) == {"weight", "bias"}
+    other = torch.nn.DataParallel(torch.nn.Linear(3, 2))
+    CodedSaver(tmp_path).restore(other)
+    assert torch.equal(other.module.weight, net.weight)
+
+
 def test_a_lossy_restore_goes_on_nearly(tmp_path: Path) -> None:
     net, optimizer = small()
     saver = CodedSaver(tmp_path / "bank", CodecSettings("lossy", anchor_every=100))
@@ -84,10 +162,16 @@ def test_accelerate_saves_through_the_hook(tmp_path: Path) -> None:
     net, optimizer = small()
     accelerator = Accelerator(cpu=True)
     model, prepared = accelerator.prepare(net, optimizer)
-    accelerator.register_save_state_pre_hook(save_hook(CodedSaver(tmp_path / "bank"), optimizer))
+    saver = CodedSaver(tmp_path / "bank", replace=True)
+    accelerator.register_save_state_pre_hook(save_hook(saver, optimizer))
+    accelerator.register_load_state_pre_hook(load_hook(saver))
     for step in (2, 4):
         run(model, prepared, step - 2, step)
         accelerator.save_state(str(tmp_path / "states" / f"checkpoint-{step}"))
+    unbroken = run(model, prepared, 4, 8)
+    accelerator.load_state(str(tmp_path / "states" / "checkpoint-4"))
+    assert run(model, prepared, 4, 8) == unbroken
+    accelerator.load_state(str(tmp_path / "states" / "checkpoint-4"))
     bank = CheckpointBank.open(tmp_path / "bank")
     assert bank.steps == (2, 4)
     assert not list((tmp_path / "states").rglob("model*"))
@@ -104,6 +188,12 @@ def test_transformers_saves_through_the_callback(tmp_path: Path) -> None:
     called = saver_callback(CodedSaver(tmp_path / "bank"))
     arguments = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
     called.on_save(arguments, TrainerState(global_step=7), TrainerControl(), model=net, optimizer=optimizer)
+    assert CheckpointBank.open(tmp_path / "bank").steps == (7,)
+    called.on_train_begin(arguments, TrainerState(global_step=7), TrainerControl())
+    with pytest.raises(OutputExistsError, match="goes on from step 0"):
+        called.on_train_begin(arguments, TrainerState(), TrainerControl())
+    other = TrainerState(global_step=8, is_world_process_zero=False)
+    called.on_save(arguments, other, TrainerControl(), model=net, optimizer=optimizer)
     assert CheckpointBank.open(tmp_path / "bank").steps == (7,)
 
 

@@ -57,7 +57,8 @@ class Sized(Line):
 
     def apply(self, bank, point):
         cost = 100 - float(np.abs(point["x"]).sum())
-        return SimpleNamespace(x=np.asarray(point["x"]), recipe={"operator": "line", "cache_bytes_per_token": cost})
+        recipe = {"operator": "line", "cache_bytes_per_token": cost}
+        return SimpleNamespace(x=np.asarray(point["x"]), recipe=recipe, measured={})
 
 
 def problem(searcher="cma", num_trials=24, **budget):
