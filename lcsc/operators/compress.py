@@ -43,7 +43,7 @@ class Compress:
     of a chain that begins with an anchor `anchor_every - 1` checkpoints before it, all coded alike. The recipe tells
     `file_bytes`, what a checkpoint of such a chain takes, anchor included, and a record also `encode_seconds`: the
     processor's time that coding it took, as it was measured. Without a search all groups have `mean_bits` (4 where it
-    is null), and null `tau` and `anchor_every` are 0 and 5.
+    is null), and null `tau` and `anchor_every` are 0 and 5, or as far back as the bank goes.
 
     Args:
         num_groups: G.
@@ -111,7 +111,7 @@ class Compress:
     def plan(self, bank: CheckpointBank, point: Point | None = None) -> Plan:
         """See `lcsc.operators.surgery`; the chain is coded at once, because each tensor's bytes tell of the others."""
         groups, arch, row = self.groups(bank), need_arch(bank), row_of(bank, self.step)
-        bits, tau, every = self._choice(point, len(groups))
+        bits, tau, every = self._choice(point, len(groups), row)
         if row + 1 < every:
             raise BankError(
                 f"step {bank.steps[row]} of `{bank.path}` has {row} checkpoints before it, and a chain of "
@@ -159,12 +159,12 @@ class Compress:
             found.setdefault(group, []).append(name)
         return [tuple(names) for names in found.values()]
 
-    def _choice(self, point: Point | None, G: int) -> tuple[tuple[int, ...], float, int]:
-        """Bits of the groups, threshold and interval at a point, or as set."""
-        num = len(WIDTHS)
+    def _choice(self, point: Point | None, G: int, row: int) -> tuple[tuple[int, ...], float, int]:
+        """Bits of the groups, threshold and interval at a point, or as set; a searched chain begins in the bank."""
+        num, longest = len(WIDTHS), max((n for n in INTERVALS if n <= row + 1), default=INTERVALS[0])
         if point is None:
             width = max(w for w in WIDTHS if w <= (self.mean_bits or 4))
-            return (width,) * G, self.tau or 0.0, self.anchor_every or INTERVALS[2]
+            return (width,) * G, self.tau or 0.0, self.anchor_every or min(longest, INTERVALS[2])
         x_G = np.asarray(point["bits"], np.float64)
         if self.mean_bits is not None and not (x_G > 1).all():
             bits = fill(x_G, WIDTHS, int(self.mean_bits * G))
@@ -172,7 +172,8 @@ class Compress:
             x_G = x_G - 1 if (x_G > 1).all() else x_G
             bits = tuple(WIDTHS[min(int(x * num), num - 1)] for x in x_G)
         tau = float(point["tau"][0]) if self.tau is None else self.tau
-        every = self.anchor_every or INTERVALS[min(int(point["anchor"][0] * len(INTERVALS)), len(INTERVALS) - 1)]
+        place = 0 if self.anchor_every else min(int(point["anchor"][0] * len(INTERVALS)), len(INTERVALS) - 1)
+        every = self.anchor_every or min(longest, INTERVALS[place])
         return bits, tau, every
 
     def _coded(self, bank: CheckpointBank, row: int, settings: CodecSettings) -> tuple[Tensors, list[int], list[float]]:

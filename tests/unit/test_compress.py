@@ -8,9 +8,12 @@ import torch
 
 from lcsc.bank import CheckpointBank
 from lcsc.core.errors import BankError, ConfigError
+from lcsc.core.registry import build
 from lcsc.models.network import build_network, save_network
 from lcsc.operators.compress import WIDTHS, Compress
 from lcsc.search.evaluate import head_of
+from lcsc.search.rows import numbers
+from lcsc.searchers.base import Start, Task
 
 ARCH = {
     "class": "LlamaForCausalLM",
@@ -77,6 +80,8 @@ def test_a_mean_is_kept_and_what_it_names_is_taken(bank):
     assert sum(recipe["bits"]) <= 16
     assert recipe["bits"][0] == 8
     assert (recipe["tau"], recipe["anchor_every"], recipe["steps"]) == (1.5, 3, [40, 50, 60])
+    longest = space.to_point(np.array([0.99, 0.0, 0.5, 0.2, 1.5, 0.99]))
+    assert operator.apply(bank, longest).recipe["anchor_every"] == 5  # of 10, which six checkpoints are too few for
     named = np.array([1 + (WIDTHS.index(width) + 0.5) / len(WIDTHS) for width in (8, 8, 5, 2)])
     assert operator.apply(bank, {**point, "bits": named}).recipe["bits"] == [8, 8, 5, 2]
     assert [b.label for b in operator.baselines(bank)] == [f"{n} bits everywhere" for n in (2, 3, 4)]
@@ -97,6 +102,36 @@ def test_the_same_point_gives_the_same_bits(bank):
         "encode_seconds": one.measured["encode_seconds"],
     }
     assert all(torch.equal(a, b) for a, b in zip(one.weights().values(), two.weights().values(), strict=True))
+
+
+def test_bytes_loss_and_seconds_are_one_front(bank):
+    operator, exact = Compress(num_groups=4, tau=None, anchor_every=None), bank.matrix()[-1]
+    space = operator.space(bank)
+
+    def scored(vector):
+        made, theta_P = operator.apply(bank, space.to_point(vector)), torch.empty(bank.layout.num_parameters)
+        made.write(theta_P)
+        return float((theta_P - exact).norm()), numbers(head_of(made))
+
+    starts = []
+    for baseline in operator.baselines(bank):
+        vector = space.to_vector(baseline.point)
+        value, told = scored(vector)
+        starts.append(Start(vector, value, "uniform", baseline.label, told))
+    searcher = build("searcher", "pareto", second="file_bytes", third="encode_seconds")
+    session = searcher.start(Task(space, 12, 0, tuple(starts)))
+    assert session.weighed == ("file_bytes", "encode_seconds")
+    seen = []
+    for _ in range(12):
+        proposal = session.ask()
+        value, told = scored(proposal.vector)
+        session.weigh(proposal.uid, (told["file_bytes"], told["encode_seconds"]))
+        session.tell(proposal.uid, value)
+        seen.append((value, told["file_bytes"], told["encode_seconds"]))
+    named = session.finalists(12)
+    assert all(", file_bytes " in label and ", encode_seconds " in label for label, _ in named)
+    quickest = min(range(12), key=lambda uid: seen[uid][2])
+    assert any(label.startswith(f"trial {quickest},") for label, _ in named)
 
 
 @pytest.mark.parametrize(
