@@ -15,31 +15,32 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpt_digits import MEAN_OF, NUM_PROMPTS, NUM_UPDATES, r2
+from gpt_digits import MEAN_OF, NUM_PROMPTS, NUM_UPDATES, fitted, r2
 from machine import circumstances, mean_se
 
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.models.parameter_sampling import propose, updated
 from lcsc.models.weight_runs import WeightRuns
 from lcsc.training.parameter_dit import ParameterDiTTrainer
-from lcsc.training.weight_fit import fit_generator, new_generator
+from lcsc.training.weight_fit import PAIRINGS, new_generator
 from lcsc.training.weight_rivals import diversity, seconds_of
 
 SHAPES = {"bias": (2,), "weight": (2, 4)}
 SIZE, MOST = 10, 500
-NUM_RUNS, NUM_HELD_OUT, NUM_SAVES = 500, 20, 20
+NUM_RUNS, NUM_HELD_OUT, NUM_SAVES = 300, 20, 20
 #: episodes of a checkpoint that is learned from, and of what is judged
 EPISODES, EPISODES_JUDGED = 32, 64
 #: evolution strategies: pairs of a step, steps, noise, learning rate; steps of those that an update is compared with
 PAIRS, STEPS, SIGMA, RATE = 8, 80, 0.1, 0.05
 MOST_STEPS = 150
-GENERATOR = {"num_steps": 3000, "batch_size": 64, "learning_rate": 2e-3, "chunk": 4, "pairs": "prompts"}
+GENERATOR = {"num_steps": 2000, "batch_size": 64, "learning_rate": 2e-3, "chunk": 4}
 #: environments side by side: more of them fall out of the processor's cache
 SIDE_BY_SIDE = 4096
 
@@ -92,41 +93,50 @@ def steps_within(seconds: float, theta_1P: np.ndarray, seed: int) -> int:
     return steps
 
 
-def make_runs(seed: int) -> WeightRuns:
-    """All runs side by side."""
-    rng = np.random.default_rng(seed)
-    late = np.maximum(np.geomspace(1, STEPS, NUM_SAVES - 1).round().astype(int), np.arange(1, NUM_SAVES))
-    steps_K = np.concatenate([[0], late])
+def make_runs(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """All runs side by side: policies, shape (R, K, P), and their returns, shape (R, K)."""
+    rng, steps = np.random.default_rng(seed), set(saved_steps().tolist())
     theta_RP = 0.1 * rng.standard_normal((NUM_RUNS, SIZE))
     kept = [theta_RP.copy()]
     for step in range(1, STEPS + 1):
         theta_RP = climbed(theta_RP, rng, 1_000_000 * (seed + 1) + 10_000 * step)
-        if step in steps_K:
+        if step in steps:
             kept.append(theta_RP.copy())
     theta_RKP = np.stack(kept, 1)
     gain_RK = returns(theta_RKP.reshape(-1, SIZE), EPISODES, 100_000_000 * (seed + 1)).reshape(NUM_RUNS, -1)
-    return WeightRuns(
-        SHAPES,
-        tuple(f"run-{r:05d}" for r in range(NUM_RUNS)),
-        np.tile(steps_K, (NUM_RUNS, 1)),
-        torch.from_numpy(theta_RKP).float(),
-        {"return": torch.from_numpy(gain_RK).float()},
-    )
+    return theta_RKP, gain_RK
+
+
+def saved_steps() -> np.ndarray:
+    """Steps of the checkpoints, shape (K,)."""
+    late = np.geomspace(1, STEPS, NUM_SAVES - 1).round().astype(int)
+    return np.concatenate([[0], np.maximum(late, np.arange(1, NUM_SAVES))])
+
+
+def kept_runs(seed: int, file: Path) -> tuple[WeightRuns, float]:
+    """The runs of a seed, made where they are missing, and the CPU seconds that took."""
+    if not file.exists():
+        began = time.process_time()
+        theta_RKP, gain_RK = make_runs(seed)
+        np.savez(file, theta=theta_RKP, gain=gain_RK, seconds=time.process_time() - began)
+    with np.load(file) as told:
+        theta_RKP, gain_RK, seconds = told["theta"], told["gain"], float(told["seconds"])
+    names = tuple(f"run-{r:05d}" for r in range(NUM_RUNS))
+    metrics = {"return": torch.from_numpy(gain_RK).float()}
+    steps_RK = np.tile(saved_steps(), (NUM_RUNS, 1))
+    return WeightRuns(SHAPES, names, steps_RK, torch.from_numpy(theta_RKP).float(), metrics), seconds
 
 
 class Piece:
-    """One seed: its runs, its generator, and what is measured of them."""
+    """One seed and way to draw pairs: the runs, the generator, and what is measured of them."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, pairs: str, keep: Path) -> None:
         self.seed, self.seeds = seed, SeedRange(seed, Purpose.TRAIN)
-        began = time.process_time()
-        runs = make_runs(seed)
-        self.seconds_runs, began = time.process_time() - began, time.process_time()
+        runs, self.seconds_runs = kept_runs(seed, keep / f"runs-{seed}.npz")
         self.learned, self.held = runs.part(slice(0, -NUM_HELD_OUT)), runs.part(slice(-NUM_HELD_OUT, None))
-        trainer = ParameterDiTTrainer(runs="made here", metric="return", rising=True, **GENERATOR)
+        trainer = ParameterDiTTrainer(runs="made here", metric="return", rising=True, pairs=pairs, **GENERATOR)
         net = new_generator(self.learned, {**trainer.sizes, "rising": True}, "return", False, self.seeds)
-        self.net = fit_generator(net, self.learned, trainer.fit_settings, self.seeds, progress=False)
-        self.seconds_fit = time.process_time() - began
+        self.net, self.seconds_fit = fitted(net, self.learned, trainer, self.seeds, keep / f"{pairs}-{seed}")
         self.start_RP, self.now_R = self.held.theta_RKP[:, 0], self.held.metric("return")[:, 0]
 
     def judged(self, theta_NP: torch.Tensor, at: int = 0) -> torch.Tensor:
@@ -146,11 +156,14 @@ class Piece:
         rng = np.random.default_rng(self.seed)
         mixed_RG = torch.stack([goal_G[torch.from_numpy(rng.permutation(NUM_PROMPTS))] for goal_G in goals_RG])
         ranks = [spearmanr(a, b).statistic for a, b in zip(goals_RG.numpy(), seen_RG.numpy(), strict=True)]
-        # every run's own prompts differ with its start, so a mean over runs is of the mean prompt
+        each_R = [r2(seen_1G, goal_1G) for seen_1G, goal_1G in zip(seen_RG.split(1), goals_RG.split(1), strict=True)]
         return {
             "r2": r2(seen_RG, goals_RG),
-            "r2_shuffled": r2(seen_RG, mixed_RG),
-            "r2_of_means": r2(seen_RG.mean(0)[None], goals_RG.mean(0)[None]),
+            # a run whose policies all fall at once has hardly any spread, and its R2 rules the mean
+            "r2_pooled": r2(seen_RG.reshape(1, -1), goals_RG.reshape(1, -1)),
+            "r2_pooled_shuffled": r2(seen_RG.reshape(1, -1), mixed_RG.reshape(1, -1)),
+            "r2_median": float(np.median(each_R)),
+            "r2_each": each_R,
             "spearman": float(np.nanmean(ranks)),
             "prompts": goals_RG.mean(0).tolist(),
             "observed": seen_RG.mean(0).tolist(),
@@ -176,8 +189,8 @@ class Piece:
             ),
         }
 
-    def rivals(self, update: dict) -> dict:
-        """Copies of training checkpoints, and evolution strategies from the same starts."""
+    def rivals(self, seconds: float) -> dict:
+        """Copies of training checkpoints, and evolution strategies from the same starts, also for so many seconds."""
         gain_RK = self.learned.metric("return")
         top_R = torch.argsort(-gain_RK.max(1).values, stable=True)[:MEAN_OF]
         few_MP = self.learned.theta_RKP[top_R, gain_RK[top_R].argmax(1)]
@@ -189,7 +202,7 @@ class Piece:
             "noise_0.1": few_MP[0] + 0.1 * few_MP[0].std() * noise_NP,
         }
         rng, theta_RP, means = np.random.default_rng(1000 + self.seed), self.start_RP.double().numpy(), []
-        equal = steps_within(update["seconds"], theta_RP[:1], self.seed)
+        equal = steps_within(seconds, theta_RP[:1], self.seed)
         for step in range(1, MOST_STEPS + 1):
             theta_RP = climbed(theta_RP, rng, 100_000_000 * (self.seed + 1) + 90_000_000 + 1000 * step)
             means.append(float(self.judged(torch.from_numpy(theta_RP), 2).mean()))
@@ -200,45 +213,60 @@ class Piece:
                 "episodes_a_step": 2 * PAIRS,
                 "steps_of_equal_time": equal,
                 "at_equal_time": means[min(equal, MOST_STEPS) - 1],
-                "steps_to_one_update": next((s for s, x in enumerate(means, 1) if x >= update["after"]), None),
-                "steps_to_99_percent": next((s for s, x in enumerate(means, 1) if x >= 0.99 * update["after"]), None),
             },
         }
 
 
-def run(seed: int) -> dict:
-    """All numbers of a seed; `cpu_seconds` are of this process."""
-    piece = Piece(seed)
-    update = piece.update()
-    ends_NP = piece.held.theta_RKP[:8, -1]
-    return {
-        "seed": seed,
-        "cpu_seconds": {"runs": piece.seconds_runs, "generator": piece.seconds_fit},
-        "returns_of_the_runs": piece.learned.metric("return").mean(0).tolist(),
-        "steps": piece.learned.steps_RK[0].tolist(),
-        "held_out": piece.alignment(),
-        "one_update": update,
-        "rivals": piece.rivals(update),
-        "diversity": diversity(piece.net, piece.start_RP[:8], piece.now_R[:8], ends_NP, 10, piece.seeds),
-    }
+def run(seed: int, row: dict, pairings: list[str], keep: Path) -> Iterator[dict]:
+    """The numbers of a seed, with each way to draw pairs that was missing; what is not finished is kept in `keep`."""
+    keep.mkdir(exist_ok=True)
+    for pairs in pairings:
+        if pairs in row.get("arms", {}):
+            continue
+        piece = Piece(seed, pairs, keep)
+        ends_NP = piece.held.theta_RKP[:8, -1]
+        arm = {
+            "cpu_seconds": piece.seconds_fit,
+            "held_out": piece.alignment(),
+            "one_update": piece.update(),
+            "diversity": diversity(piece.net, piece.start_RP[:8], piece.now_R[:8], ends_NP, 10, piece.seeds),
+        }
+        told = {
+            "seed": seed,
+            "cpu_seconds_of_the_runs": piece.seconds_runs,
+            "returns_of_the_runs": piece.learned.metric("return").mean(0).tolist(),
+            "steps": piece.learned.steps_RK[0].tolist(),
+            "rivals": row.get("rivals") or piece.rivals(arm["one_update"]["seconds"]),
+        }
+        row = {**told, "arms": {**row.get("arms", {}), pairs: arm}}
+        yield row
 
 
 def table(rows: list[dict]) -> dict:
     """Means over seeds and their standard errors."""
-    evolution = [row["rivals"]["evolution"] for row in rows]
+    evolution, found = [row["rivals"]["evolution"] for row in rows], {}
+    for pairs in rows[0]["arms"]:
+        arms = [row["arms"][pairs] for row in rows]
+        steps = [
+            next((step for step, mean in enumerate(told["means"], 1) if mean >= arm["one_update"]["after"]), None)
+            for told, arm in zip(evolution, arms, strict=True)
+        ]
+        found[pairs] = {
+            **{
+                key: mean_se([arm["held_out"][key] for arm in arms])
+                for key in ("r2", "r2_pooled", "r2_pooled_shuffled", "r2_median", "spearman")
+            },
+            "updates": [mean_se([arm["one_update"]["updates"][s] for arm in arms]) for s in range(NUM_UPDATES)],
+            "evolution_steps_to_one_update": steps,
+        }
     return {
-        **{key: mean_se([row["held_out"][key] for row in rows]) for key in ("r2", "r2_shuffled", "spearman")},
-        "r2_of_means": mean_se([row["held_out"]["r2_of_means"] for row in rows]),
-        "start": mean_se([row["one_update"]["start"] for row in rows]),
-        "one_update": mean_se([row["one_update"]["after"] for row in rows]),
+        "start": mean_se([next(iter(row["arms"].values()))["one_update"]["start"] for row in rows]),
+        "pairs": found,
         "rivals": {
             name: mean_se([row["rivals"]["returns"][name] for row in rows]) for name in rows[0]["rivals"]["returns"]
         },
         "evolution_of_equal_time": mean_se([told["at_equal_time"] for told in evolution]),
-        **{
-            key: [told[key] for told in evolution]
-            for key in ("steps_of_equal_time", "steps_to_one_update", "steps_to_99_percent")
-        },
+        "evolution_steps_of_equal_time": [told["steps_of_equal_time"] for told in evolution],
     }
 
 
@@ -246,20 +274,29 @@ def draw(rows: list[dict], target: Path) -> None:
     """Prompted against measured return, and one update beside the steps of evolution strategies."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.4, 3.3), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    pairings = list(rows[0]["arms"])
+    figure = Figure(figsize=(3.3 * (1 + len(pairings)), 3.3), layout="constrained")
+    *prompted, right = figure.subplots(1, 1 + len(pairings))
     for row in rows:
-        x, y, spread = (np.array(row["held_out"][key]) for key in ("prompts", "observed", "observed_std"))
-        (line,) = left.plot(x, y, marker=".", linewidth=1, label=f"seed {row['seed']}")
-        left.fill_between(x, y - spread, np.minimum(y + spread, MOST), alpha=0.12, color=line.get_color(), linewidth=0)
+        for pairs, ax in zip(pairings, prompted, strict=True):
+            told = row["arms"][pairs]["held_out"]
+            x, y, spread = (np.array(told[key]) for key in ("prompts", "observed", "observed_std"))
+            (line,) = ax.plot(x, y, marker=".", linewidth=1, label=f"seed {row['seed']}")
+            low, high = np.maximum(y - spread, 0), np.minimum(y + spread, MOST)
+            ax.fill_between(x, low, high, alpha=0.12, color=line.get_color(), linewidth=0)
         means = row["rivals"]["evolution"]["means"]
-        right.plot(range(len(means) + 1), [row["one_update"]["start"], *means], linewidth=1, color=line.get_color())
-        right.plot([1], [row["one_update"]["after"]], marker="*", color=line.get_color(), markersize=9, linewidth=0)
-    left.plot([0, MOST], [0, MOST], color="0.6", linestyle="--", linewidth=1, zorder=0)
-    left.set(xlabel="return asked for", ylabel="return measured after one update")
-    left.legend(fontsize=8, frameon=False)
-    right.set(xlabel="step", ylabel="return, mean of 20 held-out runs", title="evolution strategies; stars: one update")
-    for ax in (left, right):
+        right.plot([row["arms"][pairings[0]]["one_update"]["start"], *means], linewidth=1, color=line.get_color())
+        for pairs, marker in zip(pairings, "so", strict=False):
+            updates = row["arms"][pairs]["one_update"]["updates"]
+            right.plot(range(1, 1 + NUM_UPDATES), updates, marker, color=line.get_color(), markersize=4)
+    for pairs, ax in zip(pairings, prompted, strict=True):
+        ax.plot([0, MOST], [0, MOST], color="0.6", linestyle="--", linewidth=1, zorder=0)
+        ax.set(xlabel="return asked for", ylabel="return after one update", title=f"pairs drawn as {pairs}")
+    prompted[0].legend(fontsize=8, frameon=False)
+    marks = " and ".join(f"{mark} ({pairs})" for pairs, mark in zip(pairings, ("squares", "circles"), strict=False))
+    title = f"evolution strategies (lines),\nupdates: {marks}"
+    right.set(xlabel="steps or updates", ylabel="return, mean of 20 held-out runs", title=title)
+    for ax in (*prompted, right):
         ax.xaxis.label.set_size(8), ax.yaxis.label.set_size(8), ax.title.set_size(9)
         ax.tick_params(labelsize=8)
         ax.set_ylim(0, 1.04 * MOST)
@@ -272,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, required=True, help="keeps each seed, and goes on with what is there")
+    parser.add_argument("--pairs", nargs="*", default=["prompts", "spacing"], choices=PAIRINGS)
     parser.add_argument("--to", type=Path)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
@@ -280,9 +318,11 @@ def main() -> None:
     rows = []
     for seed in args.seeds:
         file = args.folder / f"cartpole-{seed}.json"
-        if not file.exists():
-            file.write_text(json.dumps(run(seed), indent=1) + "\n")
-        rows.append(json.loads(file.read_text()))
+        row = json.loads(file.read_text()) if file.exists() else {}
+        for found in run(seed, row, args.pairs, args.folder / "unfinished"):
+            row = found
+            file.write_text(json.dumps(row, indent=1) + "\n")
+        rows.append(row)
     found = table(rows)
     print(json.dumps(found, indent=1))
     if args.to:

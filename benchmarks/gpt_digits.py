@@ -17,15 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import circumstances, mean_se
 
+from lcsc.core.registry import describe
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.digits import Digits
 from lcsc.models.many_classifiers import Many
+from lcsc.models.parameter_dit import ParameterDiT
 from lcsc.models.parameter_sampling import propose, updated
+from lcsc.models.weight_runs import WeightRuns
 from lcsc.recycling.neurons import aligning, hidden_layers, matched_distances
+from lcsc.training.folder import BankFolder
 from lcsc.training.parameter_dit import ParameterDiTTrainer
 from lcsc.training.weight_fit import fit_generator, new_generator
 from lcsc.training.weight_rivals import RATES, descend, diversity, equal_time
@@ -34,7 +39,7 @@ from lcsc.training.weight_runs import INIT, make_runs, parts_of
 SMALL = {"num_runs": 300, "num_held_out": 20, "chunk": 34, "num_steps": 900, "batch_size": 64, "learning_rate": 2e-3}
 MANY = {**SMALL, "num_runs": 1000, "run_steps": 300, "run_batch_size": 32, "num_steps": 700}
 PROMPTS = {**MANY, "tokens": "neurons", "pairs": "prompts"}
-LONG = {**PROMPTS, "num_runs": 3000, "run_batch_size": 64, "num_steps": 7000}
+LONG = {**PROMPTS, "num_runs": 2000, "run_batch_size": 64, "num_steps": 3000}
 #: hidden units, and settings of the trainer
 TASKS = {
     "linear": ([], SMALL),
@@ -52,23 +57,47 @@ NUM_PROMPTS, NUM_UPDATES, MEAN_OF = 20, 5, 5
 MOST_STEPS = 500
 
 
+def fitted(
+    net: ParameterDiT, learned: WeightRuns, trainer: ParameterDiTTrainer, seeds: SeedRange, place: Path
+) -> tuple[ParameterDiT, float]:
+    """The trained generator and its CPU seconds; one that was stopped goes on, and is told as if it had not been."""
+    folder = BankFolder(place, {"trainer": describe("trainer", trainer), "seed": seeds.seed}, (0,), component="")
+    place.mkdir(parents=True, exist_ok=True)
+    folder.create()
+    took = place / "seconds.json"
+    before = 0
+    if folder.state_path.exists():
+        with safe_open(folder.state_path, "pt") as file:
+            before = int(file.metadata()["step"])
+    began = time.process_time()
+    with folder.lock():
+        net = fit_generator(net, learned, trainer.fit_settings, seeds, folder, progress=False)
+    if not took.exists():
+        seconds = time.process_time() - began
+        took.write_text(json.dumps(seconds * trainer.num_steps / max(1, trainer.num_steps - before)))
+    return net, json.loads(took.read_text())
+
+
 class Piece:
     """One task and seed: its runs, its generator, and what is measured of them."""
 
-    def __init__(self, task: str, seed: int) -> None:
+    def __init__(self, task: str, seed: int, keep: Path) -> None:
         hidden, settings = TASKS[task]
         self.trainer = ParameterDiTTrainer(**settings)
         self.many = Many({"class": "SmallClassifier", "config": {"hidden": hidden}})
         self.parts, self.seeds = parts_of(Digits(), self.many), SeedRange(seed, Purpose.TRAIN)
-        began = time.process_time()
-        runs = make_runs(self.trainer.run_settings, self.many, self.parts, seed)
-        self.seconds_runs = time.process_time() - began
+        made = keep / f"{task}-{seed}-runs.pt"
+        if not made.exists():
+            began = time.process_time()
+            runs = make_runs(self.trainer.run_settings, self.many, self.parts, seed)
+            keep.mkdir(parents=True, exist_ok=True)
+            torch.save({**vars(runs), "seconds": time.process_time() - began}, made)
+        told = torch.load(made, weights_only=False)  # written here
+        self.seconds_runs, runs = told.pop("seconds"), WeightRuns(**told)
         num = self.trainer.num_held_out
         self.learned, self.held = runs.part(slice(0, -num)), runs.part(slice(-num, None))
-        began = time.process_time()
         net = new_generator(self.learned, self.trainer.sizes, self.trainer.metric, self.trainer.align, self.seeds)
-        self.net = fit_generator(net, self.learned, self.trainer.fit_settings, self.seeds, progress=False)
-        self.seconds_fit = time.process_time() - began
+        self.net, self.seconds_fit = fitted(net, self.learned, self.trainer, self.seeds, keep / f"{task}-{seed}")
         self.metric = self.trainer.metric
         self.layers = hidden_layers(runs.shapes)
 
@@ -187,9 +216,9 @@ def r2(seen_RG: torch.Tensor, goals_RG: torch.Tensor) -> float:
     return float((1 - off_R / (seen_RG - seen_RG.mean(1, keepdim=True)).square().sum(1)).mean())
 
 
-def run(task: str, seed: int) -> dict:
-    """All numbers of a piece; seconds are of this process's CPU."""
-    piece = Piece(task, seed)
+def run(task: str, seed: int, keep: Path) -> dict:
+    """All numbers of a piece; seconds are of this process's CPU. A generator that is not finished is kept in `keep`."""
+    piece = Piece(task, seed, keep)
     return {
         "task": task,
         "seed": seed,
@@ -281,7 +310,7 @@ def main() -> None:
         task, seed = name.split(":")
         file = args.folder / f"{task}-{seed}.json"
         if not file.exists():
-            row = run(task, int(seed))
+            row = run(task, int(seed), args.folder / "unfinished")
             file.write_text(json.dumps(row, indent=1) + "\n")
             print(name, json.dumps({k: row["held_out"][k] for k in ("r2", "r2_shuffled")}), flush=True)
     if args.to:

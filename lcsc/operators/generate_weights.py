@@ -130,7 +130,9 @@ class GenerateWeights:
     def baselines(self, bank: CheckpointBank) -> list[Baseline]:
         """The generator's first try, and what it has to be compared with; see the class."""
         space, made = self.space(bank), self._opened(bank)
-        rows = [Baseline("one_update", "one update, best seen", space.to_point(np.zeros(space.size)))]
+        rows = []
+        if self.proposal == "generated":  # else the same point is one of those below
+            rows.append(Baseline("one_update", "one update, best seen", space.to_point(np.zeros(space.size))))
         labels = {  # short enough for pictures
             "nearest": "best checkpoint seen",
             "mean": f"mean of {MEAN_OF} seen",

@@ -26,6 +26,9 @@ def _sentence(record: Record) -> str:
             text += " (beyond what the generator has seen: an extrapolation)"
     else:
         text = f"{who} is not generated ({record['proposal']})"
+    if combined := record.get("combined"):
+        total = sum(combined.values())
+        text += f" and combined with {len(combined)} checkpoints: {1 - total:.3g} of it and {total:.3g} of them in sum"
     return (
         f"{text}; it is {near['distance']:.4g} from the nearest training checkpoint ({near['run']}, step "
         f"{near['step']}, hidden units matched) and {moved:.4g} from the start."

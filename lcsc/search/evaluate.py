@@ -26,7 +26,7 @@ CAUSES = ("invalid", "error", "oom", "timeout", "killed", "crashed")
 TOLD = (
     *("coef", "num_kv_heads", "cache_bytes_per_token", "bits", "file_bytes"),
     *("encoder_step", "decoder_step", "encoder_layers", "decoder_layers", "share", "cross_attention"),
-    *("proposal", "prompted_metric", "start_metric", "goals", "extrapolation", "nearest", "moved"),
+    *("proposal", "prompted_metric", "start_metric", "goals", "extrapolation", "nearest", "moved", "combined"),
 )
 
 

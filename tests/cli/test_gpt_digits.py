@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from lcsc.core.seeds import Purpose
 from lcsc.datasets.digits import Digits
 from lcsc.models.network import load_network
 from lcsc.models.weight_generator import open_generator
+from lcsc.report.generated import generated_notes
+from lcsc.search.evaluate import head_of
 from lcsc.searchers.base import Task
 from lcsc.training import weight_fit
 from lcsc.training.parameter_dit import ParameterDiTTrainer
@@ -162,6 +165,11 @@ def test_checkpoints_are_combined_with_what_is_generated(made):
     mixed = operator.apply(bank, point)
     wanted_P = 1.25 * alone + 0.25 * bank.matrix()[1] - 0.5 * bank.matrix()[3]
     torch.testing.assert_close(bank.layout.flatten(mixed.weights()), wanted_P, atol=1e-6, rtol=0)
+
+    record = head_of(mixed) | {"who": "best"}
+    (sentence,) = generated_notes(SimpleNamespace(reports=[record]))
+    assert "asked for" in sentence
+    assert " and combined with 4 checkpoints: 1.25 of it and -0.25 of them in sum; it is" in sentence
 
     # planned again from one step of the bank, as `lcsc verify` does
     plan = operator.plan(bank, point)
