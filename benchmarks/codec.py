@@ -269,7 +269,7 @@ class LanguageModel:
 
     def resume(self, name: str) -> None:
         """Losses after resuming from one way of keeping the state, four checkpoints into its chain."""
-        saved = self.chain(RESUMED if RESUMED < self.steps else INTERVALS[0])
+        saved = self.chain(RESUMED if self.steps > RESUMED else INTERVALS[0])
         raw = sum(len(plane_bytes(saved[-1], plane)) for plane in "wmv")
         tensors, ratio = saved[-1], 3.0
         if name == EXCP:
