@@ -21,12 +21,19 @@ EVOLUTION = "lcsc_evolution"
 #: Budget of the paper's search: (trials, images a trial). The issue's size on digits, less where images cost more.
 EVOLUTION_BUDGET = {"digits": (2000, 1000), "mnist16": (2000, 500)}
 GRADIENT_STEPS = (20, 40, 60, 160)
+BLACK_BOX = ["search.num_finalists=10", "search.num_images_baselines=null"]
 #: The descent of before: all images in the baselines' first look too.
 WHOLE = ["searcher=gradient", "search.num_images_baselines=null"]
 LOOK = ["searcher=gradient", "search.num_images_baselines=80"]
 SMALL = ["searcher=gradient_small", "search.num_images_baselines=60", "search.num_finalists=3"]
 #: Descents by name: their overrides and numbers of steps.
-DESCENTS = {"gradient": (WHOLE, GRADIENT_STEPS), "look": (LOOK, (40, 160)), "small": (SMALL, (112, 240))}
+DESCENTS = {
+    "gradient": (WHOLE, GRADIENT_STEPS),
+    "look": (LOOK, (40, 160)),
+    "small": (SMALL, (112, 240, 620)),  # 620 are what a thirtieth of the evolution on digits pays for
+    "half_length": ([*SMALL, "searcher.step_size=0.15"], (620,)),
+    "double_length": ([*SMALL, "searcher.step_size=0.6"], (620,)),
+}
 TARGET = 1 / 30
 
 
@@ -35,7 +42,7 @@ def contestants(experiment: str) -> dict[str, list[str]]:
     trials, images = EVOLUTION_BUDGET[experiment]
     black_box = {EVOLUTION: (trials, images), "cma": (trials * 2 // 5, images // 2)}
     rows = {
-        name: [f"searcher={name}", f"search.num_trials={n}", f"search.num_images={m}", "search.num_finalists=10"]
+        name: [f"searcher={name}", f"search.num_trials={n}", f"search.num_images={m}", *BLACK_BOX]
         for name, (n, m) in black_box.items()
     }
     for name, (words, all_steps) in DESCENTS.items():

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from searches import by_contestant, contest, contest_arguments, write
 
 BLACK_BOXES = "lcsc_evolution", "cma", "diagonal_cma", "de", "two_points_de", "pso", "one_plus_one", "tbpsa", "random"
+IMAGES = ["search.num_images=250", "search.num_images_baselines=null"]
 DESCENTS = "gradient", "lbfgs", "hybrid", "ladder"
 TRIALS = {**dict.fromkeys(BLACK_BOXES, 160), **dict.fromkeys(DESCENTS, 53)}
 
@@ -23,9 +24,7 @@ TRIALS = {**dict.fromkeys(BLACK_BOXES, 160), **dict.fromkeys(DESCENTS, 53)}
 def main() -> None:
     """Run what is missing, then write the table of what is finished."""
     args = contest_arguments(__doc__, ("digits", "mnist16"))
-    known = {
-        f"{n}_{t}": [f"searcher={n}", f"search.num_trials={t}", "search.num_images=250"] for n, t in TRIALS.items()
-    }
+    known = {f"{n}_{t}": [f"searcher={n}", f"search.num_trials={t}", *IMAGES] for n, t in TRIALS.items()}
     rows = contest(known, args)
     to = args.to or Path(f"benchmarks/results/search_equal_cost_{args.experiment}.json")
     tables = {"contestants": known, "by_contestant": by_contestant(rows)}

@@ -20,6 +20,7 @@ from lcsc.core.files import write_bytes
 from lcsc.report.style import BLUE, FAINT, GREEN, INK, ORANGE, new_figure, png, styled, subtitle
 
 DESCENTS = ("gradient", "hybrid", "ladder", "lbfgs")
+SMALL = "small"
 EVOLUTION = "lcsc_evolution"
 
 
@@ -57,18 +58,20 @@ def efficiency(results: list[dict]) -> Figure:
                     va="bottom", fontsize=8.5, color=INK)  # fmt: skip
         for name, row in data["by_contestant"].items():
             kind = name.rpartition("_")[0] if name.rpartition("_")[2].isdigit() else name
-            color = (
-                BLUE if kind == "gradient" else GREEN if kind in DESCENTS else ORANGE if kind == EVOLUTION else FAINT
-            )
+            color = BLUE if kind == "gradient" else GREEN if kind in (SMALL, *DESCENTS) else FAINT
+            color = ORANGE if kind == EVOLUTION else color
             cost = row["image_forwards"]["median"]
             bars(ax, cost, row["report_score"], color=color)
             if kind in DESCENTS:
                 at, look = row["report_score"]["max"], {"xytext": (-4, 4), "rotation": 40}
+            elif kind == SMALL:  # below, where no other label is
+                at, look = row["report_score"]["min"], {"xytext": (-4, -4), "rotation": -40, "va": "top"}
             else:  # beside the point, towards the middle
                 last = cost == max(other["image_forwards"]["median"] for other in data["by_contestant"].values())
                 at, look = row["report_score"]["median"], {"xytext": (-7, -3), "ha": "right"}
                 look = look if last else {"xytext": (7, -3)}
             ax.annotate(name.replace("_", " "), (cost, at), textcoords="offset points", fontsize=8, color=color, **look)
+        ax.margins(y=0.14)
     subtitle(figure, "Fréchet distance on fresh noise and the unseen half of the reference; lower is better")
     return figure
 

@@ -7,7 +7,9 @@ of a training state are passed over.
 
 from __future__ import annotations
 
+import math
 import os
+import secrets
 import shutil
 import tempfile
 import weakref
@@ -21,11 +23,12 @@ from lcsc.bank.find import Checkpoint, Group, choose
 from lcsc.bank.optimizer_file import Optimizer, optimizer_tensors
 from lcsc.codec.arrays import STATES, Array, Tensors
 from lcsc.codec.chain import Chain, ChainWriter, is_chain
-from lcsc.codec.checkpoint import State
+from lcsc.codec.checkpoint import State, kinds_in
+from lcsc.codec.container import damaged
 from lcsc.codec.settings import CodecSettings
 from lcsc.core.dtypes import ITEMSIZE
 from lcsc.core.errors import BankError
-from lcsc.core.files import free_bytes, new_directory, refuse_inside, writing
+from lcsc.core.files import drop_left, free_bytes, make_locked, new_directory, refuse_inside, writing
 
 if TYPE_CHECKING:
     from lcsc.bank.bank import CheckpointBank
@@ -118,16 +121,24 @@ def coded_states(path: Path) -> Callable[[int], Optimizer]:
 
 
 class Decoded:
-    """A temporary folder of decoded checkpoints; it goes with the last that holds this, in the process that made it."""
+    """A temporary folder of decoded checkpoints; it goes with the last that holds this, in the process that made it.
+
+    What killed processes left is removed first.
+    """
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="lcsc-coded-"))
-        weakref.finalize(self, _remove, self.path, os.getpid())
+        place = Path(tempfile.gettempdir())
+        drop_left(place, f"lcsc-coded-{'[0-9a-f]' * 16}")
+        self.path = place / f"lcsc-coded-{secrets.token_hex(8)}"
+        with writing(self.path):
+            lock = make_locked(self.path, 0o700)
+        weakref.finalize(self, _remove, self.path, os.getpid(), lock)
 
 
-def _remove(path: Path, pid: int) -> None:
+def _remove(path: Path, pid: int, lock: int) -> None:
     if os.getpid() == pid:  # not in a forked worker, whose parent still reads
         shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
 
 
 def coded_group(path: Path, select: Picks, weights: str | None) -> tuple[Group, list[dict[str, Any]], Decoded]:
@@ -196,6 +207,11 @@ def _about(chain: Chain, step: int) -> dict[str, Any]:
             f"`{chain.path}` holds coded checkpoints that do not say what they are of. Read them with "
             "`lcsc.codec.chain.Chain`, or pack a bank with `lcsc bank pack codec=lossless`."
         )
+    kinds, ties, arch = kinds_in(chain.files[step]), about["ties"], about["arch"]
+    described = arch is None or (arch.__class__ is dict and {"class", "config"} <= arch.keys())
+    described &= about["kind"] in ("raw", "ema") and isinstance(about["rate"], str | None)
+    if ties.__class__ is not dict or not kinds.keys() >= set(map(str, ties.values())) or not described:
+        raise damaged(chain.files[step].path, "what it says of its network is not so")
     return about
 
 
@@ -203,18 +219,15 @@ def _room(chain: Chain, steps: Sequence[int]) -> int:
     """Bytes of the decoded numbers."""
     total = 0
     for step in steps:
-        for _, dtype, shape in chain.header(step)["tensors"]:
-            size = ITEMSIZE.get(dtype, 16)
-            for n in shape:
-                size *= n
-            total += size + _ALIGN
+        for dtype, shape in kinds_in(chain.files[step]).values():
+            total += ITEMSIZE[dtype] * math.prod(shape) + _ALIGN
     return total
 
 
 def _write(file: Path, tensors: Tensors) -> dict[str, Source]:
     """Tensors one behind the other in a file, and where they lie."""
     table: dict[str, Source] = {}
-    with open(file, "wb") as out:
+    with writing(file), open(file, "wb") as out:
         for name, array in sorted(tensors.items()):
             out.write(b"\0" * (-out.tell() % _ALIGN))
             table[name] = Source(array.dtype, array.bits.shape, (Piece(0, out.tell(), array.bits.shape),))

@@ -23,6 +23,7 @@ _CODEC: dict[str, type] = {
     "bits_v": int,
     "tau": float,
     "beta": float,
+    "coder": str,
     "joint": bool,
     "layers": dict,
 }
@@ -72,7 +73,7 @@ def _code(bank: CheckpointBank, to: Path, settings: Mapping[str, str | None]) ->
     if settings["optimizer"] not in ("true", "false"):
         raise ConfigError(f"`optimizer` is `{settings['optimizer']}`; it must be true or false.")
     given = {key: _value(key, str(settings[key])) for key in _CODEC if settings[key] is not None}
-    if settings["codec"] == "lossless" and (idle := [key for key in given if key != "anchor_every"]):
+    if settings["codec"] == "lossless" and (idle := [key for key in given if key not in ("anchor_every", "coder")]):
         raise ConfigError(
             f"`{idle[0]}` says what is lost, and codec=lossless loses nothing. Leave it out, or use codec=lossy."
         )
@@ -88,9 +89,10 @@ def _code(bank: CheckpointBank, to: Path, settings: Mapping[str, str | None]) ->
     with passing("pack", unit="checkpoints") as progress:
         write_coded(bank, to, how, progress, state_of)
     took, nbytes = time.perf_counter() - began, sum(file.stat().st_size for file in to.iterdir())
+    by = "" if how.coder == "counts" else f" by coder {how.coder}"
     raw = bank.num_checkpoints * sum(s.nbytes for s in set(bank.rows[-1].table.values()))
     print(
-        f"packed: {to} ({bank.num_checkpoints} checkpoints, codec {how.mode}, {size_text(raw)} of weights in "
+        f"packed: {to} ({bank.num_checkpoints} checkpoints, codec {how.mode}{by}, {size_text(raw)} of weights in "
         f"{size_text(nbytes)}, {took:.1f} s)"
     )
 

@@ -11,6 +11,7 @@ from lcsc.cli.passes import passing
 from lcsc.cli.settings import need, parse_words
 from lcsc.cli.sizes import size_text
 from lcsc.cli.verify_coded import verify_coded
+from lcsc.codec.container import SUFFIX
 from lcsc.core.errors import ConfigError
 from lcsc.export.verify import verify
 
@@ -26,6 +27,10 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError("no model is named. Write: lcsc verify OUT [bank=PATH]")
     began = time.perf_counter()
     bank = settings["bank"]
+    if Path(settings["model"]).suffix == SUFFIX and Path(settings["model"]).is_file():
+        raise ConfigError(
+            f"`{settings['model']}` is one of a chain of coded checkpoints, each needs others. Give their folder."
+        )
     if is_coded(Path(settings["model"])):
         print(verify_coded(Path(settings["model"]), None if bank is None else Path(bank)))
         return

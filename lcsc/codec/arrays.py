@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class State:
         tensors: as a reader has them.
         sizes: how large the last differences were, by name.
         symbols: of planes that were quantised, by name.
-        counts: what the coder of symbols learned, by weights and plane: the model it was, and its counts.
+        counts: what the coder of symbols learned, by weights and plane: the model it was, and its counts or networks.
     """
 
     file: str
@@ -81,9 +82,7 @@ class State:
     tensors: dict[str, Array] = field(default_factory=dict)
     sizes: dict[str, np.ndarray] = field(default_factory=dict)
     symbols: dict[str, np.ndarray] = field(default_factory=dict)
-    counts: dict[tuple[tuple[str, ...], str], tuple[object, tuple[np.ndarray, np.ndarray]]] = field(
-        default_factory=dict
-    )
+    counts: dict[tuple[tuple[str, ...], str], tuple[object, Any]] = field(default_factory=dict)
 
 
 def flat(tensors: Tensors, names: Sequence[str]) -> np.ndarray:

@@ -57,6 +57,8 @@ class Chain:
             said = file.header.get("reference")
             if file.header.get("step") != step:
                 raise damaged(file.path, "its name says another step than its header")
+            if not {"reference", "tensors", "parts"} <= file.header.keys():
+                raise damaged(file.path, "its header does not describe a checkpoint")
             if said is not None and (
                 before is None or said.__class__ is not dict or said.get("file") != before.path.name
             ):

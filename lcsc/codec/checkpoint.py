@@ -2,8 +2,9 @@
 
 The header of a file names `step`, `lossy`, `reference` (file and digest of the checkpoint that it needs, null for an
 anchor), `digest` (of tensors, dtypes, shapes and all numbers as a reader gets them), `tensors` (name, dtype, shape),
-`parts` and `about` (plain values of whoever wrote it). A part is a plane of a stretch: number of the stretch, plane,
-tensors, way, parameters, rows of its streams, and SHA-256 (16 bytes of it) of its numbers as they are read.
+`parts`, `about` (plain values of whoever wrote it) and, where a network coded symbols, `environment`. A part is a plane
+of a stretch: number of the stretch, plane, tensors, way, parameters, rows of its streams, and SHA-256 (16 bytes of it)
+of its numbers as they are read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lcsc.codec import lossless, lossy
+from lcsc.codec import lossless, lossy, neural
 from lcsc.codec.arrays import State, Stretch, Tensors, flat, put, stretches
 from lcsc.codec.coders import Wrong
 from lcsc.codec.container import Container, Stream, damaged, pack
@@ -25,6 +26,8 @@ from lcsc.core.digests import value_digest
 from lcsc.core.dtypes import ITEMSIZE
 from lcsc.core.errors import BankError, NonFiniteError
 
+#: how parts of symbols are coded, by coder
+_SYMBOLS = {"counts": "symbols", "neural": "neural"}
 #: most tensors of a file, and axes and numbers of a tensor
 _MAX_TENSORS, _MAX_AXES, _MAX_NUMBERS = 1_000_000, 64, 1 << 40
 
@@ -42,7 +45,8 @@ class _Known:
 
     def __init__(self, stretch: Stretch, state: State | None, kinds: Mapping[str, tuple[str, tuple]]) -> None:
         self.stretch, self.state = stretch, state
-        self.sizes = [int(np.prod(kinds[name][1], dtype=np.int64)) for name in stretch.names]
+        self.shapes = [kinds[name][1] for name in stretch.names]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
         self.reference: dict[str, np.ndarray] = {}
         for plane in stretch.planes:
             names = stretch.of(plane)
@@ -135,6 +139,8 @@ def encode(
         "parts": parts,
         "about": dict(about),
     }
+    if any(part[3] == _SYMBOLS["neural"] for part in parts):
+        header["environment"] = neural.environment()
     return pack(header, streams), state
 
 
@@ -164,9 +170,13 @@ def _encode_symbols(
             continue  # numbers too far apart for a scale: kept without loss
         symbols, bits = planes[plane], max(1, stretch.bits[plane])
         before = None if known.state is None else known.state.counts.get((stretch.names, plane))
-        params, streams, learned = lossy.encode_plane(plane, symbols.symbols, bits, known.symbols, before)
+        given = (plane, symbols.symbols, bits, known.symbols, before)
+        if settings.coder == "neural":
+            params, streams, learned = neural.encode_plane(*given, known.shapes)
+        else:
+            params, streams, learned = lossy.encode_plane(*given)
         table = np.concatenate([symbols.scales, symbols.codes]).astype("<f4").tobytes()
-        ways[plane] = ("symbols", params, [*streams, Stream("raw", [], table)])
+        ways[plane] = (_SYMBOLS[settings.coder], params, [*streams, Stream("raw", [], table)])
         _take_symbols(known, plane, symbols, bits, learned, state)
     return ways
 
@@ -222,7 +232,17 @@ def decode(container: Container, before: State | None, wanted: Collection[str] |
         raise
     except Wrong as error:
         raise damaged(container.path, str(error)) from None
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryError, StopIteration):
+        raise damaged(container.path, "its header does not describe a checkpoint") from None
+
+
+def kinds_in(container: Container) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor by name; raises BankError where the header does not tell them."""
+    try:
+        return _kinds(container.header["tensors"])
+    except Wrong as error:
+        raise damaged(container.path, str(error)) from None
+    except (KeyError, TypeError, ValueError):
         raise damaged(container.path, "its header does not describe a checkpoint") from None
 
 
@@ -290,34 +310,46 @@ def _decode_stretch(
     if any(kinds[name][0] != stretch.dtype for name in stretch.names):
         raise Wrong("a stretch has several dtypes")
     known = _Known(stretch, before, kinds)
-    first = [item for plane in lossy.ORDER for item in parts if item[0][1] == plane and item[0][3] == "symbols"]
+    first = [item for plane in lossy.ORDER for item in parts if item[0][1] == plane and item[0][3] in _SYMBOLS.values()]
     for part, places in first:
         _decode_symbols(container, part, places, known, state)
     for part, places in parts:
         _, plane, _, how, params, _, sha = part
-        if how != "symbols":
+        if how not in _SYMBOLS.values():
             size = sum(known.sizes) * (
                 ITEMSIZE[stretch.dtype] // lossless.unsigned(np.empty(0, np.uint8), stretch.dtype).itemsize
             )
             streams = [([row[0], row[1]], container.read(*row[2:])) for row in places]
             known.done[plane] = lossless.decode(how, params, streams, size, known.of(plane))
         if _sha(known.done[plane]) != sha:
-            raise Wrong(f"the numbers of `{own[plane][0]}` are not those that were written")
+            raise _other(container, how, f"the numbers of `{own[plane][0]}` are not those that were written")
         put(state.tensors, known.done[plane], own[plane], kinds)
         _remember(known, plane, state)
 
 
+def _other(container: Container, how: str, what: str) -> Exception:
+    """The error for numbers that are not the ones written, though their bytes and their reference are."""
+    if how == _SYMBOLS["neural"]:
+        return neural.refusal(container.path, container.header.get("environment"))
+    return Wrong(what)
+
+
 def _decode_symbols(container: Container, part: Any, places: list[Any], known: _Known, state: State) -> None:
-    _, plane, _, _, params, _, _ = part
+    _, plane, _, how, params, _, _ = part
     *rows, last = places
     if (plane == "w" and "w" not in known.reference) or known.stretch.dtype != "float32":
         raise Wrong("symbols stand for differences from nothing")
     size = sum(known.sizes)
     before = None if known.state is None else known.state.counts.get((known.stretch.names, plane))
     streams = [([row[0], row[1]], container.read(*row[2:])) for row in rows]
-    symbols, learned = lossy.decode_plane(plane, params, streams, size, known.symbols, before)
+    given = (plane, params, streams, size, known.symbols, before)
+    if how == _SYMBOLS["neural"]:
+        neural.check_environment(container.path, container.header.get("environment"))
+        symbols, learned = neural.decode_plane(*given, known.shapes)
+    else:
+        symbols, learned = lossy.decode_plane(*given)
     table = np.frombuffer(container.read(*last[2:]), "<f4")
     scales, codes = table[: len(known.sizes)], table[len(known.sizes) :]
     if len(scales) != len(known.sizes) or symbols.max(initial=0) > codes.size:
-        raise Wrong("a symbol stands for nothing")
+        raise _other(container, how, "a symbol stands for nothing")
     _take_symbols(known, plane, lossy.Plane(symbols, scales, codes), params[0], learned, state)

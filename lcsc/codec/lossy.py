@@ -179,12 +179,17 @@ def known_symbols(stretch: Stretch, state: State | None) -> dict[str, np.ndarray
     return found
 
 
-def _parts(symbols: np.ndarray, bits: int) -> list[tuple[np.ndarray, int]]:
+def parts_of(symbols: np.ndarray, bits: int) -> list[tuple[np.ndarray, int]]:
     """Symbols in parts of at most 16 values, the highest bits first, and how many values each has."""
     if bits <= 4:
         return [(symbols, 1 << bits)]
     low = bits - 4
     return [(symbols >> np.uint8(low), 16), (symbols & np.uint8((1 << low) - 1), 1 << low)]
+
+
+def joined(parts: Sequence[np.ndarray], bits: int) -> np.ndarray:
+    """The symbols whose parts these are."""
+    return parts[0] if bits <= 4 else (parts[0] << np.uint8(bits - 4)) | parts[1]
 
 
 Counts = tuple[np.ndarray, np.ndarray]
@@ -215,14 +220,13 @@ def _walk(
         if i:  # the lower bits, given the higher ones
             fine_N, coarse_N = found[0].astype(np.int32), np.zeros(size, np.int32)
         if symbols is not None:
-            part_N = np.ascontiguousarray(_parts(symbols, bits)[i][0])
+            part_N = np.ascontiguousarray(parts_of(symbols, bits)[i][0])
             out.append(encode_adaptive(part_N, fine_N, coarse_N, own))
         else:
             assert data is not None
             part_N = decode_adaptive(data[i], fine_N, coarse_N, own)
         found.append(part_N)
-    whole = found[0] if bits <= 4 else (found[0] << np.uint8(bits - 4)) | found[1]
-    return out, whole
+    return out, joined(found, bits)
 
 
 def _copied(counts: list[Counts]) -> list[Counts]:
@@ -260,7 +264,7 @@ def encode_plane(
     counts = _copied(before[1]) if warm else _fresh(mode, plane, bits)
     out, _ = _walk(None, symbols, plane, mode, bits, len(symbols), known, counts)
     if any(data is None for data in out):
-        streams = [encode_bytes(np.ascontiguousarray(values)) for values, _ in _parts(symbols, bits)]
+        streams = [encode_bytes(np.ascontiguousarray(values)) for values, _ in parts_of(symbols, bits)]
         return [bits, -1, 0], streams, None
     streams = [Stream("counts", [], data or b"") for data in out]
     return [bits, mode, int(warm)], streams, ((mode, bits), counts)
@@ -287,7 +291,7 @@ def decode_plane(
             for part, num in zip(parts, (min(16, 1 << bits), 1 << (bits - 4) if bits > 4 else 0), strict=False)
         ):
             raise Wrong("a symbol has more bits than its plane")
-        return parts[0] if bits <= 4 else (parts[0] << np.uint8(bits - 4)) | parts[1], None
+        return joined(parts, bits), None
     if warm and (before is None or before[0] != (mode, bits)):
         raise Wrong("symbols go on from counts that the checkpoint before does not have")
     counts = _copied(before[1]) if warm else _fresh(mode, plane, bits)

@@ -10,6 +10,8 @@ from lcsc.codec.lossy import Pruning
 from lcsc.core.errors import ConfigError
 
 MODES = ("lossless", "lossy")
+#: what codes the symbols of a lossy chain
+CODERS = ("counts", "neural")
 #: fewest numbers of a tensor that is quantised; smaller ones are kept without loss
 SMALLEST = 1024
 
@@ -27,6 +29,7 @@ class CodecSettings:
         tau: differences of weights up to `tau` times their median size in a tensor are dropped (0 to 10).
         beta: first moments up to `beta` times their mean size are dropped (0 to 10).
         joint: drop moments where the weight's difference or the first moment is dropped, as ExCP does.
+        coder: of symbols: `counts`, or `neural`, a network that is smaller and slower (`lcsc.codec.neural`).
     """
 
     mode: str = "lossless"
@@ -38,10 +41,18 @@ class CodecSettings:
     tau: float = 0.0
     beta: float = 0.0
     joint: bool = True
+    coder: str = "counts"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"`codec` is `{self.mode}`; it must be one of {', '.join(MODES)}.")
+        if self.coder not in CODERS:
+            raise ConfigError(f"`coder` is `{self.coder}`; it must be one of {', '.join(CODERS)}.")
+        if self.coder != "counts" and self.mode == "lossless":
+            raise ConfigError(
+                f"`coder` is `{self.coder}` and `codec` is `lossless`, which makes no symbols for it to code. Leave it "
+                "out, or use codec=lossy."
+            )
         if self.anchor_every < 1:
             raise ConfigError(f"`anchor_every` is {self.anchor_every}; it must be at least 1.")
         widths = {"bits_w": self.bits_w, "bits_m": self.bits_m, "bits_v": self.bits_v, **self.layers}

@@ -157,6 +157,9 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     if found := re.search(r"Missing mandatory value: (\S+)", text):
         key = full[1] if full else found[1]
         return ConfigError(f"`{key}` is not set. Choose an experiment with `experiment=...` or set it.")
+    if full and (found := re.search(r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a) (.+)", cause)):
+        words = {"Integer": "a whole number", "Float": "a number"}
+        return ConfigError(f"`{full[1]}` is `{found[1]}`; it must be {words.get(found[2], 'true or false')}.")
     where = f" at `{full[1]}`" if full else ""
     return ConfigError(f"configuration error{where}: {_first_line(error)}")
 

@@ -71,8 +71,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     temp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_left(path)
-        lock = _made_and_locked(temp)
+        drop_left(path.parent, f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp")
+        lock = make_locked(temp)
     try:
         yield temp
         for file in temp.rglob("*"):
@@ -99,15 +99,19 @@ def new_directory(path: Path) -> Iterator[Path]:
     fsync_dir(path.parent)
 
 
-def _made_and_locked(temp: Path) -> int:
-    """Make a folder that has its name only when it is locked; the system lets go of it however the process ends."""
-    bare = temp.with_suffix(".new")
-    bare.mkdir()
+def make_locked(path: Path, mode: int = 0o777) -> int:
+    """Make a folder that has its name only when it is locked; the system lets go of it however the process ends.
+
+    Returns:
+        The descriptor that holds the lock, also in processes that are forked.
+    """
+    bare = path.with_name(f"{path.name}.new")
+    bare.mkdir(mode)
     lock = os.open(bare, os.O_RDONLY)
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
-        bare.rename(temp)
+        bare.rename(path)
     except OSError:
         os.close(lock)
         bare.rmdir()
@@ -115,11 +119,11 @@ def _made_and_locked(temp: Path) -> int:
     return lock
 
 
-def _drop_left(path: Path) -> None:
-    """Remove the temporary folders of a path that nobody fills any more."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+def drop_left(folder: Path, pattern: str) -> None:
+    """Remove the folders of `make_locked` that fit a pattern and that nobody holds any more."""
+    for left in folder.glob(pattern):
         with contextlib.suppress(OSError):  # in use, or a file
-            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(left)

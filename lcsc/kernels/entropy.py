@@ -41,6 +41,38 @@ def _learn(counts: Any, ctx: int, symbol: int, total: int, more: int, limit: int
 
 
 @njit(nogil=True, cache=True)
+def shift_out(low: Any, span: Any, out: Any, n: int) -> Any:
+    """Write the bytes of a range that are settled; returns the range and where `out` ends, -1 where it is full."""
+    while True:
+        if (low ^ (low + span)) >= _TOP:
+            if span >= _BOTTOM:
+                break
+            span = (~low + np.uint64(1)) & (_BOTTOM - np.uint64(1))
+        if n == len(out):
+            return low, span, -1
+        out[n] = np.uint8(low >> np.uint64(56))
+        n += 1
+        low <<= np.uint64(8)
+        span <<= np.uint64(8)
+    return low, span, n
+
+
+@njit(nogil=True, cache=True)
+def shift_in(low: Any, span: Any, code: Any, data: Any, n: int) -> Any:
+    """Read as many bytes as `shift_out` wrote, zeros behind the last; returns the range, the number in it and n."""
+    while True:
+        if (low ^ (low + span)) >= _TOP:
+            if span >= _BOTTOM:
+                break
+            span = (~low + np.uint64(1)) & (_BOTTOM - np.uint64(1))
+        code = (code << np.uint64(8)) | np.uint64(data[n] if n < len(data) else 0)
+        n += 1
+        low <<= np.uint64(8)
+        span <<= np.uint64(8)
+    return low, span, code, n
+
+
+@njit(nogil=True, cache=True)
 def _encode(sym_N: Any, fine_N: Any, coarse_N: Any, fine_FS: Any, coarse_CS: Any, out: Any) -> Any:
     low, span, n, S = np.uint64(0), _ONES, 0, fine_FS.shape[1]
     for i in range(len(sym_N)):
@@ -58,17 +90,9 @@ def _encode(sym_N: Any, fine_N: Any, coarse_N: Any, fine_FS: Any, coarse_CS: Any
         span *= np.uint64(own)
         _learn(fine_FS, f, s, fine, FINE, FINE_LIMIT, 0)
         _learn(coarse_CS, c, s, coarse, COARSE, COARSE_LIMIT, 1)
-        while True:
-            if (low ^ (low + span)) >= _TOP:
-                if span >= _BOTTOM:
-                    break
-                span = (~low + np.uint64(1)) & (_BOTTOM - np.uint64(1))
-            if n == len(out):
-                return -1, low, span
-            out[n] = np.uint8(low >> np.uint64(56))
-            n += 1
-            low <<= np.uint64(8)
-            span <<= np.uint64(8)
+        low, span, n = shift_out(low, span, out, n)
+        if n < 0:
+            break
     return n, low, span
 
 
@@ -96,15 +120,17 @@ def _decode(data: Any, fine_N: Any, coarse_N: Any, fine_FS: Any, coarse_CS: Any,
         sym_N[i] = s
         _learn(fine_FS, f, s, fine, FINE, FINE_LIMIT, 0)
         _learn(coarse_CS, c, s, coarse, COARSE, COARSE_LIMIT, 1)
-        while True:
-            if (low ^ (low + span)) >= _TOP:
-                if span >= _BOTTOM:
-                    break
-                span = (~low + np.uint64(1)) & (_BOTTOM - np.uint64(1))
-            code = (code << np.uint64(8)) | np.uint64(data[n] if n < len(data) else 0)
-            n += 1
-            low <<= np.uint64(8)
-            span <<= np.uint64(8)
+        low, span, code, n = shift_in(low, span, code, data, n)
+
+
+def last_bytes(low: int, span: int) -> bytes:
+    """The shortest number within [low, low + span): a decoder reads zeros behind the last byte."""
+    for size in range(9):
+        step = 1 << (64 - 8 * size)
+        value = -(-low // step) * step
+        if value < min(low + span, 1 << 64):
+            return value.to_bytes(8, "big")[:size]
+    raise AssertionError("a range holds no number")
 
 
 def encode_adaptive(
@@ -121,14 +147,7 @@ def encode_adaptive(
     n, low, span = _encode(sym_N, fine_N, coarse_N, *counts, out)
     if n < 0:
         return None
-    # the shortest number within [low, low + span): the decoder reads zeros behind the last byte
-    low, last = int(low), int(low) + int(span) - 1
-    for size in range(9):
-        step = 1 << (64 - 8 * size)
-        value = -(-low // step) * step
-        if value <= last and value < 1 << 64:
-            return out[:n].tobytes() + value.to_bytes(8, "big")[:size]
-    raise AssertionError("a range holds no number")
+    return out[:n].tobytes() + last_bytes(int(low), int(span))
 
 
 def decode_adaptive(

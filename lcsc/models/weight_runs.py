@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +63,9 @@ def read_runs(folder: Path) -> WeightRuns:
     file = folder / METRICS_FILE
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not all(isinstance(run, dict) and run for run in told.values()):
+            raise ValueError("a run has no metrics")
+    except (OSError, ValueError, AttributeError) as error:
         raise BankError(f"`{file}` cannot be read: {error}. It holds {{run: {{metric: [numbers]}}}}.") from error
     banks, names = [], []
     for path in sorted(folder.iterdir()):
@@ -85,11 +88,15 @@ def read_runs(folder: Path) -> WeightRuns:
     return WeightRuns(shapes, tuple(names), np.array([bank.steps for bank in banks]), theta_RKP, metrics)
 
 
+def _finite(x: object) -> bool:
+    return isinstance(x, int | float) and math.isfinite(x)
+
+
 def _metrics(told: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str], K: int, file: Path) -> dict:
     found = {}
     for metric in told[names[0]]:
-        rows = [told[name].get(metric, ()) for name in names]
-        if any(len(row) != K for row in rows) or not np.isfinite(np.array(rows, dtype=np.float64)).all():
+        rows = [told[name].get(metric) for name in names]
+        if not all(isinstance(row, list) and len(row) == K and all(map(_finite, row)) for row in rows):
             raise BankError(f"`{file}` does not hold {K} finite numbers of `{metric}` for every run. Complete it.")
         found[metric] = torch.tensor(rows, dtype=torch.float32)
     return found

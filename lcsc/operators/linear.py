@@ -285,6 +285,11 @@ def _given(bank: CheckpointBank, whitening: float, rank: int) -> tuple[np.ndarra
 def need_arch(bank: CheckpointBank) -> Mapping[str, Any]:
     """`{"class", "config"}` of the bank's network; raises BankError when nothing describes it."""
     if bank.arch is None:
+        if (file := bank.rows[-1].files[0].parent / "config.json").is_file():
+            raise BankError(
+                f"`{file}` names no class (`architectures`, or `_class_name` of diffusers). Add it, or save the model "
+                "with its own `save_pretrained`."
+            )
         raise BankError(
             f"no config.json describes the network of `{bank.path}`. Put the model's config.json beside the weights."
         )

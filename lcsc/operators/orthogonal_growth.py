@@ -287,7 +287,7 @@ class OrthogonalGrowth:
         check_top_k(mixture, kept)
         times = 1 if kept else self.expert_copies
         return {
-            mixture.key: mixture.num_experts * self.expert_copies,
+            **dict.fromkeys(mixture.keys, mixture.num_experts * self.expert_copies),
             "num_experts_per_tok": mixture.top_k * times,
             "router_aux_loss_coef": mixture.aux_loss / times,
         }
@@ -312,6 +312,7 @@ def _piece(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Piece:
     """One layer and its copies."""
+    kind = str(found.config["model_type"])
 
     def wider(tensors: Mapping[str, Tensor], how: Duplication) -> dict[str, Tensor]:
         return dict(tensors) if widen is None else duplicated(tensors, widen, how)
@@ -320,7 +321,7 @@ def _piece(
         own = {tail: tensors[name] for tail, name in layer.items()}
         made = {}
         for turn, (place, how) in enumerate(zip(places, hows, strict=True)):
-            here = wider(scaled_outputs(own, scale if turn else 1.0), how)
+            here = wider(scaled_outputs(kind, own, scale if turn else 1.0), how)
             made |= {f"{found.stem}.{place}.{tail}": tensor for tail, tensor in here.items()}
         return made, {"places": list(places), "norm": float(f"{feed_forward_norm(own):.5e}")}
 

@@ -60,7 +60,7 @@ class SparseUpcycling:
         num_sparse: how many layers a search of them makes mixtures; null lets it choose.
         num_experts: experts of a layer.
         top_k: experts of a token; in a vision transformer experts choose tokens, and it is how many choose one on
-            average. Null is 2, or 1 where the class knows no more.
+            average. Null is 2, or 1 where the class knows no more or there is but one.
         normalize: whether a token's weights are divided by their sum, which makes the mixture equal to the dense model;
             null: where the class can.
         rescale: without normalisation, multiply the experts' last projection by what uniform weights lack.
@@ -135,7 +135,7 @@ class SparseUpcycling:
         for rule in CHOICES:
             point, chosen = space.to_point(np.zeros(space.size)), _rule(rule, found)
             if found.kind == "t5":
-                if rule == "last_half":
+                if rule == "last_half" or not chosen:
                     continue
                 point["layers"][:] = 0.0 if rule == "all" else -NEAR
             elif self.num_sparse not in (None, len(chosen)) or not chosen:
@@ -157,8 +157,14 @@ class SparseUpcycling:
         found, arch, row = self._dense(bank), need_arch(bank), row_of(bank, self.step)
         refuse_ties(bank, {name for block in found.blocks for name in block.values()})
         chosen = self._layers(found, point)
+        if not chosen:
+            raise ConfigError(
+                f"`operator.layers` is `{self.layers}`, which is none of the model's {len(found.stems)}. Use `all`, or "
+                "give a list of them."
+            )
         mixture = mixture_of(found, arch["config"], self.layers in (None, "all") and self._every(point), bank.path)
-        num, top_k = self._experts(point), self._top_k(mixture)
+        num = self._experts(point)
+        top_k = self._top_k(mixture, num)
         normalize = self._check(found, mixture, num, top_k)
         noise, drop = _number(self.noise, point, "noise"), _number(self.drop, point, "drop")
         if mixture is SWITCH:
@@ -242,8 +248,8 @@ class SparseUpcycling:
         wanted = math.log2(NUM_EXPERTS) + 2 * float(np.asarray(point["experts"]).reshape(-1)[0])
         return min(fit, key=lambda n: abs(math.log2(n) - wanted))
 
-    def _top_k(self, mixture: Mixture) -> int:
-        return self.top_k or (1 if mixture.choices else max(2, self.groups))
+    def _top_k(self, mixture: Mixture, num: int) -> int:
+        return self.top_k or (1 if mixture.choices else min(num, max(2, self.groups)))
 
     def _check(self, found: Dense, mixture: Mixture, num: int, top_k: int) -> bool:
         """Whether weights are normalised; raises ConfigError for settings that do not fit."""
@@ -353,7 +359,9 @@ def _piece(
             made[shared["switch"]] = torch.zeros(1, found.width, dtype=here["up"].dtype)
         return made, {"layer": stem}
 
-    return Piece(tuple(block.values()), writes, make, {"layer": stem})
+    likes = dict.fromkeys(writes, block["up"]) | {own[role]: name for own in names for role, name in block.items()}
+    likes |= {shared[role]: block[role] for role in ("gate", "up", "down") if shared}
+    return Piece(tuple(block.values()), writes, make, {"layer": stem}, likes)
 
 
 def _shared_names(stem: str) -> dict[str, str]:
@@ -369,7 +377,8 @@ def _renamed(mixture: Mixture, block: Mapping[str, str], shapes: Mapping[str, tu
     def make(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {new[name]: tensors[name] for name in new}, {}
 
-    return Piece(tuple(new), {new[name]: shapes[role] for role, name in block.items()}, make, {})
+    writes = {new[name]: shapes[role] for role, name in block.items()}
+    return Piece(tuple(new), writes, make, {}, {to: name for name, to in new.items()})
 
 
 def _cut(role: str, shape: tuple[int, ...], groups: int) -> tuple[int, ...]:

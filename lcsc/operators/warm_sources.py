@@ -21,8 +21,8 @@ from lcsc.core.seeds import SeedRange
 from lcsc.core.space import Point
 from lcsc.operators.linear import need_arch
 from lcsc.operators.surgery import Piece, row_of
+from lcsc.recycling.defaults import filled_config
 from lcsc.recycling.families import FAMILIES, Family, find_family
-from lcsc.recycling.growth import filled_config
 from lcsc.recycling.vocabulary import Rows, Vocabulary, find_rows, find_vocabulary
 from lcsc.recycling.warm_start import Origin, Side, Target, find_origin, projection, shared, side_targets
 
@@ -96,12 +96,12 @@ class Sources:
         row = row_of(found, step, f"{role}_step")
         if at is not None:
             row = found.num_checkpoints - 1 - min(int(at.reshape(-1)[0]), found.num_checkpoints - 1)
-        return Found(found, row, family, config, family.sizes(filled_config(config)), random)
+        return Found(found, row, family, config, family.sizes(filled_config(family.kind, config)), random)
 
     def origin(self, bank: CheckpointBank, tag: str) -> Origin:
         """The tensors that a checkpoint of a bank has, under what it is called in a plan."""
         family = find_family(bank.arch, bank.path, "decoder")
-        sizes = family.sizes(filled_config(need_arch(bank)["config"]))
+        sizes = family.sizes(filled_config(family.kind, need_arch(bank)["config"]))
         return find_origin(family, sizes, bank.layout.shapes, tag, bank.path)
 
     def _narrowed(self, bank: CheckpointBank, step: int, name: str) -> CheckpointBank:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lcsc.core.errors import BankError, ConfigError, MissingExtraError
+from lcsc.core.errors import BankError, ConfigError
+from lcsc.recycling.defaults import filled_config
 from lcsc.recycling.experts import expert_names, router_name
 from lcsc.recycling.kinds import known_kind
 
@@ -37,6 +38,8 @@ REFUSED = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "cohere"), "has no mixture class of its form"),
     "phi3": "keeps gates and ups in one tensor",
 }
+#: how the names of classes end whose head the mixture has
+_HEADS = {"t5": "ForConditionalGeneration", "vit": "ForImageClassification"}
 #: what lcsc's mixture of a ViT knows
 VIT_ACTIVATIONS = ("gelu", "relu", "silu")
 _VIT_SETTINGS = (
@@ -88,6 +91,11 @@ def find_dense(arch: Mapping[str, Any], shapes: Mapping[str, Shape], path: Any) 
     if config.get("quantization_config") is not None:
         raise BankError(f"`{path}` holds quantized weights, which cannot be experts. Save it unquantized.")
     _check_kind(kind, config, shapes, path)
+    if not str(arch["class"]).endswith(head := _HEADS.get(kind, "ForCausalLM")):
+        raise BankError(
+            f"`{path}` is a `{arch['class']}`, whose head its mixture does not have. Give a model of the class "
+            f"`...{head}`."
+        )
     roles, place = FAMILIES[kind], re.compile(_PLACES.get(kind, _PLACE))
     found: dict[str, dict[str, str]] = {}
     for name in shapes:
@@ -241,28 +249,18 @@ def mixture_config(
         changes: what is said of the experts.
 
     Raises:
+        BankError: settings that transformers refuses.
         MissingExtraError: transformers, whose defaults they are, is not installed.
     """
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the defaults of `{mixture.name}` are those of transformers, which is not here. Install it with: pip "
-            "install 'lcsc[lm]'"
-        ) from error
-
-    def filled(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in settings.items() if k not in ("model_type", "architectures", "transformers_version")}
-        return AutoConfig.for_model(kind, **kept).to_dict()  # type: ignore[no-any-return]
-
     if mixture is VIT:
-        full = filled("vit", old)
+        full = filled_config("vit", old)
         own = {key: full[key] for key in _VIT_SETTINGS}
         return {"_class_name": mixture.name, **own, "num_labels": found.labels, **changes}
     config = {**old, "architectures": [mixture.name], "model_type": mixture.kind, **changes}
-    unknown = set(filled(found.kind, {})) - set(filled(str(mixture.kind), {})) - {"head_dim"}  # read undeclared
+    dense, sparse = filled_config(found.kind, {}), filled_config(str(mixture.kind), {})
+    unknown = set(dense) - set(sparse) - {"head_dim"}  # which is read undeclared
     config = {key: value for key, value in config.items() if key in changes or key not in unknown}
-    before, after = filled(found.kind, old), filled(str(mixture.kind), config)
+    before, after = filled_config(found.kind, old), filled_config(str(mixture.kind), config)
     said = {*changes, "architectures", "model_type", "transformers_version", "dtype", "torch_dtype"}
     differing = {
         key: value for key, value in before.items() if key in after and after[key] != value and key not in said

@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 
 from lcsc.core.errors import BankError, ConfigError
+from lcsc.recycling.defaults import filled_config
 from lcsc.recycling.experts import MIXTURES
 from lcsc.recycling.kinds import known_kind
+from lcsc.recycling.stages import FAMILIES as STAGES
+from lcsc.recycling.stages import LESS_ONE
 
 METHODS = ("interposition", "stack")
 #: model_types whose layers add what they compute to their input, so that a layer with outputs of zero changes nothing
-FAMILIES = (
-    *("cohere", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo", "olmo2"),
-    *("olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
-)
+FAMILIES = tuple(sorted(STAGES))
+#: class whose experts a model_type has, whatever lies on top of its layers
+_MIXTURES = {
+    **{"mixtral": "MixtralForCausalLM", "olmoe": "OlmoeForCausalLM"},
+    **{"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"},
+}
 #: model_type -> why not, for models that one might try
 REFUSED = {
     **dict.fromkeys(("bert", "roberta", "vit"), "is no decoder"),
@@ -35,9 +40,6 @@ REFUSED = {
 }
 #: a layer's tensor: what stands before its number, the number, what stands behind it
 _LAYER = re.compile(r"((?:.+\.)?(?:layers|h))\.(\d+)\.(.+)")
-#: modules that write into the stream of the layers
-_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "w2", "dense_4h_to_h")
-_OUTPUT = re.compile(rf"(?:.+\.)?(?:{'|'.join(_OUTPUTS)})(?:\.weight|\.bias)?")
 #: entries of a configuration with one value a layer
 _BY_LAYER = ("layer_types", "no_rope_layers")
 #: those that speak of layers without naming single ones
@@ -56,7 +58,7 @@ class Mixture:
         top_k: experts of a token.
         normalized: whether the weights of a token's experts sum to one.
         aux_loss: coefficient of the loss that balances the experts in training.
-        key: what the configuration calls E.
+        keys: what its configuration calls E; transformers 5 has another word than 4 for some, and reads both.
     """
 
     kind: str
@@ -64,7 +66,7 @@ class Mixture:
     top_k: int
     normalized: bool
     aux_loss: float
-    key: str
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def find_decoder(arch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     if config.get("quantization_config") is not None:
         raise BankError(f"`{path}` holds quantized weights, to which no noise can be added. Save it unquantized.")
     known_kind(arch, path, FAMILIES, REFUSED, "is not among the models that lcsc knows how to grow")
-    full = filled_config(config)
+    full = filled_config(str(config["model_type"]), config)
     found: dict[int, dict[str, str]] = {}
     stems: set[str] = set()
     for name in shapes:
@@ -124,14 +126,6 @@ def find_decoder(arch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     return Decoder(stems.pop(), layers, full, key, _mixture(arch, full, layers, shapes, path))
 
 
-def filled_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the defaults of its class."""
-    from transformers import AutoConfig
-
-    own = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "transformers_version")}
-    return AutoConfig.for_model(str(config["model_type"]), **own).to_dict()  # type: ignore[no-any-return]
-
-
 def _mixture(
     arch: Mapping[str, Any],
     full: Mapping[str, Any],
@@ -139,10 +133,13 @@ def _mixture(
     shapes: Mapping[str, tuple[int, ...]],
     path: Any,
 ) -> Mixture | None:
-    kind = str(arch["class"])
-    if kind not in MIXTURES:
+    kind = _MIXTURES.get(arch["config"]["model_type"])
+    if kind is None:
         return None
-    key = "num_local_experts" if "num_local_experts" in full else "num_experts"
+    key, words = (
+        "num_local_experts" if "num_local_experts" in full else "num_experts",
+        ("num_experts", "num_local_experts"),
+    )
     routers = [shapes[layer[router]][0] for layer in layers if (router := _router(kind, layer)) is not None]
     if not routers or set(routers) != {full[key]}:
         raise BankError(f"`{path}` has routers for {sorted(set(routers))} experts, its configuration has {full[key]}.")
@@ -152,7 +149,7 @@ def _mixture(
         full["num_experts_per_tok"],
         kind == "MixtralForCausalLM" or bool(full.get("norm_topk_prob")),
         float(full.get("router_aux_loss_coef") or 0.0),
-        key,
+        tuple(word for word in words if word in arch["config"]) or (key,),
     )
 
 
@@ -212,19 +209,25 @@ def grown_config(found: Decoder, old: Mapping[str, Any], order: Sequence[int]) -
     return config
 
 
-def scaled_outputs(tensors: Mapping[str, Tensor], scale: float) -> Named:
-    """A layer whose projections into the stream are multiplied by `scale`; with 0 it is the identity.
+def scaled_outputs(kind: str, tensors: Mapping[str, Tensor], scale: float) -> Named:
+    """A layer that adds `scale` times what it did to the stream; with 0 it is the identity.
+
+    Multiplied are the projections into the stream, or the gains of norms where those come behind them.
 
     Args:
+        kind: model_type.
         tensors: of a layer, by what stands behind its number.
         scale: 1 leaves the bits.
     """
     if scale == 1:
         return dict(tensors)
-    return {
-        name: (tensor.double() * scale).to(tensor.dtype) if _OUTPUT.fullmatch(name) else tensor
-        for name, tensor in tensors.items()
-    }
+    outputs, less = re.compile(STAGES[kind][1]), float(kind in LESS_ONE)
+
+    def scaled(tensor: Tensor) -> Tensor:
+        off = less if tensor.ndim == 1 else 0.0
+        return (scale * (tensor.double() + off) - off).to(tensor.dtype)
+
+    return {name: scaled(tensor) if outputs.fullmatch(name) else tensor for name, tensor in tensors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- width

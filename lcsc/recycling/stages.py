@@ -88,6 +88,8 @@ def find_stages(
     kind, found = _found(arch, names, path)
     num_layers = _num_layers(arch, found, path)
     S = num_layers if num_stages is None else num_stages
+    if num_layers < 2:
+        raise BankError(f"`{path}` has one layer, and a lost stage is rebuilt from others. Take a checkpoint.")
     if S < 2 or num_layers % S:
         raise ConfigError(
             f"`operator.num_stages` is {S}, and {num_layers} layers cannot be divided into {S} equal stages. Choose "

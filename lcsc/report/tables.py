@@ -29,9 +29,14 @@ def decimals_of(value: float, se: float | None) -> int:
 
 
 def number(value: float | None, se: float | None = None, *, plus_minus: bool = True) -> str:
-    """`81.8 ± 1.9`, rounded to two digits of the standard error; `–` for None and NaN."""
+    """`81.8 ± 1.9`, rounded to two digits of the standard error; `1,536` for a count; `–` for None and NaN.
+
+    A whole number with a standard error of exactly 0, as of bytes and operations, is a count.
+    """
     if value is None or math.isnan(value):
         return NOTHING
+    if se == 0 and float(value).is_integer():
+        return f"{value:,.0f}"
     se = None if se is None or math.isnan(se) else se
     decimals = decimals_of(value, se)
     return f"{value:.{decimals}f}" + (f" ± {se:.{decimals}f}" if se and plus_minus else "")

@@ -7,6 +7,8 @@ transformers' `Trainer` takes. Of several processes the first writes.
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lcsc.bank.layout_read import read_arch
 from lcsc.bank.optimizer_file import slot_name
 from lcsc.bank.storage import as_tensor
 from lcsc.codec.arrays import PREFIX, STATES, Array, Tensors
@@ -151,7 +154,7 @@ class CodedSaver:
     Args:
         folder: of the coded checkpoints; one that has some is continued.
         settings: how they are coded.
-        arch: `{"class", "config"}` of the network, for a search; None where it is not known.
+        arch: `{"class", "config"}` of the network, for a search; None asks a network of transformers or diffusers.
         replace: a step that is saved again replaces the one that is there, and all behind it, as a training needs that
             was interrupted and goes on from an earlier step.
     """
@@ -192,6 +195,7 @@ class CodedSaver:
         tensors, ties = training_tensors(net, optimizer)
         plain = plain_state(net, optimizer)
         if self._writer is None:
+            self.arch = _arch_of(net) if self.arch is None else self.arch
             self._writer = ChainWriter(self.folder, self.settings)
         if self.replace:
             self._writer.cut(step)
@@ -212,6 +216,17 @@ class CodedSaver:
         tensors, about = chain.read(step), chain.header(step)["about"]
         restore_training(tensors, _bare(net), optimizer, about.get("ties"), about.get("plain"))
         return step
+
+
+def _arch_of(net: nn.Module) -> Mapping[str, Any] | None:
+    """What a config.json that the network itself writes says of it; None where it writes none."""
+    with tempfile.TemporaryDirectory(prefix="lcsc-") as folder:
+        if hasattr(net, "save_config"):  # of diffusers
+            net.save_config(folder)
+        elif hasattr(config := copy.copy(getattr(net, "config", None)), "save_pretrained"):
+            config.architectures = [type(net).__name__]
+            config.save_pretrained(folder)
+        return read_arch(Path(folder))[0]
 
 
 def _bare(net: nn.Module) -> nn.Module:

@@ -148,6 +148,8 @@ class ParameterDiTTrainer:
             "seed": int(seed),
         }
         given = None if self.runs is None else read_runs(Path(self.runs))
+        if given is not None:
+            self._check(given, arch)
         steps = tuple(self.run_settings.steps().tolist()) if given is None else tuple(map(int, given.steps_RK[-1]))
         folder = BankFolder(out, config, steps, component="")
         folder.check()
@@ -162,16 +164,26 @@ class ParameterDiTTrainer:
             folder.close()
         return out
 
+    def _check(self, given: WeightRuns, arch: Mapping[str, Any]) -> None:
+        """Raise ConfigError for runs that cannot be learned from, or whose networks are not those of `arch`."""
+        if not 1 <= self.num_held_out < len(given.names):
+            raise ConfigError(
+                f"`trainer.num_held_out` is {self.num_held_out} of {len(given.names)} runs; hold out at least 1, and "
+                "leave at least 1 to learn from."
+            )
+        given.metric(self.metric)
+        shapes = {name: tuple(tensor.shape) for name, tensor in build_network(arch).state_dict().items()}
+        if shapes != dict(given.shapes):
+            raise ConfigError(
+                f"`trainer.runs` `{self.runs}` holds networks of the tensors {dict(given.shapes)}, and `network` "
+                f"makes a `{arch.get('class')}` of {shapes}. Describe the runs' network with `network`."
+            )
+
     def _runs(
         self, given: WeightRuns | None, many: Many | None, parts: Parts | None, arch: Any, out: Path, seed: int
     ) -> WeightRuns:
         """What is learned from and what is held out, read from files in either case."""
         if given is not None:
-            if not 1 <= self.num_held_out < len(given.names):
-                raise ConfigError(
-                    f"`trainer.num_held_out` is {self.num_held_out} of {len(given.names)} runs; hold out at least 1, "
-                    "and leave at least 1 to learn from."
-                )
             return given
         assert many is not None, "runs are made of classifiers"
         assert parts is not None, "and of their data"

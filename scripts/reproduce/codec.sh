@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Coded checkpoints: the three results files and the figure of docs/codec.md.
+# Coded checkpoints: the four results files and the figure of docs/codec.md.
 #
 #   scripts/reproduce/codec.sh --text FILE
 #
@@ -16,10 +16,11 @@ PYTHON=${PYTHON:-python}
 SEEDS=${SEEDS:-0 1 2}
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../benchmarks" && pwd)
 mkdir -p "$OUT"
-LM=() BANK=(--trials 20) FRONT=() TRAIN=()
+LM=() NEURAL=() BANK=(--trials 20) FRONT=() TRAIN=()
 if [[ ${TINY:-} ]]; then
     SEEDS=0
     LM=(--steps 8 --after 0,1)
+    NEURAL=(--steps 8)
     BANK=(--trials 2 --images 64)
     FRONT=(--trials 12 --groups 2 --steps 100 --after 0,1 --images 32)
     TRAIN=(trainer.num_steps=12 trainer.save_every=2 "network.config.block_out_channels=[8,8,8]"
@@ -27,6 +28,7 @@ if [[ ${TINY:-} ]]; then
 fi
 for seed in $SEEDS; do
     "$PYTHON" "$HERE/codec.py" lm --seed "$seed" "${LM[@]}" --work "$OUT" --to "$OUT/codec_lm.json" "$@"
+    "$PYTHON" "$HERE/codec_neural.py" --seed "$seed" "${NEURAL[@]}" --work "$OUT" --to "$OUT/codec_neural.json" "$@"
     bank="$OUT/digits-$seed"
     [[ -e "$bank.done" ]] || "$PYTHON" -m lcsc train experiment=digits seed="$seed" "${TRAIN[@]}" bank.path="$bank"
     touch "$bank.done"

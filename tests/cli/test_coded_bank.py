@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,9 @@ from lcsc.bank import CheckpointBank, Selection
 from lcsc.bank.coded import write_coded
 from lcsc.bank.optimizer_file import contents_of, find_optimizer, read_optimizer
 from lcsc.bank.survey import survey
-from lcsc.codec.chain import Chain, file_name
+from lcsc.codec.arrays import Array
+from lcsc.codec.chain import Chain, ChainWriter, file_name
+from lcsc.codec.container import Container, pack
 from lcsc.codec.settings import CodecSettings
 from lcsc.core.errors import BankError, ConfigError, OutputExistsError
 
@@ -65,9 +68,38 @@ def test_decoded_numbers_go_with_the_bank(folder, tmp_path):
     place = bank.rows[0].files[0].parent
     assert place.is_dir()
     assert bank.matrix is not None
-    del bank
+    left = place.with_name("lcsc-coded-0123456789abcdef")  # by a process that was killed
+    left.mkdir()
+    other = CheckpointBank.open(tmp_path / "coded")
+    assert place.is_dir()
+    assert not left.exists()
+    del bank, other
     gc.collect()
     assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reference", None),
+        ("tensors", [["a", "float32"]]),
+        ("tensors", [[["a"], "float32", [1]]]),
+        ("parts", [[0, "w", [0], "planes", ["none"], "raw", "0"]]),
+        ("about", {"kind": "new", "rate": None, "arch": None, "ties": {}}),
+        ("about", {"kind": "raw", "rate": None, "arch": 3, "ties": {}}),
+        ("about", {"kind": "raw", "rate": None, "arch": None, "ties": {"a": "none"}}),
+    ],
+)
+def test_a_header_that_describes_no_checkpoint_is_refused(tmp_path, key, value):
+    """Even where its checksum is right, as in a file that somebody made to do harm."""
+    ChainWriter(tmp_path).append(1, {"a": Array("float32", np.arange(3, dtype="f4"))})
+    file = Container(tmp_path / file_name(1))
+    header = {**file.header, "about": {"kind": "raw", "rate": None, "arch": None, "ties": {}}, key: value}
+    if value is None:
+        del header[key]
+    (tmp_path / file_name(1)).write_bytes(pack(header, []))
+    with pytest.raises(BankError, match=r"is no whole coded checkpoint"):
+        CheckpointBank.open(tmp_path)
 
 
 def test_a_scan_tells_of_a_coded_bank(folder, tmp_path):
@@ -119,6 +151,9 @@ def test_verify_tells_what_is_wrong(folder, lcsc, tmp_path):
     assert code == 2
     assert "it was coded with loss" in err
     file = to / file_name(30)
+    code, _, err = lcsc("verify", str(file))
+    assert code == 2
+    assert "is one of a chain of coded checkpoints" in err
     data = bytearray(file.read_bytes())
     data[-1] ^= 4
     file.write_bytes(data)
@@ -127,12 +162,33 @@ def test_verify_tells_what_is_wrong(folder, lcsc, tmp_path):
     assert f"`{file}` is no whole coded checkpoint" in err
 
 
+def test_a_network_codes_and_is_refused_where_it_computes_otherwise(folder, lcsc, tmp_path, monkeypatch):
+    from lcsc.codec import neural
+
+    to, words = tmp_path / "neural", ["codec=lossy", "optimizer=true"]
+    code, out, err = lcsc("bank", "pack", f"from={folder}", f"to={to}", *words, "coder=neural")
+    assert (code, err) == (0, "")
+    assert "5 checkpoints, codec lossy by coder neural" in out
+    assert lcsc("bank", "pack", f"from={folder}", f"to={tmp_path / 'counts'}", *words)[0] == 0
+    assert lcsc("verify", str(to))[::2] == (0, "")
+    assert CheckpointBank.open(to).digest == CheckpointBank.open(tmp_path / "counts").digest
+    monkeypatch.setattr(neural, "_arithmetic", lambda: "0" * 32)
+    for line in (["verify", str(to)], ["bank", "scan", str(to)]):
+        code, _, err = lcsc(*line)
+        assert code == 2
+        assert f"`{to / file_name(10)}` was coded by a network (coder=neural) that does not compute here" in err
+        assert len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["codec=zip"], "`codec` is `zip`"),
         (["codec=lossy", "bits_w=four"], "`bits_w` is `four`; it must be a whole number"),
         (["codec=lossless", "dtype=float16"], "`dtype` is `float16`, and a codec keeps"),
+        (["codec=lossy", "coder=lstm"], "`coder` is `lstm`; it must be one of counts, neural"),
+        (["codec=lossless", "coder=neural"], "`coder` is `neural` and `codec` is `lossless`"),
+        (["coder=neural"], "`coder` is a setting of a codec, and there is none"),
         (["tau=1"], "`tau` is a setting of a codec, and there is none"),
         (["codec=lossless", "optimizer=yes"], "`optimizer` is `yes`"),
         (["codec=lossless", "bits_w=3"], "`bits_w` says what is lost, and codec=lossless loses nothing"),

@@ -122,6 +122,10 @@ def test_a_step_of_several(here, lcsc):
     assert torch.equal(bits(here / "out")[name], llama(10).state_dict()[name])
 
 
+def edited(config, **changes):
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+
 def test_mistakes_are_one_sentence_and_leave_nothing(here, lcsc, model, capsys):
     broken = llama()
     broken.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan
@@ -130,6 +134,10 @@ def test_mistakes_are_one_sentence_and_leave_nothing(here, lcsc, model, capsys):
     other.model.norm.weight.data[0] = torch.inf
     other.save_pretrained(here / "other")
     (here / "taken").mkdir()
+    llama().save_pretrained(here / "unnamed")
+    edited(here / "unnamed" / "config.json", architectures=None)
+    llama().save_pretrained(here / "short")
+    edited(here / "short" / "config.json", layer_types=["full_attention"])
     before = sorted(path.name for path in here.iterdir())
     capsys.readouterr()  # transformers' bars
     gqa, two = ("operator=gqa", f"model={model}"), "operator.num_kv_heads=2"
@@ -139,7 +147,8 @@ def test_mistakes_are_one_sentence_and_leave_nothing(here, lcsc, model, capsys):
         ((*gqa, "to=out"), "`operator.num_kv_heads` is not set"),
         ((*gqa, "to=out", "operator.num_kv_heads=3"), "cannot be divided into 3 equal groups. Choose one of (1, 2, 4)"),
         ((*gqa, "to=out", "operator.heads=3"), "no setting named `operator.heads`"),
-        ((*gqa, "to=out", two, "operator.step=x"), "configuration error at `operator.step`"),
+        ((*gqa, "to=out", two, "operator.step=x"), "`operator.step` is `x`; it must be a whole number."),
+        ((*gqa, "to=out", two, "operator.repeat_heads=2.5"), "`operator.repeat_heads` is `2.5`; it must be true"),
         ((*gqa, two), "`to` is not set"),
         ((f"model={model}", "to=out"), "`operator` is not set"),
         (
@@ -149,6 +158,11 @@ def test_mistakes_are_one_sentence_and_leave_nothing(here, lcsc, model, capsys):
         (("operator=gqq", f"model={model}", "to=out"), "no operator named `gqq`. Did you mean `gqa`"),
         (("operator=gqa", "model=broken", "to=out", two), "`model.layers.1.self_attn.k_proj.weight` holds NaN or Inf"),
         (("operator=gqa", "model=other", "to=out", two), "`model.norm.weight`"),
+        (("operator=gqa", "model=unnamed", "to=out", two), "config.json` names no class (`architectures`"),
+        (
+            ("operator=orthogonal_growth", "model=short", "to=out"),
+            "transformers refuses the configuration of a `llama`",
+        ),
     ):
         code, _, err = lcsc("transform", *words)
         assert code == 2, words

@@ -238,6 +238,9 @@ def test_refusals_are_one_sentence(bank, tmp_path):
         with pytest.raises(ConfigError) as caught:
             NeighborRecovery(**settings).plan(bank)
         assert text in str(caught.value), settings
+    build(num_hidden_layers=1).save_pretrained(tmp_path / "one")
+    with pytest.raises(BankError, match="has one layer, and a lost stage is rebuilt from others"):
+        NeighborRecovery(lost=0).plan(CheckpointBank.open(tmp_path / "one"))
     build(num_hidden_layers=2).save_pretrained(tmp_path / "two")
     (tmp_path / "two" / "config.json").write_text(
         json.dumps({**json.loads((tmp_path / "two" / "config.json").read_text()), "num_hidden_layers": 4})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lcsc.bank import CheckpointBank
 from lcsc.core.errors import BankError, ConfigError
@@ -107,6 +107,38 @@ def test_layers_stand_where_the_method_puts_them(tmp_path, kind, method):
     torch.testing.assert_close(logits(deeper), logits(net), rtol=0, atol=1e-5)
     if kind == "qwen3_moe":
         assert deeper.config.mlp_only_layers == [place for place, i in enumerate(order) if i == 1]
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "llama", "olmo2"])
+def test_copies_write_as_much_as_is_said(tmp_path, kind):
+    """Against transformers' own layers with halved outputs; norms behind a projection would undo its halving."""
+    net = build(kind)
+    deeper = grown(saved(net, tmp_path / "bank"), tmp_path / "deeper", copies=[1, 1, 2], copy_scale=0.5)
+    last = copy.deepcopy(net.model.layers[2])
+    last.self_attn.layer_idx = 3
+    ends = (last.self_attn.o_proj, last.mlp.down_proj)
+    if kind != "llama":
+        ends = (last.post_attention_layernorm, last.post_feedforward_layernorm)
+    for module in ends:
+        module.register_forward_hook(lambda module, args, out: out / 2)
+    net.model.layers.append(last)
+    net.config.num_hidden_layers = 4
+    if hasattr(net.config, "layer_types"):
+        net.config.layer_types = [*net.config.layer_types, net.config.layer_types[2]]
+    torch.testing.assert_close(logits(deeper), logits(net), rtol=0, atol=1e-5)
+
+
+def test_a_mixture_with_another_head_keeps_its_dense_layers(tmp_path):
+    sizes = {**SMALL, **MORE["qwen3_moe"], "num_labels": 3}
+    net = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("qwen3_moe", **sizes))
+    bank = saved(net, tmp_path / "bank")
+    operator = OrthogonalGrowth(axis="both", method="interposition", noise=0.0, scale_top_k=True, copies=2)
+    config = operator.plan(bank, {}).arch["config"]
+    assert (config["mlp_only_layers"], config["num_local_experts"]) == ([2, 3], 6)
+    file = tmp_path / "bank/config.json"  # as transformers 4 writes it, and what reads its files
+    file.write_text(file.read_text().replace("num_local_experts", "num_experts"))
+    config = operator.plan(CheckpointBank.open(tmp_path / "bank"), {}).arch["config"]
+    assert (config["num_experts"], config.get("num_local_experts")) == (6, None)
 
 
 def test_orders_of_the_paper():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lcsc.bank import CheckpointBank
@@ -255,6 +255,34 @@ def test_what_cannot_become_a_mixture_is_refused_by_name(tmp_path):
             SparseUpcycling(**settings)
     with pytest.raises(ConfigError, match="Mixtral always divides by the sum"):
         SparseUpcycling(normalize=False).plan(mistral)
+
+
+def test_heads_that_the_mixture_lacks_and_choices_of_no_layer_are_refused(tmp_path):
+    sizes = AutoConfig.for_model("qwen3", **SMALL, head_dim=16)
+    for make, name in (
+        (AutoModel, "Qwen3Model"),
+        (transformers.AutoModelForSequenceClassification, "Qwen3ForSequenceClassification"),
+    ):
+        bank = saved(make.from_config(sizes), tmp_path / name)
+        with pytest.raises(BankError, match=f"is a `{name}`, whose head its mixture does not have. Give a model of"):
+            SparseUpcycling().plan(bank)
+    one = saved(language_model("llama", num_hidden_layers=1), tmp_path / "one")
+    with pytest.raises(ConfigError, match="`operator.layers` is `alternate`, which is none of the model's 1"):
+        SparseUpcycling(layers="alternate").plan(one)
+    recipe = SparseUpcycling(layers=[0], num_experts=1).plan(one).recipe  # a token's two experts are one here
+    assert (recipe["top_k"], recipe["num_experts"]) == (1, 1)
+
+
+def test_every_tensor_keeps_the_dtype_of_what_it_is_a_copy_of(tmp_path):
+    language_model("llama").save_pretrained(tmp_path / "net")
+    tensors = load_file(tmp_path / "net/model.safetensors")
+    half = {name: t.to(torch.bfloat16) for name, t in tensors.items() if "down_proj" in name}
+    save_file(tensors | half, tmp_path / "net/model.safetensors", metadata={"format": "pt"})
+    bank = CheckpointBank.open(tmp_path / "net", storage="streamed")
+    transform_model(bank, SparseUpcycling(layers=[1, 3], num_experts=2), tmp_path / "out")
+    made = load_file(tmp_path / "out/model.safetensors")
+    assert {name for name, t in made.items() if t.dtype == torch.bfloat16} == {n for n in made if "down_proj" in n}
+    assert sum("experts.1.down_proj" in name for name in made) == 2
 
 
 def test_a_search_varies_layers_experts_noise_and_drop(tmp_path):

@@ -7,6 +7,7 @@ import json
 import pytest
 from test_loop import Scripted, of_kind, search
 
+from lcsc.config.hydra_app import compose_config
 from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.seeds import Purpose
 from lcsc.objectives.base import Score
@@ -85,3 +86,9 @@ def test_too_few_images_are_refused(tmp_path):
         Budget(num_images_baselines=0)
     with pytest.raises(ConfigError, match="`search.num_images_baselines` is 1: too few images for `distance`"):
         search(tmp_path, Scripted(), num_images_baselines=1)
+
+
+@pytest.mark.parametrize("words", [["digits"], ["mnist16", "dataset.path=x", "metric.weights_path=x"]])
+def test_the_measured_experiments_begin_with_a_first_look(words):
+    budget = Budget(**compose_config([f"experiment={words[0]}", *words[1:]])["search"])
+    assert (budget.first_look, budget.num_images, budget.num_trials, budget.num_finalists) == (80, 250, 160, 4)

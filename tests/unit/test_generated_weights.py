@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lcsc.core.errors import BankError, ConfigError
 from lcsc.core.seeds import Purpose, SeedRange
@@ -221,9 +223,40 @@ def test_settings_that_do_not_fit_are_refused(settings, said):
         ParameterDiTTrainer(**settings)
 
 
+def test_runs_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
+    told = {f"run-{i}": {"loss": [2.0, 1.0]} for i in (0, 1)}
+    for name in told:
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        for step in (1, 2):
+            save_file({"a": torch.ones(3)}, tmp_path / "runs" / name / f"model-{step}.safetensors")
+    (tmp_path / "runs" / "metrics.json").write_text(json.dumps(told))
+    for settings, said in (
+        ({}, "holds networks of the tensors {'a': (3,)}, and `network` makes a `SmallClassifier`"),
+        ({"num_held_out": 2}, "`trainer.num_held_out` is 2 of 2 runs"),
+        ({"metric": "return"}, "the runs have no metric `return`"),
+    ):
+        trainer = ParameterDiTTrainer(**{"runs": str(tmp_path / "runs"), "num_held_out": 1, **settings})
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            trainer.train(arch=ARCH, model=None, dataset=Digits(), out=tmp_path / "out", seed=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_runs_without_metrics_is_refused(tmp_path):
     with pytest.raises(BankError, match="cannot be read"):
         read_runs(tmp_path)
     (tmp_path / "metrics.json").write_text(json.dumps({"run-0": {"loss": [1.0]}}))
     with pytest.raises(BankError, match="none of the 1 runs"):
         read_runs(tmp_path)
+    (tmp_path / "run-0").mkdir()
+    for step in (1, 2):
+        save_file({"a": torch.ones(3)}, tmp_path / "run-0" / f"model-{step}.safetensors")
+    for told, said in (
+        ([], "cannot be read"),
+        ({"run-0": [1.0, 2.0]}, "a run has no metrics"),
+        ({"run-0": {"loss": [1.0]}}, "does not hold 2 finite numbers of `loss`"),
+        ({"run-0": {"loss": [1.0, "low"]}}, "does not hold 2 finite numbers of `loss`"),
+        ({"run-0": {"loss": 1.0}}, "does not hold 2 finite numbers of `loss`"),
+    ):
+        (tmp_path / "metrics.json").write_text(json.dumps(told))
+        with pytest.raises(BankError, match=said):
+            read_runs(tmp_path)

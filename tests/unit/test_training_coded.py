@@ -185,16 +185,33 @@ def test_transformers_saves_through_the_callback(tmp_path: Path) -> None:
 
     net, optimizer = small()
     run(net, optimizer, 0, 2)
-    called = saver_callback(CodedSaver(tmp_path / "bank"))
+    called = saver_callback(CodedSaver(tmp_path / "bank", CodecSettings("lossy", coder="neural")))
     arguments = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
     called.on_save(arguments, TrainerState(global_step=7), TrainerControl(), model=net, optimizer=optimizer)
-    assert CheckpointBank.open(tmp_path / "bank").steps == (7,)
+    bank = CheckpointBank.open(tmp_path / "bank")
+    assert bank.steps == (7,)
+    assert torch.equal(bank.layout.views(bank.matrix()[0])["0.weight"], net[0].weight)  # an anchor's
     called.on_train_begin(arguments, TrainerState(global_step=7), TrainerControl())
     with pytest.raises(OutputExistsError, match="goes on from step 0"):
         called.on_train_begin(arguments, TrainerState(), TrainerControl())
     other = TrainerState(global_step=8, is_world_process_zero=False)
     called.on_save(arguments, other, TrainerControl(), model=net, optimizer=optimizer)
     assert CheckpointBank.open(tmp_path / "bank").steps == (7,)
+
+
+def test_a_network_tells_what_a_search_needs_to_know(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+                       up_block_types=("UpBlock2D",), norm_num_groups=4)  # fmt: skip
+    for net in (LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)), unet):
+        net.save_pretrained(tmp_path / type(net).__name__ / "checkpoint-1")
+        CodedSaver(tmp_path / "coded" / type(net).__name__).save(1, net)
+        plain, coded = (CheckpointBank.open(tmp_path / at / type(net).__name__) for at in ("", "coded"))
+        assert coded.arch == plain.arch
+        assert coded.digest == plain.digest
 
 
 def test_half_precision_and_shared_tensors_are_taken_as_they_are() -> None:
