@@ -228,7 +228,9 @@ class LanguageModel:
     def pieces(self) -> dict[str, Callable[[], None]]:
         """By name, in order; each fills in its part of the row."""
         found: dict[str, Callable[[], None]] = {"train": self.train}
-        for gap in INTERVALS:
+        for gap in (
+            gap for gap in INTERVALS if gap < self.steps
+        ):  # a short training has no two checkpoints so far apart
             found[f"lossless/{gap}"] = functools.partial(self.lossless, gap)
             for name in LOSSY:
                 found[f"lossy/{name}/{gap}"] = functools.partial(self.lossy, name, gap)
@@ -267,7 +269,7 @@ class LanguageModel:
 
     def resume(self, name: str) -> None:
         """Losses after resuming from one way of keeping the state, four checkpoints into its chain."""
-        saved = self.chain(RESUMED)
+        saved = self.chain(RESUMED if self.steps > RESUMED else INTERVALS[0])
         raw = sum(len(plane_bytes(saved[-1], plane)) for plane in "wmv")
         tensors, ratio = saved[-1], 3.0
         if name == EXCP:

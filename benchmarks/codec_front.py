@@ -85,7 +85,9 @@ class Front:
         ]
         for width in HELD:
             most = self.row["scores"][f"uniform {width}"]["file_bytes"]
-            best = min((trial for trial in trials if trial["file_bytes"] <= most), key=lambda trial: trial["value"])
+            fit = [trial for trial in trials if trial["file_bytes"] <= most]
+            plain = self.row["scores"][f"uniform {width}"]  # where so few trials hold none that is small enough
+            best = min(fit, key=lambda trial: trial["value"]) if fit else plain
             self.row.setdefault("found", {})[f"searched {width}"] = best["bits"]
 
     def score(self, steps: int, name: str) -> None:
