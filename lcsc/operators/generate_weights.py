@@ -35,6 +35,8 @@ DIFFUSION, POST = 11, 12
 DIGITS = 6
 #: most noise seeds and most noise that are searched
 MAX_SEEDS, MAX_NOISE = 8, 0.1
+#: steps of a sampler where nothing else is said, and the fewest and most that are searched
+SAMPLER_STEPS, FEWEST, MOST = 10, 1, 50
 #: bound of a coefficient, beyond what searches try: nevergrad takes bounds of all boxes or of none
 MAX_COEF = 10.0
 
@@ -46,8 +48,9 @@ MAX_COEF = 10.0
 class GenerateWeights:
     """A generator (`ParameterDiT`) sees a checkpoint and its metric, and writes the weights of a wanted one.
 
-    What is left null is searched; without a search it is the first checkpoint, one update that asks for the best metric
-    that the generator has seen, and no noise. Candidates are scored by their measured metric, whatever was asked for.
+    What is left null is searched; without a search it is the first checkpoint, one update of ten sampler steps that
+    asks for the best metric that the generator has seen, and no noise. Candidates are scored by their measured metric,
+    whatever was asked for.
 
     Baselines of every search: the training checkpoint whose metric is nearest to the best one seen, the mean of five of
     them from different runs (hidden units matched), the first with noise, and what SGD and Adam reach from the first
@@ -64,7 +67,7 @@ class GenerateWeights:
         max_updates: most updates of a search; the metric that the next update is told is what the last one asked for.
         reach: how far beyond the best metric seen a search may ask, as a share of the range seen; such prompts are told
             as extrapolation.
-        sampler_steps: of deterministic DDIM in each update.
+        sampler_steps: of deterministic DDIM in each update. Null searches 1 to 50 of them on a log scale.
         post_noise: standard deviation of noise on the result, in those of its weights.
         noise_seed: of the diffusion. Null searches it only where samples of two noises are at least `min_diversity`
             times as far apart as the ends of two runs, as measured when the generator was trained; else it is 0.
@@ -80,7 +83,7 @@ class GenerateWeights:
     goals: Any = None
     max_updates: int = 3
     reach: float = 0.1
-    sampler_steps: int = 10
+    sampler_steps: int | None = SAMPLER_STEPS
     post_noise: float | None = None
     noise_seed: int | None = None
     min_diversity: float = 0.05
@@ -90,8 +93,8 @@ class GenerateWeights:
         if self.proposal not in PROPOSALS:
             raise ConfigError(f"`operator.proposal` is `{self.proposal}`.{did_you_mean(self.proposal, PROPOSALS)}")
         for name in ("max_updates", "sampler_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`operator.{name}` is {getattr(self, name)}; it must be at least 1.")
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ConfigError(f"`operator.{name}` is {count}; it must be at least 1.")
         for name in ("reach", "post_noise", "noise_seed", "min_diversity"):
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"`operator.{name}` is {value}; it must be at least 0 and finite.")
@@ -117,6 +120,9 @@ class GenerateWeights:
             boxes.append(Box("goals", self.max_updates, -self.reach or -1e-9, 1.0, scale=0.1))
             if self.max_updates > 1:
                 boxes.append(Box("updates", 1, 0.0, float(self.max_updates), scale=0.5))
+        if self.sampler_steps is None:
+            ends = (math.log2(count / SAMPLER_STEPS) for count in (FEWEST, MOST))
+            boxes.append(Box("sampler_steps", 1, *ends, scale=0.5))
         if self.post_noise is None:
             boxes.append(Box("post_noise", 1, 0.0, MAX_NOISE, scale=0.01))
         if self.noise_seed is None and made.noise_matters >= self.min_diversity:
@@ -181,9 +187,9 @@ class GenerateWeights:
             )
         row, proposal = self._start(bank, point)
         now = self._metric_at(bank, row, made)
-        goals, noise, seed = self._goals(made, point), self._noise(point), self._seed(point)
+        goals, noise, seed, count = self._goals(made, point), self._noise(point), self._seed(point), self._steps(point)
         start_P = flat_row(bank, row).double()
-        theta_P = self._proposed(made, proposal, start_P, now, goals, seed)
+        theta_P = self._proposed(made, proposal, start_P, now, goals, seed, count)
         coef = [] if point is None or "coef" not in point else np.asarray(point["coef"], np.float64).tolist()
         theta_P = theta_P * (1 - sum(coef))
         for c, other_P in zip(coef, self._others(bank) if any(coef) else (), strict=False):
@@ -202,7 +208,7 @@ class GenerateWeights:
             "start_metric": now,
             "goals": list(goals) if proposal == "generated" else [made.net.best],
             "extrapolation": proposal == "generated" and not all(low <= goal <= high for goal in goals),
-            "sampler_steps": self.sampler_steps,
+            "sampler_steps": count,
             "post_noise": noise,
             "noise_seed": seed,
             "nearest": {"run": run, "step": step, "distance": _rounded(distance)},
@@ -284,13 +290,27 @@ class GenerateWeights:
             0.0 if point is None or "post_noise" not in point else float(np.asarray(point["post_noise"]).reshape(-1)[0])
         )
 
+    def _steps(self, point: Point | None) -> int:
+        """Sampler steps of an update."""
+        if self.sampler_steps is not None:
+            return self.sampler_steps
+        x = 0.0 if point is None or "sampler_steps" not in point else float(np.asarray(point["sampler_steps"])[0])
+        return min(max(round(SAMPLER_STEPS * 2**x), FEWEST), MOST)
+
     def _seed(self, point: Point | None) -> int:
         if self.noise_seed is not None:
             return self.noise_seed
         return 0 if point is None or "noise_seed" not in point else _whole(point["noise_seed"], MAX_SEEDS)
 
     def _proposed(
-        self, made: WeightGenerator, proposal: str, start_P: Tensor, now: float, goals: tuple[float, ...], seed: int
+        self,
+        made: WeightGenerator,
+        proposal: str,
+        start_P: Tensor,
+        now: float,
+        goals: tuple[float, ...],
+        seed: int,
+        count: int,
     ) -> Tensor:
         """Weights, float64, shape (P,)."""
         if proposal in ("sgd", "adam"):
@@ -306,7 +326,7 @@ class GenerateWeights:
         noise_S1P = SeedRange(seed, Purpose.SEARCH).generator(0, DIFFUSION).standard_normal(shape)
         wanted = [torch.tensor([goal], dtype=torch.float64) for goal in goals]
         now_1 = torch.tensor([now], dtype=torch.float64)
-        return updated(made.net, start_P[None], now_1, wanted, noise_S1P, self.sampler_steps)[-1][0]
+        return updated(made.net, start_P[None], now_1, wanted, noise_S1P, count)[-1][0]
 
     @staticmethod
     def _rival_label(made: WeightGenerator, kind: str) -> str:

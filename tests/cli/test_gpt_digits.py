@@ -152,6 +152,22 @@ def test_runs_of_another_making_are_learned_from(made, tmp_path):
     assert "time" not in found.measured
 
 
+def test_steps_of_the_sampler_are_searched_where_they_are_null(made):
+    bank = CheckpointBank.open(made)
+    operator = registry.build("operator", "generate_weights", sampler_steps=None, post_noise=0.0)
+    space = operator.space(bank)
+    point = space.to_point([0.0] * space.size)
+    (box,) = [box for box in space.boxes if box.name == "sampler_steps"]
+    for x, count in ((box.lower, 1), (-1.0, 5), (0.0, 10), (1.0, 20), (box.upper, 50)):
+        point["sampler_steps"][:] = x
+        found = operator.apply(bank, point)
+        assert found.recipe["sampler_steps"] == count
+        fixed = registry.build("operator", "generate_weights", sampler_steps=count, post_noise=0.0).apply(bank)
+        assert torch.equal(bank.layout.flatten(found.weights()), bank.layout.flatten(fixed.weights()))
+    fixed = registry.build("operator", "generate_weights").space(bank)
+    assert "sampler_steps" not in [box.name for box in fixed.boxes]
+
+
 def test_checkpoints_are_combined_with_what_is_generated(made):
     bank = CheckpointBank.open(made)
     operator = registry.build("operator", "generate_weights", sampler_steps=2, combine="all", post_noise=0.0)
