@@ -91,7 +91,8 @@ def training_saved(results: list[dict]) -> Figure:
     plain(ax, "training steps so far")
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    for place, (run, color) in enumerate(zip(data["runs"], (BLUE, ORANGE, GREEN, INK), strict=False)):
+    runs = [run for run in data["runs"] if run["experiment"] == "digits_consistency"]  # one axis, one metric
+    for place, (run, color) in enumerate(zip(runs, (BLUE, ORANGE, GREEN, INK), strict=False)):
         for way, line in (("planned", "o-"), ("early", "o:")):
             found = run.get(way, {}).get("searches", {})
             ax.plot([int(step) for step in found], [row["value"] for row in found.values()], line, color=color,
