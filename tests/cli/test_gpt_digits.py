@@ -162,7 +162,8 @@ def test_steps_of_the_sampler_are_searched_where_they_are_null(made):
         point["sampler_steps"][:] = x
         found = operator.apply(bank, point)
         assert found.recipe["sampler_steps"] == count
-        fixed = registry.build("operator", "generate_weights", sampler_steps=count, post_noise=0.0).apply(bank)
+        other = registry.build("operator", "generate_weights", sampler_steps=count, post_noise=0.0)
+        fixed = other.apply(bank, other.space(bank).to_point([0.0] * other.space(bank).size))
         assert torch.equal(bank.layout.flatten(found.weights()), bank.layout.flatten(fixed.weights()))
     fixed = registry.build("operator", "generate_weights").space(bank)
     assert "sampler_steps" not in [box.name for box in fixed.boxes]
