@@ -142,7 +142,7 @@ def journal(run):
     return (run / "journal.jsonl").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # half a minute of processes; a killed worker's job, and Ray's whole search, are in `make test`
 def test_a_search_with_a_killed_worker_leaves_the_journal_of_one_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lcsc.cli.watch.PAUSE", math.inf)
@@ -221,7 +221,7 @@ def test_a_killed_child_costs_nothing(site):
         assert {result.worker for result in found.values()} == {worker["name"]}
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_job_whose_worker_is_killed_is_done_by_another(site):
     with Slurm(**FAST, num_workers=2).start(site) as crew:
         crew.submit(job(HELD))
