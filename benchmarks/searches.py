@@ -91,7 +91,7 @@ def contest(known: dict[str, list[str]], args: argparse.Namespace) -> dict[int, 
             if args.only is None or name in args.only:
                 words = words_of(args.experiment, seed, args.work, args.mnist)
                 place = bank(words, args.work / f"bank-{args.experiment}-{seed}")
-                rows[seed][name] = run([*words, f"bank.path={place}", *overrides], target)
+                rows[seed][name] = run([*words, f"bank.path={place}", *overrides, *args.set], target)
             elif (target / "summary.json").exists():
                 rows[seed][name] = result(target)
     return rows
@@ -106,6 +106,7 @@ def contest_arguments(doc: str, experiments: Iterable[str]) -> argparse.Namespac
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--mnist", type=Path, help="npz file of MNIST")
     parser.add_argument("--to", type=Path)
+    parser.add_argument("--set", nargs="+", default=[], help="overrides for all, such as objective.compile=inductor")
     return parser.parse_args()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lcsc.bank.layout import Layout
 from lcsc.core.errors import BankError
+from lcsc.models.compiled import Compiled
 from lcsc.models.network import build_network
 from lcsc.recycling.experts import Part, spelled_out
 
@@ -55,6 +56,7 @@ class LiveModel:
         #: tensors that the row holds in parts, and where they were
         self._joined = [(t, names[0], t.data_ptr()) for t, names in groups if names[0] in spelled]
         self._parts = spelled
+        self._compiled: dict[str, nn.Module] = {}
 
     @torch.no_grad()
     def fill(self, write: Callable[[Tensor], None]) -> None:
@@ -64,6 +66,14 @@ class LiveModel:
         for tensor, name, _ in self._joined:
             for part in self._parts[name]:
                 part.of(tensor).copy_(views[part.name])
+
+    def network(self, compile: str) -> nn.Module:
+        """The network as it is called: itself for `no`, or compiled by that backend of torch.compile, once for all."""
+        if compile == "no":
+            return self.net
+        if compile not in self._compiled:
+            self._compiled[compile] = Compiled(self.net, compile)
+        return self._compiled[compile]
 
     @property
     def intact(self) -> bool:

@@ -42,7 +42,7 @@ class QualityNFE:
         nfe: the numbers of network calls, each once.
         combine: `log_mean`, the geometric mean, for scores above 0; or `mean`.
         weights: of the NFEs in the mean, above 0, scaled to sum 1; none means equal.
-        batch_size, split_seed, device, recompute: as in `sample_quality`.
+        batch_size, split_seed, device, recompute, compile: as in `sample_quality`.
     """
 
     model: Model = field(metadata={"internal": True})
@@ -57,6 +57,7 @@ class QualityNFE:
     split_seed: int = 0
     device: str = "auto"
     recompute: bool = True
+    compile: str = "no"
 
     def __post_init__(self) -> None:
         if not self.nfe or len(set(self.nfe)) != len(self.nfe) or min(self.nfe) < 1:
@@ -81,7 +82,8 @@ class QualityNFE:
         Raises:
             ConfigError: the sampler cannot make images with one of the numbers of calls.
         """
-        settings = {name: getattr(self, name) for name in ("batch_size", "split_seed", "device", "recompute")}
+        own = ("batch_size", "split_seed", "device", "recompute", "compile")
+        settings = {name: getattr(self, name) for name in own}
         first = SampleQuality(
             self.model,
             with_nfe(self.sampler, self.nfe[0]),

@@ -27,6 +27,7 @@ from lcsc.core.errors import ConfigError, EvaluationError
 from lcsc.core.seeds import Purpose, SeedRange
 from lcsc.datasets.base import Dataset, need_images
 from lcsc.models.base import Model
+from lcsc.models.compiled import check_compile
 from lcsc.models.network import build_network
 from lcsc.training.base import Recipe, Speed
 from lcsc.training.folder import BankFolder, make_config
@@ -73,19 +74,6 @@ def speed_of(recipe: Any) -> Speed:
     """The fields of `Speed` that a recipe has, the defaults for the others."""
     names = [field.name for field in dataclasses.fields(Speed)]
     return Speed(**{name: getattr(recipe, name) for name in names if hasattr(recipe, name)})
-
-
-def check_compile(backend: str) -> None:
-    """Refuse a `compile` that torch.compile has no backend for.
-
-    Raises:
-        ConfigError: naming those it has.
-    """
-    if backend == "no":
-        return
-    known = torch.compiler.list_backends(None)
-    if backend not in known:
-        raise ConfigError(f"`compile` is `{backend}`; it is `no` or a backend of torch.compile: {', '.join(known)}.")
 
 
 def checkpoint_steps(num_steps: int, save_every: int) -> tuple[int, ...]:
