@@ -56,12 +56,13 @@ class Compiled(nn.Module):
         """
         from torch._dynamo.exc import TorchDynamoException  # costs seconds to import where nothing is compiled
 
-        with warnings.catch_warnings():  # diffusers caches a version test; torch.compile warns of it
-            warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+        with warnings.catch_warnings():  # of diffusers' cached version test, and of torch's own look at gradients
+            for told in ("Dynamo detected a call to a `functools.lru_cache`", r"The \.grad attribute of a Tensor"):
+                warnings.filterwarnings("ignore", message=told)
             try:
                 return self._fast(*args, **kwargs)
             except TorchDynamoException as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = " ".join(str(error).strip().splitlines()[:2])
                 raise ConfigError(
                     f"`compile` is `{self._backend}`, which cannot compile `{type(self._plain()).__name__}` here "
                     f"({reason}); set `compile=no`, or give it what it lacks."
