@@ -17,8 +17,11 @@ from lcsc.searchers.base import Proposal, Task, check_told
 Picks = tuple[int, ...]
 
 
-class _Session:
-    """Singles may be asked for all at once; the choices that follow from them wait until all are told."""
+class AdditiveSession:
+    """A search of single changes and then of sums of them.
+
+    Singles may be asked for all at once; the choices that follow from them wait until all are told.
+    """
 
     def __init__(self, task: Task) -> None:
         self._begin, self._num_trials = task.begin(), task.num_trials
@@ -157,28 +160,35 @@ class Additive:
     neighbours of that and the best sums of smaller budgets. Other boxes stay where the best start has them.
     """
 
-    def start(self, task: Task) -> _Session:
+    def start(self, task: Task) -> AdditiveSession:
         """See `Searcher.start`.
 
         Raises:
             ConfigError: nothing to choose within a budget, or too few trials for each change alone.
         """
-        found = [(box.size, box.choices) for box in task.space.boxes if box.choices is not None]
-        if len(found) != 1:
-            raise ConfigError(
-                "searcher `additive` shares a budget out among layers, and this operator has none to share. Give "
-                "operator=gqa an `operator.max_kv_heads`, or choose another searcher."
-            )
-        size, choices = found[0]
-        _check(size, choices, task.num_trials)
-        return _Session(task)
+        size, choices = choices_of(task, "additive")
+        check_trials(size, choices, task.num_trials, "additive")
+        return AdditiveSession(task)
 
 
-def _check(size: int, choices: Choices, num_trials: int) -> None:
+def choices_of(task: Task, searcher: str) -> tuple[int, Choices]:
+    """How many layers choose, and among what; raises ConfigError where no box, or more than one, has choices."""
+    found = [(box.size, box.choices) for box in task.space.boxes if box.choices is not None]
+    if len(found) != 1:
+        raise ConfigError(
+            f"searcher `{searcher}` shares a budget out among layers, and this operator has none to share. Give "
+            "operator=gqa an `operator.max_kv_heads`, operator=compress an `operator.mean_bits`, or choose another "
+            "searcher."
+        )
+    return found[0]
+
+
+def check_trials(size: int, choices: Choices, num_trials: int, searcher: str) -> None:
+    """Raise ConfigError where there are too few trials for each change alone, or the budget pays for no choice."""
     need, least = 2 + size * (len(choices.costs) - 1), size * min(choices.costs)
     if num_trials < need:
         raise ConfigError(
-            f"`search.num_trials` is {num_trials}, and searcher `additive` needs {need}: one without a change, "
+            f"`search.num_trials` is {num_trials}, and searcher `{searcher}` needs {need}: one without a change, "
             f"{need - 2} with one each, and one for their sum. Raise it to that at least."
         )
     if choices.budget < least:
