@@ -32,10 +32,11 @@ _CODEC: dict[str, type] = {
 def main(words: Sequence[str]) -> None:
     """`from=PATH to=FILE.safetensors [dtype=...]`, or `from=PATH to=FOLDER codec=lossless|lossy [settings]`.
 
-    Both take `component= weights= start= stop= every= last=`.
+    `run=RUN` with codec=lossy takes the bits, `tau` and `anchor_every` that a search with operator=compress found. Both
+    take `component= weights= start= stop= every= last=`.
     """
     own: dict[str, str | None] = {"from": None, "to": None, "dtype": None, "codec": None, "optimizer": "false"}
-    settings = parse_words(words, {**own, **_SELECT, **_STEPS, **dict.fromkeys(_CODEC)})
+    settings = parse_words(words, {**own, "run": None, **_SELECT, **_STEPS, **dict.fromkeys(_CODEC)})
     path, to = Path(need(settings, "from")), Path(need(settings, "to"))
     bank = CheckpointBank.open(
         path,
@@ -49,7 +50,7 @@ def main(words: Sequence[str]) -> None:
     if settings["codec"] is not None:
         _code(bank, to, settings)
         return
-    if given := [key for key in (*_CODEC, "optimizer") if settings[key] not in (None, "false")]:
+    if given := [key for key in (*_CODEC, "optimizer", "run") if settings[key] not in (None, "false")]:
         raise ConfigError(
             f"`{given[0]}` is a setting of a codec, and there is none. Add codec=lossless or codec=lossy."
         )
@@ -65,6 +66,7 @@ def main(words: Sequence[str]) -> None:
 def _code(bank: CheckpointBank, to: Path, settings: Mapping[str, str | None]) -> None:
     from lcsc.bank.coded import coded_states, is_coded, write_coded
     from lcsc.bank.optimizer_file import states_of
+    from lcsc.cli.searched_codec import searched_codec
     from lcsc.cli.sizes import size_text
     from lcsc.codec.settings import CodecSettings
 
@@ -78,6 +80,9 @@ def _code(bank: CheckpointBank, to: Path, settings: Mapping[str, str | None]) ->
             f"`{idle[0]}` says what is lost, and codec=lossless loses nothing. Leave it out, or use codec=lossy."
         )
     how = CodecSettings(mode=str(settings["codec"]), **given)  # type: ignore[arg-type]
+    if settings["run"] is not None:
+        how, found = searched_codec(Path(settings["run"]), bank, how, given)
+        print(f"of {settings['run']}: {found}")
     paths, shapes = [row.path for row in bank.rows], bank.layout.shapes
     state_of = None
     if settings["optimizer"] == "true" and is_coded(bank.path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,9 +117,7 @@ class Compress:
                 f"step {bank.steps[row]} of `{bank.path}` has {row} checkpoints before it, and a chain of "
                 f"`operator.anchor_every` {every} needs {every - 1}. Take a later step, or a smaller number."
             )
-        layers = {_exactly(name): width for group, width in zip(groups, bits, strict=True) for name in group}
-        settings = CodecSettings("lossy", anchor_every=every, layers=layers, tau=tau)
-        made, sizes, took = self._coded(bank, row, settings)
+        made, sizes, took = self._coded(bank, row, self.codec(groups, bits, tau, every))
         total, seconds = ((costs[0] + (every - 1) * costs[-1]) / every for costs in (sizes, took))
         raw = sum(entry.stop - entry.start for entry in bank.layout.entries) * 4
         pieces = tuple(_piece(name, made[name], bank) for group in groups for name in group)
@@ -158,6 +156,11 @@ class Compress:
         for name, group in zip(sizes, which.tolist(), strict=True):
             found.setdefault(group, []).append(name)
         return [tuple(names) for names in found.values()]
+
+    def codec(self, groups: Sequence[Sequence[str]], bits: Sequence[int], tau: float, every: int) -> CodecSettings:
+        """How the chain is coded with so many bits for each of the `groups`; the numbers are those of a record."""
+        layers = {_exactly(name): width for group, width in zip(groups, bits, strict=True) for name in group}
+        return CodecSettings("lossy", anchor_every=every, layers=layers, tau=tau)
 
     def _choice(self, point: Point | None, G: int, row: int) -> tuple[tuple[int, ...], float, int]:
         """Bits of the groups, threshold and interval at a point, or as set; a searched chain begins in the bank."""

@@ -24,7 +24,7 @@ CAUSES = ("invalid", "error", "oom", "timeout", "killed", "crashed")
 
 #: What a row tells of a candidate's recipe.
 TOLD = (
-    *("coef", "num_kv_heads", "cache_bytes_per_token", "bits", "file_bytes"),
+    *("coef", "num_kv_heads", "cache_bytes_per_token", "bits", "tau", "anchor_every", "file_bytes"),
     *("encoder_step", "decoder_step", "encoder_layers", "decoder_layers", "share", "cross_attention"),
     *("proposal", "prompted_metric", "start_metric", "goals", "extrapolation", "nearest", "moved", "combined"),
 )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from helpers_cli import TINY_TRAINING
+from helpers_text import CONFIG, LLAMA, language_bank
 from safetensors.torch import load_file
 
 from lcsc.bank import CheckpointBank
+from lcsc.report.run import Run
 
 LOSS = ["experiment=digits", *TINY_TRAINING, "objective=denoising_loss", "searcher=cma", "quiet=true"]
 BUDGET = {"num_trials": 4, "num_images": 16, "num_finalists": 1, "num_images_select": 16, "num_images_report": 64}
@@ -49,3 +52,46 @@ def test_the_winner_of_a_lossy_bank_is_made_of_the_exact_one(here, lcsc):
     code, _, err = lcsc("export", "run=run", "to=out2", "bank=few")
     assert code == 2
     assert "`bank` is `few`, which does not hold steps 4 to 20" in err
+
+
+def test_searched_bits_are_those_of_a_whole_bank(here, lcsc):
+    language_bank(here / "bank")
+    words = ["operator=compress", "experiment=codec_small", "bank.path=bank", "searcher=additive_front", "quiet=true"]
+    words += ["operator.num_groups=2", "operator.mean_bits=8", "operator.anchor_every=3", "operator.tau=0.5"]
+    words += ["objective.block_length=32", "search.num_trials=14", "search.num_images=8", "search.num_finalists=2"]
+    words += ["search.num_images_select=8", "search.num_images_report=8", "searcher.at_most=27200"]
+    pack = ["bank", "pack", "from=bank", "codec=lossy", "run=run"]
+    code, out, err = lcsc("search", *words, "run_dir=run")
+    assert code == 0, err
+    best = Run.open(here / "run").best
+    assert best["file_bytes"] <= 27200
+    assert 2 in best["bits"] or 3 in best["bits"]
+
+    code, out, err = lcsc(*pack, "to=packed", "start=2")  # the chain that was searched
+    assert (code, err) == (0, "")
+    assert f"bits {', '.join(map(str, best['bits']))}, tau 0.5, an anchor every 3" in out
+    coded = CheckpointBank.open(here / "packed")
+    row = coded.layout.views(coded.matrix()[-1])
+    made = load_file(here / "run" / "best" / "model.safetensors")
+    assert all(torch.equal(row[name], made[name]) for name in made)
+    exact = CheckpointBank.open(here / "bank")
+    assert not torch.equal(row["lm_head.weight"], exact.layout.views(exact.matrix()[-1])["lm_head.weight"])
+    sizes = [file.stat().st_size for file in sorted((here / "packed").iterdir())]
+    assert sum(sizes) == pytest.approx(3 * best["file_bytes"], rel=0.02)
+
+    def refused(*more, pack=pack):
+        code, _, err = lcsc(*pack, *more, "to=out")
+        assert code == 2
+        assert not (here / "out").exists()
+        return err
+
+    assert "`tau` is given, and the search in `run=run` found its own" in refused("tau=1")
+    assert "`run` is `run` and `codec` is `lossless`, which has no bits to take" in refused(
+        "codec=lossless", "run=run", pack=pack[:3]
+    )
+    assert "`run` is a setting of a codec" in lcsc("bank", "pack", "from=bank", "to=out", "run=run")[2]
+    shutil.rmtree(here / "bank")
+    language_bank(here / "bank", {**LLAMA, "config": {**CONFIG, "num_hidden_layers": 1}})
+    assert "which searched 2 groups of" in refused()
+    (here / "run" / "summary.json").unlink()
+    assert "`run` is not finished. Continue it with: " in refused()

@@ -98,6 +98,8 @@ def test_the_same_point_gives_the_same_bits(bank):
     assert 0 < one.measured["encode_seconds"] < 60
     assert head_of(one) == {
         "bits": one.recipe["bits"],
+        "tau": 0.0,
+        "anchor_every": 5,
         "file_bytes": one.recipe["file_bytes"],
         "encode_seconds": one.measured["encode_seconds"],
     }
