@@ -112,12 +112,16 @@ class LanguageModeling(MeanLoss):
             bytes_NT = bytes_BT[torch.from_numpy(rows_N), self._first :]
             bits = bytes_NT.numel() / float(bytes_NT.sum()) / math.log(2)
             found["bits_per_byte"] = {"value": value * bits, **({} if se is None else {"se": se * bits})}
+        return found | self._sizes(live)
+
+    def _sizes(self, live: LiveModel) -> dict[str, dict[str, float]]:
+        """Parameters and cache, as numbers of a full score."""
         sizes = {"parameters": sum(parameter.numel() for parameter in live.net.parameters())}
         if (active := active_parameters(live.net)) != sizes["parameters"]:
             sizes["active_parameters"] = active
         if (cache := kv_cache_bytes(live.net.config)) is not None:
             sizes["kv_cache_bytes"] = cache
-        return found | {name: {"value": float(size), "se": 0.0} for name, size in sizes.items()}
+        return {name: {"value": float(size), "se": 0.0} for name, size in sizes.items()}
 
     @property
     def _first(self) -> int:
