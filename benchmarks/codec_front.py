@@ -2,17 +2,19 @@
 
     python benchmarks/codec_front.py --seed 0 --work codec_work --to codec_front.json
 
-Trains the bank of experiment=codec_small and makes one search, on the search half of the text. For each width the same
-bits everywhere stand against the trial of the lowest search loss that takes no more bytes, and everything is scored on
-the report half: as it is read back, and after 10 and 50 steps of continued training from a new optimizer. A change is
-the difference from the exact checkpoint, trained alike, block by block. Each piece is saved when it is done, and the
-same line goes on with the next.
+Trains the bank of experiment=codec_small and makes two searches on the search half of the text, one by the loss and one
+by the divergence from the exact checkpoint (objective `distillation`). For each width the same bits everywhere stand
+against each search's best trial that takes no more bytes, and everything is scored by its loss on the report half: as
+it is read back, and after 10 and 50 steps of continued training from a new optimizer. A change is the difference from
+the exact checkpoint, trained alike, block by block. Each piece is saved when it is done, and the same line goes on with
+the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -32,14 +34,13 @@ from lcsc.core.seeds import Purpose
 from lcsc.operators.base import Candidate
 from lcsc.operators.compress import WIDTHS, Compress
 
+#: what the trials of a search are scored by, and blocks of the search half that they are scored on
+SEARCHES = {"searched": ("language_modeling", 352), "distilled": ("distillation", 128)}
+KINDS = ("uniform", *SEARCHES)
 #: widths that are held against a searched one, and those that are scored as they are read back
 HELD, PLAIN = (3, 4, 5), WIDTHS
 #: and with one anchor for the whole bank
 LONG = "uniform 4, one anchor"
-#: blocks of the search half that a trial is scored on
-SEARCHED = 128
-#: mean of the bits that the search shares out; it tries the sums of smaller budgets too
-MEAN = 5
 
 
 class Front:
@@ -57,8 +58,8 @@ class Front:
         found: dict[str, Callable[[], None]] = {"train": self.train}
         plain = ["exact", *(f"uniform {width}" for width in PLAIN), LONG]
         found |= {f"after/0/{name}": functools.partial(self.score, 0, name) for name in plain}
-        found["search"] = self.search
-        pairs = [f"{kind} {width}" for width in HELD for kind in ("uniform", "searched")]
+        found |= {f"search/{kind}": functools.partial(self.search, kind) for kind in SEARCHES}
+        pairs = [f"{kind} {width}" for width in HELD for kind in KINDS]
         for steps in self.after:
             for name in ("exact", *pairs):
                 found[f"after/{steps}/{name}"] = functools.partial(self.score, steps, name)
@@ -69,16 +70,20 @@ class Front:
         """The bank."""
         bank(self.train_words, self.place)
 
-    def search(self) -> None:
+    def search(self, kind: str) -> None:
         """All trials, and for each width the best of those that take no more bytes than it does everywhere."""
-        more = [f"operator.mean_bits={MEAN}", f"operator.num_groups={self.groups}", f"search.num_trials={self.trials}"]
-        more += [f"search.num_images={min(SEARCHED, len(self.images))}"]
+        objective, blocks = SEARCHES[kind]
+        more = ["searcher=additive_front", f"operator.mean_bits={WIDTHS[-1]}", f"operator.num_groups={self.groups}"]
+        more += [f"search.num_trials={self.trials}", f"search.num_images={min(blocks, len(self.images))}"]
         more += ["search.num_images_select=16", "search.num_images_report=16"]  # the trials are what is wanted
+        if objective == "distillation":
+            teacher = max(self.place.glob("checkpoint-*"))  # the last, whose copies are searched
+            more += [f"objective={objective}", f"objective.teacher={teacher}"]
         _, records = search_of(problem([*self.words, *more]))
         trials = [record for record in records if record["kind"] == "trial" and record["value"] is not None]
         cost_N, loss_N = (np.array([trial[key] for trial in trials]) for key in ("file_bytes", "value"))
         kept = pareto(cost_N, loss_N)
-        self.row["search_front"] = [
+        self.row.setdefault("fronts", {})[kind] = [
             {key: trial[key] for key in ("bits", "file_bytes", "value")}
             for trial, keep in zip(trials, kept, strict=True)
             if keep
@@ -88,7 +93,7 @@ class Front:
             fit = [trial for trial in trials if trial["file_bytes"] <= most]
             plain = self.row["scores"][f"uniform {width}"]  # where so few trials hold none that is small enough
             best = min(fit, key=lambda trial: trial["value"]) if fit else plain
-            self.row.setdefault("found", {})[f"searched {width}"] = best["bits"]
+            self.row.setdefault("found", {})[f"{kind} {width}"] = best["bits"]
 
     def score(self, steps: int, name: str) -> None:
         """Loss on the report half after so many steps, and what it is above the exact one's."""
@@ -116,12 +121,12 @@ class Front:
     def pair(self) -> None:
         """Searched bits against the same bits everywhere."""
         self.row["pairs"] = {}
-        for width in HELD:
-            one, other = f"searched {width}", f"uniform {width}"
+        for kind, width in itertools.product(SEARCHES, HELD):
+            one, other = f"{kind} {width}", f"uniform {width}"
             nbytes = [self.row["scores"][name]["file_bytes"] for name in (one, other)]
             both = [self.row["scores"][name]["after"] for name in (one, other)]
             found = {steps: self.difference(one, other, int(steps)) for steps in both[0] if steps in both[1]}
-            self.row["pairs"][str(width)] = {"bytes": nbytes[0] - nbytes[1], "after": found}
+            self.row["pairs"][one] = {"bytes": nbytes[0] - nbytes[1], "after": found}
 
     def candidate(self, bank_: object, name: str) -> Candidate:
         """By its name."""
@@ -132,7 +137,7 @@ class Front:
             row_P = bank_.matrix()[-1]
             return Candidate(bank_.arch, bank_.layout, lambda out: out.copy_(row_P), {}, bank_.constants)
         G = len(operator.groups(bank_))
-        bits = self.row["found"][name] if name.startswith("searched") else [int(name.split()[1].rstrip(","))] * G
+        bits = self.row["found"][name] if name in self.row.get("found", {}) else [int(name.split()[1].rstrip(","))] * G
         floats = np.array([(WIDTHS.index(width) + 0.5) / len(WIDTHS) for width in bits])
         return operator.apply(bank_, {"bits": floats})
 
@@ -149,21 +154,24 @@ def draw(results: dict, to: Path) -> None:
         1, len(shown), figsize=(2 + 3.4 * len(shown), 3.8), constrained_layout=True, squeeze=False, sharey=True
     )
     for ax, steps in zip(axes[0], shown, strict=True):
-        for kind, color, mark in (("uniform", "#888888", "s"), ("searched", "#1f77b4", "o")):
+        for kind, color, mark, label in (
+            ("uniform", "#888888", "s", "uniform bits"),
+            ("searched", "#1f77b4", "o", "searched by the loss"),
+            ("distilled", "#d95f02", "^", "by the divergence"),
+        ):
             for row in results["seeds"]:
                 own = [one for name, one in row["scores"].items() if name.startswith(kind) and name != LONG]
                 points = sorted(
                     ((one["file_bytes"], one["after"][str(steps)]) for one in own if str(steps) in one["after"]),
                     key=lambda point: point[0],
                 )
-                label = f"{kind} bits" if row is results["seeds"][0] else None
                 ax.errorbar(
                     [nbytes / 1e3 for nbytes, _ in points],
                     [1e3 * after["change"] for _, after in points],
                     [1e3 * after["change_se"] for _, after in points],
                     fmt=f"{mark}-",
                     color=color,
-                    label=label,
+                    label=label if row is results["seeds"][0] else None,
                     linewidth=0.8,
                     markersize=4,
                 )
@@ -179,8 +187,8 @@ def draw(results: dict, to: Path) -> None:
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=92, help="enough for the sums of all budgets below the mean")
-    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--trials", type=int, default=180, help="one for each tensor and width, then their sums")
+    parser.add_argument("--groups", type=int, default=1000, help="as many put each tensor into one of its own")
     parser.add_argument("--steps", type=int, default=200, help="of the training")
     parser.add_argument("--after", default="0,10,50", help="steps of continued training; the first is 0")
     parser.add_argument("--images", type=int, default=352, help="blocks of text; each half of the default text has 352")
