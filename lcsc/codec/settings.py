@@ -53,8 +53,8 @@ class CodecSettings:
                 f"`coder` is `{self.coder}` and `codec` is `lossless`, which makes no symbols for it to code. Leave it "
                 "out, or use codec=lossy."
             )
-        if self.anchor_every < 1:
-            raise ConfigError(f"`anchor_every` is {self.anchor_every}; it must be at least 1.")
+        if type(self.anchor_every) is not int or self.anchor_every < 1:
+            raise ConfigError(f"`anchor_every` is {self.anchor_every}; it must be a whole number of at least 1.")
         widths = {"bits_w": self.bits_w, "bits_m": self.bits_m, "bits_v": self.bits_v, **self.layers}
         for name, bits in widths.items():
             zero = name not in ("bits_m", "bits_v")

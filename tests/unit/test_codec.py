@@ -292,7 +292,8 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
         ({"bits_w": 9}, "`bits_w` is 9; it must be 2 to 8, 32 for none of it lost or 0"),
         ({"bits_m": 1}, "`bits_m` is 1; it must be 2 to 8, 32 for none of it lost."),
         ({"layers": {"a*": 12}}, r"`a\*` is 12"),
-        ({"anchor_every": 0}, "`anchor_every` is 0; it must be at least 1"),
+        ({"anchor_every": 0}, "`anchor_every` is 0; it must be a whole number of at least 1"),
+        ({"anchor_every": 1.5}, "`anchor_every` is 1.5; it must be a whole number of at least 1"),
         ({"tau": -1.0}, "`tau` is -1.0; it must lie between 0 and 10"),
     ],
 )
