@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcsc.core.errors import RunError
 from lcsc.report.races import dropped_note
-from lcsc.search.frames import Record, read_records
+from lcsc.search.frames import Record, may_win, read_records
 from lcsc.search.rundir import SCHEMA
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class Run:
             (
                 *(r["uid"], r["value"], r["status"]),
                 *(timing.get(r["seq"], {}).get(key) for key in ("seconds", "images")),
-                r.get("may_win", True),
+                may_win(r),
             )
             for r in self._records("trial")
         ]
@@ -391,5 +391,5 @@ def read_timing(file: Path) -> dict[int, dict[str, Any]]:
 
 def lowest(records: Iterable[Record]) -> Record | None:
     """The lowest of the records that have a value and may win; None where there is none."""
-    found = (record for record in records if record["value"] is not None and record.get("may_win", True))
+    found = (record for record in records if record["value"] is not None and may_win(record))
     return min(found, key=lambda record: record["value"], default=None)

@@ -96,3 +96,8 @@ def read_chain(path: Path, check: Callable[[Record], None] | None = None) -> tup
 
 def _refuse(name: str) -> float:
     raise ValueError(f"{name} is not a score")
+
+
+def may_win(record: Record) -> bool:
+    """Whether a candidate may be the best: those beyond a searcher's budget only inform it (`Proposal.may_win`)."""
+    return bool(record.get("may_win", True))

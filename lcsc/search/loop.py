@@ -19,7 +19,7 @@ from lcsc.search.engines.inline import InlineCrew
 from lcsc.search.evaluate import Row
 from lcsc.search.first_look import first_looks
 from lcsc.search.fitting import fitting_note
-from lcsc.search.frames import Record
+from lcsc.search.frames import Record, may_win
 from lcsc.search.guards import Watch
 from lcsc.search.job import Job, Performer
 from lcsc.search.journal import Journal
@@ -250,7 +250,7 @@ class Search:
         chosen = [row for row in named if row[1] not in dropped]
         if chosen:
             return chosen
-        scored = [trial for trial in trials if trial["value"] is not None and trial.get("may_win", True)]
+        scored = [trial for trial in trials if trial["value"] is not None and may_win(trial)]
         ranked = sorted(scored, key=lambda trial: (heard(trial), trial["uid"]))
         ranked = [trial for trial in ranked if tuple(trial["vector"]) not in dropped]
         return [(f"trial {trial['uid']}", tuple(trial["vector"])) for trial in ranked[:count]]

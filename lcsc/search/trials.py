@@ -16,7 +16,7 @@ import numpy as np
 
 from lcsc.core.errors import EvaluationError, RunError
 from lcsc.core.seeds import Purpose
-from lcsc.search.frames import Record
+from lcsc.search.frames import Record, may_win
 from lcsc.search.job import Job
 from lcsc.search.penalty import Penalty
 from lcsc.search.problem import Problem
@@ -140,7 +140,7 @@ class Trials:
         sampled = record.get("images", num)
         spent = sampled + (num if "recheck" in record else 0)
         self._steps.images, self.saved = self._steps.images + spent, self.saved + num - sampled
-        value = record["value"] if record.get("may_win", True) else None
+        value = record["value"] if may_win(record) else None
         self._steps.progress.step("trial", value, spent, result is None or "inherited" in record)
         if job.call == "race" and "dropped_at" not in record:
             self._incumbent = better(self._incumbent, job.vector, value)
