@@ -123,6 +123,8 @@ class Front:
         self.row["pairs"] = {}
         for kind, width in itertools.product(SEARCHES, HELD):
             one, other = f"{kind} {width}", f"uniform {width}"
+            if one not in self.row["scores"]:
+                continue
             nbytes = [self.row["scores"][name]["file_bytes"] for name in (one, other)]
             both = [self.row["scores"][name]["after"] for name in (one, other)]
             found = {steps: self.difference(one, other, int(steps)) for steps in both[0] if steps in both[1]}
