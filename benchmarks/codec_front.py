@@ -63,6 +63,7 @@ class Front:
         for steps in self.after:
             for name in ("exact", *pairs):
                 found[f"after/{steps}/{name}"] = functools.partial(self.score, steps, name)
+        found["divergence"] = self.divergence
         found["pairs"] = self.pair
         return found
 
@@ -76,9 +77,7 @@ class Front:
         more = ["searcher=additive_front", f"operator.mean_bits={WIDTHS[-1]}", f"operator.num_groups={self.groups}"]
         more += [f"search.num_trials={self.trials}", f"search.num_images={min(blocks, len(self.images))}"]
         more += ["search.num_images_select=16", "search.num_images_report=16"]  # the trials are what is wanted
-        if objective == "distillation":
-            teacher = max(self.place.glob("checkpoint-*"))  # the last, whose copies are searched
-            more += [f"objective={objective}", f"objective.teacher={teacher}"]
+        more += self.teacher if objective == "distillation" else []
         _, records = search_of(problem([*self.words, *more]))
         trials = [record for record in records if record["kind"] == "trial" and record["value"] is not None]
         cost_N, loss_N = (np.array([trial[key] for trial in trials]) for key in ("file_bytes", "value"))
@@ -94,6 +93,19 @@ class Front:
             plain = self.row["scores"][f"uniform {width}"]  # where so few trials hold none that is small enough
             best = min(fit, key=lambda trial: trial["value"]) if fit else plain
             self.row.setdefault("found", {})[f"{kind} {width}"] = best["bits"]
+
+    @property
+    def teacher(self) -> list[str]:
+        """Words for the divergence from the last checkpoint, whose copies are searched."""
+        return ["objective=distillation", f"objective.teacher={max(self.place.glob('checkpoint-*'))}"]
+
+    def divergence(self) -> None:
+        """From the exact checkpoint, on the report half, of all that was scored as it is read back."""
+        evaluator = evaluator_of([*self.words, *self.teacher])
+        for name, own in self.row["scores"].items():
+            made = self.candidate(evaluator.bank, name)
+            score = evaluator.objective(made, seed=0, purpose=Purpose.REPORT, images=self.images, full=True)
+            own["divergence"] = {"value": score.value, "se": score.se, "agreement": score.others["agreement"]["value"]}
 
     def score(self, steps: int, name: str) -> None:
         """Loss on the report half after so many steps, and what it is above the exact one's."""
