@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lcsc.cli.search import idle_settings
 from lcsc.config.hydra_app import compose_config, overridden
+from lcsc.config.schema import SEARCH_SECTIONS
+from lcsc.search.setup import build_parts
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIGITS = ["experiment=digits", "search.num_trials=2", "quiet=true"]
@@ -115,12 +117,26 @@ def test_nothing_is_trained_for_a_search_that_cannot_be(here, lcsc, words, text)
             ],
         ),
         (["sampler.num_steps=9", "metric=kid_pixels", "search.drop_level=0.1", "search.prefixes=[32]"], []),
+        (
+            ["search.num_images_baselines=40", "search.prefixes=[32]"],
+            ["note: `search.num_images_baselines` 40 counts for nothing with `search.prefixes` [32]"],
+        ),
+        (
+            ["search.num_images_baselines=64"],
+            ["note: `search.num_images_baselines` 64 counts for nothing unless it is below `search.num_images` 64"],
+        ),
+        (
+            ["sampler.search_times=true", "sampler.num_steps=1"],
+            ["note: `sampler.search_times` counts for nothing: only levels below the first are varied"],
+        ),
+        (["search.num_images_baselines=40", "sampler.search_times=true"], []),
     ],
 )
 def test_settings_that_count_for_nothing_are_named(words, notes):
     words = [*TOY, *words, "bank.path=nowhere"]
     config = compose_config([*words, "objective.command=true"] if "objective=command" in words else words)
-    assert idle_settings(config, overridden(words)) == notes
+    parts = build_parts({key: config[key] for key in SEARCH_SECTIONS})
+    assert idle_settings(config, overridden(words), parts) == notes
 
 
 def edit(folder, change):
