@@ -77,6 +77,18 @@ def test_mistakes_on_the_line(here, lcsc, words, text):
     ("words", "text"),
     [
         (["search.guards={typo: 0.1}"], "`search.guards` names `typo`, which is none of the `other_metrics`"),
+        (
+            ["search.guards={fid_pixels: 0.1}", "other_metrics=[{name: fid_pixels}]"],
+            "`search.guards` names `fid_pixels`, which is the score that finalists are ranked by",
+        ),
+        (
+            ["search.num_images_report=3", "other_metrics=[{name: recall_pixels}]"],
+            "`search.num_images_report` is 3: too few images for `recall_pixels` of `other_metrics`; it needs at",
+        ),
+        (
+            ["search.num_images_select=3", "other_metrics=[{name: recall_pixels}]", "search.guards={recall_pixels: 0}"],
+            "`search.num_images_select` is 3: too few images for `recall_pixels` of `other_metrics`",
+        ),
         (["search.prefixes=[10,20]"], "`search.prefixes` begins with 10; a race needs at least 20 images"),
         (["search.num_images=1"], "`search.num_images` is 1: too few images"),
         (["searcher=ladder", "searcher.test_images=1"], "`searcher.test_images` is 1: too few images"),
