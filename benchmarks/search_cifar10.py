@@ -3,8 +3,8 @@
     python benchmarks/search_cifar10.py --data train.parquet --work made/
 
 Runs scripts/reproduce/cifar10.sh, or continues it, and writes its tables. A training's seconds go from its `train.json`
-to its last checkpoint, compilation included. Settings of the script (`TRAIN`, `SPEED`, `SEED`, `EXPERIMENTS`) are read
-from the environment and noted down.
+to its last checkpoint, compilation included. Settings of the script (`TRAIN`, `SPEED`, `SEED`, `EXPERIMENTS`,
+`INCEPTION`) are read from the environment and noted down.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from machine import ROOT
 from safetensors import safe_open
 from searches import result, write
 
-SETTINGS = "TRAIN", "SPEED", "SEED", "EXPERIMENTS"
+SETTINGS = "TRAIN", "SPEED", "SEED", "EXPERIMENTS", "INCEPTION"
 
 
 def training(place: Path) -> dict:

@@ -11,6 +11,7 @@ from lcsc.cli.train import train
 from lcsc.config.hydra_app import overridden, run_job
 from lcsc.config.schema import SEARCH_SECTIONS
 from lcsc.core import registry
+from lcsc.objectives.base import Tunable
 from lcsc.report.html import write_report
 from lcsc.report.run import Run
 from lcsc.report.tables import report_text, result_line
@@ -40,7 +41,7 @@ def search(config: dict[str, Any], command: str, given: Sequence[str] = ()) -> P
     sections = {key: config[key] for key in SEARCH_SECTIONS}
     parts = build_parts(sections)  # every setting is checked before anything is made
     if not config["quiet"]:
-        for line in idle_settings(config, given):
+        for line in idle_settings(config, given, parts):
             say(line)
     if config["train_if_missing"] and needs_training(Path(config["bank"]["path"])):
         check_before_training(parts)
@@ -65,8 +66,18 @@ def search(config: dict[str, Any], command: str, given: Sequence[str] = ()) -> P
     return path
 
 
-def idle_settings(config: Mapping[str, Any], given: Sequence[str]) -> list[str]:
-    """One note for each kind of settings that the user gave and that count for nothing."""
+#: What may leave a first look at the baselines without effect.
+_LOOKS = {f"search.{name}" for name in ("num_images_baselines", "num_images", "prefixes", "race_steps")}
+
+
+def idle_settings(config: Mapping[str, Any], given: Sequence[str], parts: Mapping[str, Any]) -> list[str]:
+    """One note for each kind of settings that the user gave and that count for nothing.
+
+    Args:
+        config: plain configuration.
+        given: settings that the user gave.
+        parts: what `build_parts` made of it.
+    """
     objective, notes = config["objective"]["name"], []
     used = parts_of(objective) | ({"model", "dataset"} if config["train_if_missing"] else set())
     sections = dict.fromkeys(key.partition(".")[0] for key in given)
@@ -77,4 +88,11 @@ def idle_settings(config: Mapping[str, Any], given: Sequence[str]) -> list[str]:
         )
     if "search.drop_level" in given and not (config["search"]["prefixes"] or config["search"]["race_steps"]):
         notes.append("note: `search.drop_level` counts for nothing without `search.prefixes` or `search.race_steps`")
+    budget, own = parts["budget"], parts["objective"]
+    if budget.num_images_baselines is not None and budget.first_look is None and _LOOKS & set(given):
+        why = f"with {budget.race}" if budget.race else f"unless it is below `search.num_images` {budget.num_images}"
+        notes.append(f"note: `search.num_images_baselines` {budget.num_images_baselines} counts for nothing {why}")
+    asked = "sampler.search_times" in given and "sampler" in used and config["sampler"]["search_times"]
+    if asked and isinstance(own, Tunable) and not own.space().boxes:
+        notes.append("note: `sampler.search_times` counts for nothing: only levels below the first are varied")
     return notes

@@ -106,5 +106,12 @@ def check_budget(objective: Objective, operator: Operator, budget: Budget) -> No
             raise ConfigError(
                 f"`search.{name}` is {num}: too few images for `{objective.name}`; it needs at least {least}."
             )
+    for other in getattr(objective, "other_metrics", ()):  # in full scores alone: nobody would know before the end
+        for name in ("num_images_report", *(["num_images_select"] if budget.guards else [])):
+            if (num := getattr(budget, name)) < other.min_samples:
+                raise ConfigError(
+                    f"`search.{name}` is {num}: too few images for `{other.name}` of `other_metrics`; it needs at "
+                    f"least {other.min_samples}."
+                )
     check_race(objective, budget.prefixes, budget.race_steps, budget.num_images)
     check_guards(objective, budget.guards or {})

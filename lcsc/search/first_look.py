@@ -44,7 +44,7 @@ def first_looks(steps: Steps, keys: Sequence[Key], few: int, num: int) -> Iterat
 
 def _estimate(shift: float, few: int) -> Callable[[Row], Row]:
     def finish(row: Row) -> Row:
-        value = row.get("prefix_value", row["value"])  # an inherited row was an estimate beside another anchor
+        value = row["value"]
         return row if value is None else {**row, "value": value + shift, "prefix_value": value, "images": few}
 
     return finish

@@ -18,9 +18,14 @@ Row = dict[str, Any]
 
 
 def check_guards(objective: Objective, guards: Mapping[str, float]) -> None:
-    """Raise ConfigError for a guard that is none of the objective's other metrics."""
+    """Raise ConfigError for a guard that is none of the objective's other metrics, or the score itself."""
     known = sorted(_directions(objective))
     for name in guards:
+        if name == objective.name:
+            raise ConfigError(
+                f"`search.guards` names `{name}`, which is the score that finalists are ranked by; a guard is another "
+                "number. Name one of the `other_metrics`, or leave it out."
+            )
         if name not in known:
             listed = ", ".join(f"`{other}`" for other in known) or "none is configured"
             raise ConfigError(

@@ -56,4 +56,8 @@ def num_inherited(records: Sequence[Record]) -> int:
 
 def _row(record: Mapping[str, Any]) -> Row:
     place = _PLACE | ({"num_images"} if record["kind"] == "trial" else set())
-    return {key: value for key, value in record.items() if key not in place}
+    row = {key: value for key, value in record.items() if key not in place}
+    if record["kind"] == "baseline" and "prefix_value" in row:  # an estimate, beside an anchor that is not the child's
+        row["value"] = row.pop("prefix_value")
+        del row["images"]
+    return row

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 _OWN = ("seq", "kind", "uid", "vector", "label", "family", "who", "block", "asked", "penalty", "vetoed", "inherited")
 
 #: Numbers of a record that say nothing of the candidate.
-_PLAIN = (*_OWN, "value", "se", "images", "num_images", "seconds")
+_PLAIN = (
+    *(*_OWN, "value", "se", "images", "num_images", "seconds"),
+    *("prefix_value", "recheck", "dropped_at", "dropped_after"),  # how its score came about
+)
 
 
 def checked(row: Any, job: Job | None = None) -> Row:

@@ -32,6 +32,8 @@ from lcsc.searchers.base import Proposal, Task, check_told
 
 #: Held to the contract tests, therefore not rehearsed.
 VOUCHED = ("CMA", "DE", "DiagonalCMA", "OnePlusOne", "RandomSearch", "RealSpacePSO", "TBPSA", "TwoPointsDE")
+#: Of them, those that pycma does and that cannot search a line; `CMA` is another optimizer there.
+NEEDS_TWO = ("DiagonalCMA",)
 #: Losses beyond are told as this: nevergrad itself warns of larger ones and takes no larger one.
 LARGEST = 4.9e20
 #: A rehearsal: at most so many trials, twice, in so many seconds; before that Python and nevergrad may load.
@@ -310,7 +312,7 @@ class Nevergrad:
         """What the optimizer of a task is made of.
 
         Raises:
-            ConfigError: nothing to search, no such optimizer, or bounds on some boxes only.
+            ConfigError: nothing to search, no such optimizer, one that needs more floats, or bounds on some boxes only.
         """
         import nevergrad as ng
 
@@ -321,6 +323,11 @@ class Nevergrad:
             raise ConfigError(
                 f"nevergrad has no optimizer `{self.optimizer}`.{hint} Vouched for: {', '.join(VOUCHED)}; "
                 "`nevergrad.optimizers.registry` lists all."
+            )
+        if self.optimizer in NEEDS_TWO and space.size < 2:
+            raise ConfigError(
+                f"nevergrad's optimizer `{self.optimizer}` needs at least 2 numbers to vary, not {space.size}. "
+                "Use `CMA` (searcher=cma), or more checkpoints."
             )
         lower, upper = space.lower / space.scale, space.upper / space.scale
         bounded = np.isfinite(lower) & np.isfinite(upper)

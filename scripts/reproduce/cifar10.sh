@@ -7,6 +7,8 @@
 #   OUT=cifar10      folder that everything is written into; the same line continues what was interrupted
 #   PYTHON=python    a Python that lcsc is installed in
 #   SEED=0           of the trainings and searches
+#   INCEPTION=FILE   weights of Inception (weights-inception-2015-12-05-6726825d.pth, needs lcsc[fidelity]): final scores
+#                    then hold plain FID beside that of the classifier, which is still what is searched
 #   TINY=1           the whole chain at a size for tests, on any CPU; its scores mean nothing
 #   EXPERIMENTS="cifar10 cifar10_consistency"  which of the two, in this order
 #   TRAIN="..."      further words for the trainings, as trainer.num_steps=4000
@@ -23,6 +25,10 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 if [[ ! -f $DATA ]]; then
     echo "cifar10.sh: DATA is \`$DATA\`, which is no file. Give the parquet file of CIFAR-10: DATA=train.parquet $0" >&2
+    exit 2
+fi
+if [[ ${INCEPTION:-} && ! -f $INCEPTION ]]; then
+    echo "cifar10.sh: INCEPTION is \`$INCEPTION\`, which is no file. Give Inception's weights file, or leave it out." >&2
     exit 2
 fi
 
@@ -52,6 +58,10 @@ read -ra speed <<<"$SPEED"
 read -ra more <<<"${TRAIN:-}"
 train+=("${more[@]}")
 data+=("dataset.path=$DATA")
+if [[ ${INCEPTION:-} ]]; then
+    kid='{name: kid_classifier, weights_path: ${metric.weights_path}, weights_digest: ${metric.weights_digest}}'
+    search+=("other_metrics=[$kid,{name: fid, weights_path: '$INCEPTION'}]")
+fi
 
 weights=$OUT/detector.safetensors
 if [[ ! -f $weights ]]; then

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lcsc.cli.search import idle_settings
 from lcsc.config.hydra_app import compose_config, overridden
+from lcsc.config.schema import SEARCH_SECTIONS
+from lcsc.search.setup import build_parts
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIGITS = ["experiment=digits", "search.num_trials=2", "quiet=true"]
@@ -75,6 +77,18 @@ def test_mistakes_on_the_line(here, lcsc, words, text):
     ("words", "text"),
     [
         (["search.guards={typo: 0.1}"], "`search.guards` names `typo`, which is none of the `other_metrics`"),
+        (
+            ["search.guards={fid_pixels: 0.1}", "other_metrics=[{name: fid_pixels}]"],
+            "`search.guards` names `fid_pixels`, which is the score that finalists are ranked by",
+        ),
+        (
+            ["search.num_images_report=3", "other_metrics=[{name: recall_pixels}]"],
+            "`search.num_images_report` is 3: too few images for `recall_pixels` of `other_metrics`; it needs at",
+        ),
+        (
+            ["search.num_images_select=3", "other_metrics=[{name: recall_pixels}]", "search.guards={recall_pixels: 0}"],
+            "`search.num_images_select` is 3: too few images for `recall_pixels` of `other_metrics`",
+        ),
         (["search.prefixes=[10,20]"], "`search.prefixes` begins with 10; a race needs at least 20 images"),
         (["search.num_images=1"], "`search.num_images` is 1: too few images"),
         (["searcher=ladder", "searcher.test_images=1"], "`searcher.test_images` is 1: too few images"),
@@ -115,12 +129,26 @@ def test_nothing_is_trained_for_a_search_that_cannot_be(here, lcsc, words, text)
             ],
         ),
         (["sampler.num_steps=9", "metric=kid_pixels", "search.drop_level=0.1", "search.prefixes=[32]"], []),
+        (
+            ["search.num_images_baselines=40", "search.prefixes=[32]"],
+            ["note: `search.num_images_baselines` 40 counts for nothing with `search.prefixes` [32]"],
+        ),
+        (
+            ["search.num_images_baselines=64"],
+            ["note: `search.num_images_baselines` 64 counts for nothing unless it is below `search.num_images` 64"],
+        ),
+        (
+            ["sampler.search_times=true", "sampler.num_steps=1"],
+            ["note: `sampler.search_times` counts for nothing: only levels below the first are varied"],
+        ),
+        (["search.num_images_baselines=40", "sampler.search_times=true"], []),
     ],
 )
 def test_settings_that_count_for_nothing_are_named(words, notes):
     words = [*TOY, *words, "bank.path=nowhere"]
     config = compose_config([*words, "objective.command=true"] if "objective=command" in words else words)
-    assert idle_settings(config, overridden(words)) == notes
+    parts = build_parts({key: config[key] for key in SEARCH_SECTIONS})
+    assert idle_settings(config, overridden(words), parts) == notes
 
 
 def edit(folder, change):

@@ -20,6 +20,7 @@ from helpers_cli import load_script
 from PIL import Image
 
 from lcsc.cli.main import main
+from lcsc.config.hydra_app import compose_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "reproduce" / "cifar10.sh"
@@ -118,6 +119,22 @@ def test_experiments_and_words_of_the_trainings_can_be_named(
     assert [call[2] for call in calls[1:]] == ["train", "search", "report"]
     for call in calls[1:3]:
         assert {"experiment=cifar10", "trainer.num_steps=9", "bank.every=2", "trainer.compile=inductor"} <= set(call)
+
+
+def test_inception_scores_beside_the_classifier_where_its_weights_are_given(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    words = {"DATA": "train.parquet", "EXPERIMENTS": "cifar10", "INCEPTION": "my weights.pth"}
+    (tmp_path / "train.parquet").touch()
+    done = run(tmp_path, sys.executable, **words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("cifar10.sh: INCEPTION is `my weights.pth`, which is no file.")
+    (tmp_path / "my weights.pth").touch()
+    search = commands(tmp_path, tmp_path_factory.mktemp("tools"), **words)[2]
+    config = compose_config(search[3:])
+    told = [(metric["name"], metric["weights_path"]) for metric in (config["metric"], *config["other_metrics"])]
+    own = "cifar10/detector.safetensors"
+    assert told == [("fid_classifier", own), ("kid_classifier", own), ("fid", "my weights.pth")]
 
 
 @pytest.mark.faults

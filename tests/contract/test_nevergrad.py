@@ -13,7 +13,7 @@ from lcsc.core.registry import build, describe, discover
 from lcsc.core.space import Box, SearchSpace
 from lcsc.searchers import nevergrad as module
 from lcsc.searchers.base import Start, Task
-from lcsc.searchers.nevergrad import READY, VOUCHED, Nevergrad, Recipe, flaw, verdict
+from lcsc.searchers.nevergrad import NEEDS_TWO, READY, VOUCHED, Nevergrad, Recipe, flaw, verdict
 
 SPACE = SearchSpace((Box("z", 39),))
 TASK = Task(SPACE, 160, 0)
@@ -33,6 +33,22 @@ def test_vouched_names_are_the_parts_of_their_own():
 def test_vouched_names_are_not_rehearsed(optimizer, monkeypatch):
     monkeypatch.setattr(module, "verdict", lambda job: pytest.fail("a rehearsal"))
     build("searcher", "nevergrad", optimizer=optimizer).start(TASK)
+
+
+@pytest.mark.parametrize("optimizer", VOUCHED)
+def test_a_line_is_searched_or_refused_in_one_sentence(optimizer):
+    """Two checkpoints leave one coefficient."""
+    searcher, line = Nevergrad(optimizer), Task(SearchSpace((Box("z", 1),)), 30, 0)
+    if optimizer in NEEDS_TWO:
+        with pytest.raises(ConfigError, match=r"`DiagonalCMA` needs at least 2 numbers to vary, not 1\. Use `CMA`"):
+            searcher.start(line)
+        return
+    session, values = searcher.start(line), []
+    for _ in range(30):
+        proposal = session.ask()
+        values.append(bowl(proposal.vector))
+        session.tell(proposal.uid, values[-1])
+    assert min(values) < bowl(np.zeros(1))
 
 
 def test_the_general_part_is_cma_by_default_and_keeps_its_name():

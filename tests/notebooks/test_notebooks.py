@@ -90,6 +90,20 @@ def test_coefficient_curves_notebook_compares_searchers(tmp_path, monkeypatch):
     assert [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
 
 
+def test_coefficient_curves_are_of_one_bank_and_each_has_its_name(tmp_path, monkeypatch):
+    """Banks of two experiments may have the same steps, and a searcher may have run twice on one."""
+    make_fake_run(tmp_path / "another", name="digits_consistency", nfe=1)
+    for folder in ("first", "second"):
+        make_fake_run(tmp_path / folder, num_trials=5)
+    make_fake_run(tmp_path / "third", searcher="gradient", num_trials=5)
+    monkeypatch.setenv("LCSC_RUNS", str(tmp_path))
+    notebook, space = nbformat.read(ROOT / "notebooks" / "02_coefficient_curves.ipynb", as_version=4), {}
+    for cell in [cell for cell in notebook.cells if cell.cell_type == "code"][:2]:
+        exec(cell.source, space)
+    assert space["names"] == ["cma, seed 0, first", "cma, seed 0, second", "gradient, seed 0"]
+    assert list(space["curves"]) == list(space["table"].index) == space["names"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_text_to_music_notebook_plays_and_shows_three_tunes(tmp_path, monkeypatch):

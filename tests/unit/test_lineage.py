@@ -143,6 +143,23 @@ def test_another_number_of_images_is_another_job(tmp_path):
     assert {record["kind"] for record in records if "inherited" in record} <= {"select", "report"}
 
 
+@pytest.mark.parametrize("look", [None, 3])
+def test_a_first_look_is_taken_over_as_the_score_that_it_was(tmp_path, monkeypatch, look):
+    """What the parent estimated of 10 images is no score of the 4 that it had seen."""
+    whole = Scripted.__call__
+
+    def biased(self, candidate, *, images, **how):
+        score = whole(self, candidate, images=images, **how)
+        return dataclasses.replace(score, value=score.value + 40 / len(images))
+
+    monkeypatch.setattr(Scripted, "__call__", biased)
+    find(tmp_path / "runs", num_images_baselines=4)
+    _, records, _ = find(tmp_path / "runs", fork=True, num_images=4, num_images_baselines=look)
+    _, alone, _ = find(tmp_path / "alone", num_images=4, num_images_baselines=look)
+    assert [plain(record) for record in records] == [plain(record) for record in alone]
+    assert num_inherited(records) > 0
+
+
 def test_failures_are_tried_again(tmp_path):
     parent, records, _ = find(tmp_path)
     bad = next(record for record in records if record["kind"] == "trial")

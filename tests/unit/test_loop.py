@@ -201,6 +201,7 @@ class Other:
 
     name: str
     higher_is_better: bool
+    min_samples: int = 2
 
 
 @dataclass

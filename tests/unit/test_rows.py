@@ -13,7 +13,7 @@ from lcsc.core.seeds import Purpose
 from lcsc.search.engines.base import Result
 from lcsc.search.evaluate import done_row, failed_row
 from lcsc.search.job import Job
-from lcsc.search.rows import checked
+from lcsc.search.rows import checked, numbers
 from lcsc.search.worker import read_result, write_result
 
 JOB = Job("score", (0.0, 1.0), Purpose.SEARCH, (0, 64))
@@ -102,3 +102,9 @@ def test_rows_as_they_are_made_are_sound():
     assert checked(done_row({"coef": [1.0]}, 2.0, 5, {"images": 10}), JOB)["value"] == 2.0
     for job in (JOB, dataclasses.replace(JOB, call="slope"), dataclasses.replace(JOB, full=True)):
         assert checked(failed_row({}, "x", 0, gradient=None), job)["reason"] == "x"
+
+
+def test_how_a_score_came_about_is_no_number_of_the_candidate():
+    """Else `searcher=pareto` would offer the score of a few images as a second aim."""
+    tail = {"images": 4, "prefix_value": 1.0, "recheck": 1.0, "dropped_at": 4, "dropped_after": 2, "coef": [1.0]}
+    assert numbers(done_row({"bits": 3.0}, 2.0, 5, tail)) == {"bits": 3.0, "image_forwards": 5.0}
