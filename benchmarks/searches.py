@@ -52,7 +52,7 @@ def result(path: Path) -> dict:
     """Report score and costs of a finished search.
 
     What only tells how good the baselines are is measurement and is not counted as search: the final report, and the
-    second look at baselines that are not the winner's rival.
+    second look at baselines that are not the winner's rival. `in_full` counts that second look too.
     """
     summary = json.loads((path / "summary.json").read_text())
     records = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
@@ -77,6 +77,7 @@ def result(path: Path) -> dict:
         "nfe": summary["nfe"],
         "image_forwards": {kind: cost for kind, cost in costs.items() if cost},
         "image_forwards_of_search": sum(cost for kind, cost in costs.items() if kind not in ("report", "second look")),
+        "image_forwards_in_full": sum(cost for kind, cost in costs.items() if kind != "report"),
         "seconds": summary["wall_seconds"],
         "num_inherited": summary.get("num_inherited", 0),  # from a fork's parent, in no time
     }
@@ -123,6 +124,7 @@ def by_contestant(rows: dict[int, dict[str, dict]]) -> dict[str, dict]:
             "standard_error_over_seeds": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
             "ratio_to_best_baseline": spread([row["ratio_to_best_baseline"] for row in found]),
             "image_forwards": spread([row["image_forwards_of_search"] for row in found]),
+            "image_forwards_in_full": spread([row["image_forwards_in_full"] for row in found]),
             "seconds": spread([row["seconds"] for row in found]),
         }
     return table
