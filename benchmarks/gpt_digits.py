@@ -45,6 +45,7 @@ TASKS = {
     "linear": ([], SMALL),
     "shared": ([8], {**SMALL, "init": "shared"}),
     "error": ([], {**SMALL, "metric": "error"}),
+    "error_long": ([], {**SMALL, "metric": "error", "pairs": "prompts", "num_runs": 1000, "num_steps": 3000}),
     "plain": ([8], {**MANY, "permute": True}),
     "aligned": ([8], {**MANY, "align": True}),
     "neurons": ([8], {**MANY, "tokens": "neurons"}),
