@@ -16,6 +16,7 @@ TITLES = {
     "linear": "linear, own initial weights",
     "shared": "8 hidden units, one initial network",
     "error": "linear, prompted with the error",
+    "error_long": "the same, 1,000 runs and 3,000 steps",
     "neurons": "8 hidden units, own initial weights,\na token a neuron",
     "neurons_prompts": "the same, pairs drawn as prompts",
     "neurons_long": "the same, 2,000 runs and 3,000 steps",
