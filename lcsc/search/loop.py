@@ -31,7 +31,7 @@ from lcsc.search.retry import retry_from
 from lcsc.search.rows import numbers
 from lcsc.search.steps import Step, Steps, unchanged
 from lcsc.search.trials import Ground, Trials, heard
-from lcsc.searchers.base import Accountable, Proposal, Session, Start, ran
+from lcsc.searchers.base import Accountable, Proposal, Session, Start, allows, ran
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,10 @@ class Search:
         guards = self.problem.budget.guards
         watch = Watch(self.problem.objective, guards) if guards else None
         tuned = self._tuned(baselines, watch)
-        rivals = sorted((r for r in tuned.values() if r["kind"] == "select"), key=lambda record: record["value"])
+        looked = (
+            record for record in tuned.values() if record["kind"] == "select" and allows(session, numbers(record))
+        )
+        rivals = sorted(looked, key=lambda record: record["value"])
         if watch and rivals:
             watch.rival = rivals[0]
         elif watch:
@@ -206,7 +209,9 @@ class Search:
         # a search may fail to beat where it began; of equals the first wins
         fit = [r for r in (*records, *rivals[:1]) if "vetoed" not in r and r["value"] is not None]
         if not fit:
-            reason = (records[-1]["reason"] if records else "none is left").rstrip(".")
+            reason = (
+                records[-1]["reason"] if records else "none is left, or none that a limit of the searcher allows"
+            ).rstrip(".")
             raise EvaluationError(
                 f"no finalist could be scored on the select seeds: {reason}. "
                 "Mend the cause and run the same line again."
@@ -251,6 +256,7 @@ class Search:
         if chosen:
             return chosen
         scored = [trial for trial in trials if trial["value"] is not None and may_win(trial)]
+        scored = [trial for trial in scored if allows(session, numbers(trial))]
         ranked = sorted(scored, key=lambda trial: (heard(trial), trial["uid"]))
         ranked = [trial for trial in ranked if tuple(trial["vector"]) not in dropped]
         return [(f"trial {trial['uid']}", tuple(trial["vector"])) for trial in ranked[:count]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,6 +60,10 @@ class _Session(AdditiveSession):
     def finalists(self, count: int) -> list[tuple[str, np.ndarray]]:
         """The front within the limit, thinned to `count`."""
         return self._front.finalists(count)
+
+    def allows(self, numbers: Mapping[str, float]) -> bool:
+        """Whether a candidate that tells these numbers keeps the limit."""
+        return self._front.allows(numbers)
 
     def account(self) -> list[str]:
         """The front, and how well the sums told it."""

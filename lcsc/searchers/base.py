@@ -170,6 +170,12 @@ def ran(session: Session) -> str | None:
     return getattr(session, "ran", None)
 
 
+def allows(session: Session, numbers: Mapping[str, float]) -> bool:
+    """Whether a candidate that tells these numbers may win: a session that has a limit says so (method `allows`)."""
+    within = getattr(session, "allows", None)
+    return within is None or bool(within(numbers))
+
+
 @runtime_checkable
 class Searcher(Protocol):
     """Configuration of a search strategy."""

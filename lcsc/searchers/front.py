@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,10 @@ class Front:
                 raise EvaluationError(f"trial {uid} says `{name}` is {number}; it must be finite.")
         self._scored.append(_Scored(float(value), tuple(map(float, numbers)), uid))
         self._vectors[uid] = vector
+
+    def allows(self, numbers: Mapping[str, float]) -> bool:
+        """Whether a candidate that tells these numbers keeps the limit."""
+        return self._at_most is None or numbers.get(self.weighed[0], np.inf) <= self._at_most
 
     def best(self) -> np.ndarray | None:
         """The lowest value that costs no more than is allowed; None while there is none."""

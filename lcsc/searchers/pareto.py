@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +78,10 @@ class _Several(NevergradSession):
     def finalists(self, count: int) -> list[tuple[str, np.ndarray]]:
         """The front within the limit, thinned to `count`."""
         return self._front.finalists(count)
+
+    def allows(self, numbers: Mapping[str, float]) -> bool:
+        """Whether a candidate that tells these numbers keeps the limit."""
+        return self._front.allows(numbers)
 
     def account(self) -> list[str]:
         """How long the front is and what it spans."""
