@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -39,13 +38,13 @@ class Compiled(nn.Module):
     def __init__(self, net: nn.Module, backend: str) -> None:
         super().__init__()
         self._backend = backend
-        self._plain: Callable[[], nn.Module] = functools.partial(_same, net)  # no second name for its parameters
+        self._plain = (net,)  # in a tuple, or its parameters would have a second name
         self._fast: Callable[..., Any] = torch.compile(net.forward, backend=backend, dynamic=False)
 
     @property
     def dtype(self) -> torch.dtype:
         """The network's dtype."""
-        dtype: torch.dtype = self._plain().dtype  # type: ignore[assignment]
+        dtype: torch.dtype = self._plain[0].dtype  # type: ignore[assignment]
         return dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,10 +63,6 @@ class Compiled(nn.Module):
             except TorchDynamoException as error:
                 reason = " ".join(str(error).strip().splitlines()[:2])
                 raise ConfigError(
-                    f"`compile` is `{self._backend}`, which cannot compile `{type(self._plain()).__name__}` here "
+                    f"`compile` is `{self._backend}`, which cannot compile `{type(self._plain[0]).__name__}` here "
                     f"({reason}); set `compile=no`, or give it what it lacks."
                 ) from error
-
-
-def _same(net: nn.Module) -> nn.Module:
-    return net
