@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from lcsc.cli.finished import finished_run
 from lcsc.cli.settings import need, parse_words
 from lcsc.core.errors import ConfigError, EvaluationError, RunError
 from lcsc.core.seeds import Purpose
 from lcsc.export.model import FORMAT, MAX_SHARD_SIZE, export_in_dtypes, export_model
 from lcsc.objectives.base import tuned
-from lcsc.report.run import Run
 from lcsc.search.evaluate import Evaluator
 from lcsc.search.frames import read_records
 from lcsc.search.problem import Problem
@@ -73,9 +73,7 @@ def export_run(
         RunError: the run is not finished, or its bank changed.
         OutputExistsError: `to` exists.
     """
-    run = Run.open(path)
-    if run.summary is None:
-        raise RunError(f"`{path}` is not finished. Continue it with: {run.info['command'] or 'lcsc search ...'}")
+    run = finished_run(path)
     problem = build_problem(run.info["config"], trust=trust)
     if problem.bank.digest != run.info["fingerprints"]["bank"]:
         raise RunError(

@@ -7,10 +7,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lcsc.bank import CheckpointBank
+from lcsc.cli.finished import finished_run
 from lcsc.codec.settings import CodecSettings
 from lcsc.core import registry
-from lcsc.core.errors import ConfigError, RunError
-from lcsc.report.run import Run
+from lcsc.core.errors import ConfigError
 
 #: settings that the search has an answer to
 FOUND = ("bits_w", "layers", "tau", "anchor_every")
@@ -37,13 +37,12 @@ def searched_codec(
         raise ConfigError(
             f"`{twice[0]}` is given, and the search in `run={path}` found its own. Leave one of them out."
         )
-    run = Run.open(path)
-    if run.summary is None or run.best is None:
-        raise RunError(f"`{path}` is not finished. Continue it with: {run.info['command'] or 'lcsc search ...'}")
+    run = finished_run(path)
     config = run.info["config"]["operator"]
     if config["name"] != "compress":
         raise ConfigError(f"`run` is `{path}`, a search with operator={config['name']}; one with compress finds bits.")
     operator, searched = registry.build("operator", config), run.info["bank"]["num_parameters"]
+    assert run.best is not None, "a finished run has a winner"
     groups, bits = operator.groups(bank), run.best["bits"]
     if len(groups) != len(bits) or bank.layout.num_parameters != searched:
         raise ConfigError(
