@@ -81,12 +81,6 @@ class Distillation(LanguageModeling):
         agreement = {"value": float(same_N.mean()), **({} if apart is None else {"se": apart})}
         return self._sizes(live) | {"agreement": agreement}
 
-    def _batches_of(self, live: LiveModel, rows_N: np.ndarray, purpose: Purpose) -> Iterator[Tensor]:
-        blocks_BT = self._blocks(purpose)
-        for start in range(0, len(rows_N), self.batch_size):
-            rows = torch.from_numpy(rows_N[start : start + self.batch_size])
-            yield blocks_BT[rows].to(live.theta_P.device).long()
-
     def _both(self, live: LiveModel, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the next tokens, (N, T - 1, V) each: the teacher's, without derivative, and the own."""
         with torch.no_grad():

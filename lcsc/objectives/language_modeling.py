@@ -81,10 +81,8 @@ class LanguageModeling(MeanLoss):
 
     def batches(self, live: LiveModel, seed: int, purpose: Purpose, images: range) -> Iterator[Tensor]:
         """See `MeanLoss.batches`."""
-        blocks_BT, rows_N = self._blocks(purpose), self._rows(seed, purpose, images)
-        for start in range(0, len(images), self.batch_size):
-            rows = torch.from_numpy(rows_N[start : start + self.batch_size])
-            yield token_losses(live.net, blocks_BT[rows].to(live.theta_P.device).long()).mean(1)
+        for ids_NT in self._batches_of(live, self._rows(seed, purpose, images), purpose):
+            yield token_losses(live.net, ids_NT).mean(1)
 
     def half(self, purpose: Purpose) -> np.ndarray:
         """See `MeanLoss.half`."""
@@ -140,6 +138,13 @@ class LanguageModeling(MeanLoss):
     def _groups(self, rows_N: np.ndarray) -> np.ndarray:
         """Blocks of one stretch go together."""
         return rows_N // (self.dataset.tokens(TextPart.SEARCH).shape[1] // self.block_length)
+
+    def _batches_of(self, live: LiveModel, rows_N: np.ndarray, purpose: Purpose) -> Iterator[Tensor]:
+        """Tokens of the blocks `rows_N` where the network runs, int64 (n, T) each."""
+        blocks_BT = self._blocks(purpose)
+        for start in range(0, len(rows_N), self.batch_size):
+            rows = torch.from_numpy(rows_N[start : start + self.batch_size])
+            yield blocks_BT[rows].to(live.theta_P.device).long()
 
     def _blocks(self, purpose: Purpose) -> Tensor:
         """All blocks of a purpose's half, shape (B, T), stretch after stretch; the rest of a stretch is left out."""
