@@ -255,8 +255,8 @@ class Search:
         chosen = [row for row in named if row[1] not in dropped]
         if chosen:
             return chosen
-        scored = [trial for trial in trials if trial["value"] is not None and may_win(trial)]
-        scored = [trial for trial in scored if allows(session, numbers(trial))]
+        able = (trial for trial in trials if may_win(trial) and allows(session, numbers(trial)))
+        scored = [trial for trial in able if trial["value"] is not None]
         ranked = sorted(scored, key=lambda trial: (heard(trial), trial["uid"]))
         ranked = [trial for trial in ranked if tuple(trial["vector"]) not in dropped]
         return [(f"trial {trial['uid']}", tuple(trial["vector"])) for trial in ranked[:count]]

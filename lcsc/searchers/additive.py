@@ -34,7 +34,7 @@ class AdditiveSession:
         self._full = len(self._choices.costs) - 1
         unchanged = (self._full,) * self._size
         alone = itertools.product(range(self._size), range(self._full))
-        self._singles = [unchanged, *(_with(unchanged, {layer: pick}) for layer, pick in alone)]
+        self._singles = [unchanged, *(with_changed(unchanged, {layer: pick}) for layer, pick in alone)]
         self._asked: list[Picks] = []
         self._values: dict[Picks, float] = {}
         self._losses: list[dict[int, float]] = []
@@ -90,10 +90,14 @@ class AdditiveSession:
         worst = max(self._values.values(), default=base) - base
         self._losses = [{costs[self._full]: 0.0} for _ in range(self._size)]
         for picks in self._singles[1:]:
-            layer = next(i for i, pick in enumerate(picks) if pick != self._full)
+            layer = self._changed(picks)
             told = self._values.get(picks)
             self._losses[layer][costs[picks[layer]]] = worst if told is None else told - base
         self._joint = self._combined()
+
+    def _changed(self, single: Picks) -> int:
+        """The layer that a single change is of."""
+        return next(i for i, pick in enumerate(single) if pick != self._full)
 
     def _combined(self) -> Iterator[Picks]:
         """The best sum within the budget, its neighbours by rising sums, and then the best of smaller budgets.
@@ -117,7 +121,7 @@ class AdditiveSession:
         found = set()
         for a, b in itertools.combinations_with_replacement(range(self._size), 2):
             for one, other in itertools.product(range(self._full + 1), repeat=2):
-                found.add(_with(picks, {a: one, b: other}))
+                found.add(with_changed(picks, {a: one, b: other}))
         return {other for other in found if other != picks and self._cost(other) <= self._budget}
 
     def _fit(self) -> list[Picks]:
@@ -146,7 +150,8 @@ class AdditiveSession:
         return vector
 
 
-def _with(picks: Sequence[int], changed: dict[int, int]) -> Picks:
+def with_changed(picks: Sequence[int], changed: dict[int, int]) -> Picks:
+    """The picks with those of some layers changed."""
     return tuple(changed.get(layer, pick) for layer, pick in enumerate(picks))
 
 

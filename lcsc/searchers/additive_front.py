@@ -13,7 +13,7 @@ from lcsc.core.errors import ConfigError
 from lcsc.core.pareto import thinned
 from lcsc.core.registry import register
 from lcsc.recycling.budget import additive_front
-from lcsc.searchers.additive import AdditiveSession, Picks, check_trials, choices_of
+from lcsc.searchers.additive import AdditiveSession, Picks, check_trials, choices_of, with_changed
 from lcsc.searchers.base import Task, check_told
 from lcsc.searchers.front import Front, check_number
 
@@ -80,6 +80,9 @@ class _Session(AdditiveSession):
 
     # ------------------------------------------------------------------------------------------------- details
 
+    def _add_up(self) -> None:
+        self._joint = self._combined()
+
     def _combined(self) -> Iterator[Picks]:
         """The front of the sums, as many of it as there are trials; then what one more change makes of it."""
         tables_GC = self._tables()
@@ -107,7 +110,7 @@ class _Session(AdditiveSession):
         worst = max(self._values.values(), default=base) - base
         rows: list[dict[int, tuple[float, float]]] = [{self._full: (0.0, 0.0)} for _ in whole]
         for picks in self._singles[1:]:
-            layer = next(i for i, pick in enumerate(picks) if pick != self._full)
+            layer = self._changed(picks)
             told = picks in self._numbers and picks in self._values
             change = self._values[picks] - base if told else worst
             rows[layer][picks[layer]] = (self._numbers[picks] - begun if told else 0.0, change)
@@ -133,7 +136,7 @@ def _beside(front: Sequence[_Sum], tables: Sequence[Table]) -> Iterator[Picks]:
         for layer, table in enumerate(tables):
             cost, change = table[row.picks[layer]]
             for pick, (other_cost, other_change) in table.items():
-                picks = (*row.picks[:layer], pick, *row.picks[layer + 1 :])
+                picks = with_changed(row.picks, {layer: pick})
                 at = int(np.searchsorted(cost_N, row.cost + other_cost - cost, "right")) - 1
                 if picks not in seen and at >= 0:
                     value = row.value + other_change - change - front[at].value
