@@ -36,10 +36,10 @@ STOPS = (100, 200, 300, 400, 600, 800, 1200, 1600)
 EMAS = ("ema", "power_ema")
 
 
-def early(words: list[str], stop: int, save_every: int, target: Path) -> dict:
+def early(words: list[str], stop: int, save_every: int, trials: int, target: Path) -> dict:
     """The search over at most 40 checkpoints up to a step."""
     every = max(1, stop // save_every // NUM_CHECKPOINTS)
-    return run([*words, f"bank.stop={stop}", f"bank.every={every}", f"search.num_trials={NUM_TRIALS}"], target)
+    return run([*words, f"bank.stop={stop}", f"bank.every={every}", f"search.num_trials={trials}"], target)
 
 
 def long_bank(experiment: str, seed: int, args: argparse.Namespace) -> tuple[list[str], int, int]:
@@ -67,10 +67,10 @@ def measure(experiment: str, seed: int, args: argparse.Namespace) -> dict:
     aim = min((full["baselines"][e] for e in EMAS if e in full["baselines"]), key=lambda row: row["value"])
     cost = 4 * BATCHES[experiment] * steps
     row = {"experiment": experiment, "seed": seed, "num_steps": steps, "image_forwards_of_full_run": cost}
-    row |= {"best_ema_of_full_run": aim, "baselines_of_full_run": full["baselines"]}
+    row |= {"num_trials": args.trials, "best_ema_of_full_run": aim, "baselines_of_full_run": full["baselines"]}
 
     def so_far(stop: int) -> dict:
-        return early(words, stop, save_every, args.work / f"early-{name}-{stop}")
+        return early(words, stop, save_every, args.trials, args.work / f"early-{name}-{stop}-{args.trials}")
 
     if "early" in args.ways:
         row["early"] = reached(so_far, [stop for stop in args.stops if 2 * save_every <= stop < steps], row)
@@ -83,9 +83,9 @@ def planned(experiment: str, seed: int, stop: int, args: argparse.Namespace) -> 
     """The search over the checkpoints of a run of so many steps, about 40 of them."""
     every, batch = max(1, stop // NUM_CHECKPOINTS), BATCHES[experiment]
     train = [f"trainer.num_steps={stop}", f"trainer.save_every={every}", f"trainer.batch_size={batch}"]
-    words = [*words_of(experiment, seed, args.work, args.mnist), *train, f"search.num_trials={NUM_TRIALS}"]
+    words = [*words_of(experiment, seed, args.work, args.mnist), *train, f"search.num_trials={args.trials}"]
     place = bank(words, args.work / f"bank-planned-{experiment}-{stop}-{seed}")
-    return run([*words, f"bank.path={place}"], args.work / f"planned-{experiment}-{stop}-{seed}")
+    return run([*words, f"bank.path={place}"], args.work / f"planned-{experiment}-{stop}-{seed}-{args.trials}")
 
 
 def reached(find: Callable[[int], dict], stops: Sequence[int], row: dict) -> dict:
@@ -118,15 +118,16 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["early", "planned"], choices=["early", "planned"])
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--stops", type=int, nargs="+", default=STOPS, help="lengths of short runs, shortest first")
+    parser.add_argument("--trials", type=int, default=NUM_TRIALS, help="steps of each descent")
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results/search_training_saved.json"))
     args = parser.parse_args()
     rows = [measure(args.experiment, seed, args) for seed in args.seeds]
     mine = {key_of(row) for row in rows}
     old = json.loads(args.to.read_text())["runs"] if args.to.exists() else []
     rows = [row for row in old if key_of(row) not in mine] + rows
-    keys = ("experiment", "seed", "num_steps", "best_ema_of_full_run")
+    keys = ("experiment", "seed", "num_steps", "num_trials", "best_ema_of_full_run")
     table = [
-        {key: row[key] for key in keys}
+        {key: row.get(key) for key in keys}
         | {way: {k: v for k, v in row[way].items() if k != "searches"} for way in ("early", "planned") if way in row}
         for row in rows
     ]

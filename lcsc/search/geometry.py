@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lcsc.bank import CheckpointBank
+from lcsc.core.right_angles import right_angles
 from lcsc.core.space import SearchSpace
 from lcsc.operators.base import Operator
 from lcsc.operators.linear import delta_blocks, singular_directions
@@ -169,14 +170,11 @@ def slope_shape(gradients_TZ: np.ndarray, way_Z: np.ndarray) -> dict[str, Any]:
 
 def _slope(space: SearchSpace, trials: Sequence[Record], way_Z: np.ndarray) -> dict[str, Any] | None:
     """`slope_shape` over the floats that move the weights; None without gradients."""
-    boxes = [box for box in space.boxes if box.lengths is not None]
     gradients = [trial["gradient"] for trial in trials if trial.get("gradient") is not None]
-    # boxes that refine others move the same weights: their coordinates are not at right angles
-    if not gradients or not boxes or any(box.level > 0 for box in boxes):
+    if not gradients or all(box.lengths is None for box in space.boxes):
         return None
-    known_Z = np.concatenate([np.full(box.size, box.lengths is not None) for box in space.boxes])
-    lengths_Z = space.step_lengths[known_Z]
-    return slope_shape(np.array(gradients)[:, known_Z] / lengths_Z, way_Z[known_Z] * lengths_Z)
+    frame = right_angles(space)
+    return None if frame is None else slope_shape(frame.slopes(np.array(gradients)), frame.matrix_YZ @ way_Z)
 
 
 def _distances(

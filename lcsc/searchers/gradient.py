@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lcsc.core.errors import ConfigError
 from lcsc.core.registry import register
-from lcsc.core.space import SearchSpace
 from lcsc.searchers.base import Earlier, Proposal, Session, Task, check_told
+from lcsc.searchers.region import Region
 
 SOURCE = "Adam, arXiv:1412.6980, on the exact derivative; see docs/methods.md"
 NOISES = ("fresh", "rotating", "common")
@@ -23,56 +23,6 @@ BEST_TAIL = 1 / 4
 #: Images that count less than this share of a new one are left out, and those of more steps ago forgotten.
 LEAST, MOST_REMEMBERED = 0.01, 64
 FIRST_MOMENT, SECOND_MOMENT, EPSILON = 0.9, 0.99, 1e-12
-
-
-@dataclass(frozen=True, eq=False)
-class Region:
-    """Where a descent may go, in coordinates whose unit steps are equally long in weight space.
-
-    Args:
-        space: what is varied.
-        center: the start in these coordinates, shape (size,).
-        radius: largest distance from it; None means no limit.
-    """
-
-    space: SearchSpace
-    center: np.ndarray
-    radius: float | None = None
-    lengths: np.ndarray = field(init=False)
-    lower: np.ndarray = field(init=False)
-    upper: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        lengths = self.space.step_lengths
-        object.__setattr__(self, "lengths", lengths)
-        object.__setattr__(self, "lower", self.space.lower * lengths)
-        object.__setattr__(self, "upper", self.space.upper * lengths)
-
-    @classmethod
-    def around(cls, space: SearchSpace, begin: np.ndarray, radius: float | None) -> Region:
-        """The region around a vector of the space.
-
-        Raises:
-            ConfigError: a radius where boxes refine others, whose coordinates are not at right angles to theirs.
-        """
-        finer = [box.name for box in space.boxes if box.level > 0]
-        if radius is not None and finer:
-            raise ConfigError(
-                f"`searcher.radius` is {radius}, but box `{finer[0]}` refines another one, so that a length in these "
-                "coordinates is no distance of weights. Leave it null; `search.penalty` measures distances exactly."
-            )
-        return cls(space, begin * space.step_lengths, radius)
-
-    def nearest(self, at: np.ndarray) -> np.ndarray:
-        """`at` drawn into the trust region, then into the boxes."""
-        away = at - self.center
-        if self.radius is not None and (size := float(np.linalg.norm(away))) > self.radius:
-            at = self.center + away * (self.radius / size)
-        return np.clip(at, self.lower, self.upper)
-
-    def vector(self, at: np.ndarray) -> np.ndarray:
-        """The space's vector at a place; clipped, because a division rounds."""
-        return np.clip(at / self.lengths, self.space.lower, self.space.upper)
 
 
 class GradientSession:
@@ -119,8 +69,9 @@ class GradientSession:
         self._second = SECOND_MOMENT * self._second + (1 - SECOND_MOMENT) * slope**2
         first = self._first / (1 - FIRST_MOMENT**done)
         second = self._second / (1 - SECOND_MOMENT**done)
-        move = first / (np.sqrt(second) + EPSILON * np.sqrt(second.max(initial=0.0)) + 1e-300)
-        self._at = self.region.nearest(self._at - self._rate() * move)
+        size = np.sqrt(second) + EPSILON * np.sqrt(second.max(initial=0.0)) + 1e-300
+        # nearest as Adam measures, or a descent along the rim would end beside the lowest place (arXiv:1904.09237)
+        self._at = self.region.nearest(self._at - self._rate() * (first / size), size / size.max(initial=1e-300))
 
     def _rate(self) -> float:
         """Constant, then falling to `final` of it over the second half of the budget along a half cosine."""

@@ -235,10 +235,10 @@ class _Session:
         region, slope = self._region, old.slope
         stuck = ((old.at <= region.lower) & (slope > 0)) | ((old.at >= region.upper) & (slope < 0))
         slope, away = np.where(stuck, 0.0, slope), old.at - region.center
-        size = float(np.linalg.norm(away))
-        if region.radius is None or size < region.radius * (1 - 1e-9) or not slope @ away < 0:
+        outward = region.outward(away)
+        if region.radius is None or region.distance(away) < region.radius * (1 - 1e-9) or not slope @ outward < 0:
             return slope, ~stuck, None
-        normal = np.where(stuck, 0.0, away)
+        normal = np.where(stuck, 0.0, outward)
         normal = normal / np.linalg.norm(normal)
         return slope - (slope @ normal) * normal, ~stuck, normal
 

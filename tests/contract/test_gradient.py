@@ -48,15 +48,6 @@ def test_which_noise_a_step_sees(settings, blocks):
     assert found == blocks
 
 
-@pytest.mark.parametrize("name", ["gradient", "hybrid", "lbfgs"])
-def test_a_radius_needs_coordinates_at_right_angles(name):
-    boxes = (Box("z", 4), Box("z_up", 4, level=1))
-    assert build("searcher", name, radius=3.0).start(Task(SearchSpace(boxes[:1]), 5, 0, no_gradient=None))
-    assert build("searcher", name).start(Task(SearchSpace(boxes), 5, 0, no_gradient=None))
-    with pytest.raises(ConfigError, match=r"`searcher\.radius` is 3\.0, but box `z_up` refines another one"):
-        build("searcher", name, radius=3.0).start(Task(SearchSpace(boxes), 5, 0, no_gradient=None))
-
-
 def test_averages_beat_iterates_under_noise():
     session = start(num_trials=400, hold=1.0)
     vectors = descend(session, 400, noise=3.0)

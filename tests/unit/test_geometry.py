@@ -223,6 +223,33 @@ def test_slope_is_measured_in_equal_lengths_of_weight_space(bank):
         np.testing.assert_allclose(found[0][key], found[1][key], rtol=1e-4)
 
 
+def test_slope_of_layer_groups_is_that_of_plain_linear_algebra(bank):
+    """What the weights of each group can do, by an SVD of the checkpoints' own columns."""
+    groups = {"down": "down_blocks", "up": "up_blocks"}
+    operator = build("operator", "linear_grouped", groups=groups, whitening=0.7)
+    space, rng = operator.space(bank), np.random.default_rng(0)
+    start, end = (rng.normal(size=space.size) for _ in range(2))
+    grad_TP = rng.normal(size=(40, bank.layout.num_parameters)).astype(np.float32)
+    point = space.to_point(end)
+    pulled = [space.to_vector(operator.pull_back(bank, point, torch.from_numpy(grad_P))) for grad_P in grad_TP]
+    reports = [record("best", end), record("last", start)]
+    found = geometry(bank, operator, reports, [{"gradient": row.tolist()} for row in pulled], "last")["slope"]
+
+    names = [name for entry in bank.layout.entries for name in [entry.name] * (entry.stop - entry.start)]
+    label_P = np.array([next((g for g, text in groups.items() if text in name), "rest") for name in names])
+    delta_KP = bank.matrix().double().numpy()
+    delta_KP -= delta_KP.mean(0)
+    axes = [np.linalg.svd(delta_KP * (label_P == g), full_matrices=False)[2][:-1] for g in ("down", "up", "rest")]
+    axes_YP = np.concatenate(axes)
+    theta = [torch.empty(bank.layout.num_parameters) for _ in range(2)]
+    for vector, row_P in zip((end, start), theta, strict=True):
+        operator.apply(bank, space.to_point(vector)).write(row_P)
+    wanted = slope_shape(grad_TP @ axes_YP.T, axes_YP @ (theta[0] - theta[1]).double().numpy())
+    assert found["num_directions"] == len(axes_YP)
+    np.testing.assert_allclose(found["energy"], wanted["energy"], rtol=1e-4)
+    np.testing.assert_allclose(found["along"], wanted["along"], rtol=1e-3, atol=1e-7)
+
+
 def test_coordinates_that_are_not_at_right_angles_make_no_claim(bank):
     trials = [{"gradient": row.tolist()} for row in np.random.default_rng(0).normal(size=(30, 5))]
     reports = [record("best", np.ones(5)), record("last", np.zeros(5))]
@@ -252,7 +279,7 @@ def test_a_finished_search_says_where_its_winner_lies(tmp_path):
     assert found["points"]["best"]["sum_abs"] == pytest.approx(max(np.abs(c).sum() for c in coefs.values()))
     assert summary["images_saved"] == 0
     assert rival in found["points"]
-    assert "slope" not in found  # deviations of groups and what they share are not at right angles
+    assert found["slope"] == {"num_gradients": 4, "num_directions": 6}  # of both groups; too few gradients for more
     views = [problem.bank.layout.views(row) for row in problem.bank.matrix().double()]
     moved = 0.0
     for name, tensor in {"middle": "mean_CHW", "width": "std_CHW"}.items():
