@@ -1,6 +1,6 @@
 """Do the printed numbers mean what they say?
 
-    python benchmarks/search_honesty.py --work scratch/ [--seeds 0 1 2]
+    python benchmarks/search_honesty.py --work scratch/ [--seeds 0 1 2] [--only NAME ...] [--images N ...]
 
 coverage  200 searches of a problem with a known answer (`toy_gaussian`, each with seeds of its own): how often does the
           95 % interval (score +- 1.96 SE) hold the winner's true score, the mean of 100 independent scores of as many
@@ -9,7 +9,8 @@ optimism  the best trial's value on its search seeds, against the mean of 20 sco
           fresh images (same half of the reference): by searcher and by images a trial per coefficient. And the same
           candidate on the other half, which adds what was fitted to the reference.
 
-The same line continues: every finished search is a small file under `--work`.
+The same line continues: every finished search is a small file under `--work`. `--only` and `--images` measure some rows
+of the optimism now; the coverage and the other rows of the results file are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
-from machine import spread
+from machine import circumstances, spread
 from searches import bank, write
 
 from lcsc.config.hydra_app import compose_config
@@ -44,6 +45,9 @@ SEARCHERS = {
     "cma": ["searcher=cma"],
     "gradient, common noise": ["searcher=gradient", "searcher.noise=common"],
     "gradient, fresh noise": ["searcher=gradient"],
+    **{name: [f"searcher={name}"] for name in ("lbfgs", "hybrid", "ladder")},
+    **{name: [f"searcher={name}"] for name in ("diagonal_cma", "one_plus_one", "de", "two_points_de", "pso", "tbpsa")},
+    "random": ["searcher=random"],
 }
 FIRST_FRESH = 2**30  #: images of `Purpose.FRESH` that no descent of this size gets to
 
@@ -141,28 +145,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=sorted(SEARCHERS), help="searchers to measure; all without it")
+    parser.add_argument("--images", type=int, nargs="+", default=NUM_IMAGES, help="images of a trial to measure")
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results/search_honesty.json"))
     args = parser.parse_args()
-    covered, runs = coverage(args.work), []
+    old = json.loads(args.to.read_text()) if args.to.exists() else {}
+    covered = old["coverage"] if args.only and old else coverage(args.work)
+    where = {key: circumstances()[key] for key in ("machine", "commit")}
+    runs = []
     for seed in args.seeds:
         words = ["experiment=digits_consistency", f"seed={seed}"]
         place = bank(words, args.work / f"bank-digits_consistency-{seed}")
         words.append(f"bank.path={place}")
-        for num in NUM_IMAGES:
-            for name in SEARCHERS:
+        for num in args.images:
+            for name in args.only or SEARCHERS:
                 file = args.work / f"honesty/{name.replace(', ', '-').replace(' ', '_')}-{num}-{seed}.json"
-                runs.append({"seed": seed, **kept(file, lambda n=name, m=num, w=words: optimism(w, n, m))})
+                found = kept(file, lambda n=name, m=num, w=words: {**where, **optimism(w, n, m)})
+                runs.append({"seed": seed, **found})
+    mine = {key_of(row) for row in runs}
+    kept_rows = [{**{key: old[key] for key in where}, **row} for row in old.get("runs", []) if key_of(row) not in mine]
+    runs = kept_rows + runs
+    seeds = sorted({row["seed"] for row in runs})
+    write(args.to, seeds=seeds, coverage=covered, optimism=table_of(runs), runs=runs)
+
+
+def key_of(row: dict) -> tuple:
+    """What a row of the results is about."""
+    return row["searcher"], row["num_images"], row["seed"]
+
+
+def table_of(runs: list[dict]) -> list[dict]:
+    """Spreads over the seeds, by searcher and images a trial."""
     keys = ("promised", "fresh_noise", "other_half", "optimism_of_noise", "optimism_of_all")
-    table = [
+    return [
         {
             **{"searcher": name, "num_images": num, "images_per_coefficient": found[0]["images_per_coefficient"]},
-            **{key: spread([row[key] for row in found]) for key in keys},
+            **{"num_seeds": len(found), **{key: spread([row[key] for row in found]) for key in keys}},
         }
-        for num in NUM_IMAGES
+        for num in sorted({row["num_images"] for row in runs})
         for name in SEARCHERS
         if (found := [row for row in runs if (row["searcher"], row["num_images"]) == (name, num)])
     ]
-    write(args.to, seeds=args.seeds, coverage=covered, optimism=table, runs=runs)
 
 
 if __name__ == "__main__":
