@@ -16,6 +16,7 @@ import numpy as np
 
 from lcsc.core.errors import EvaluationError, RunError
 from lcsc.core.seeds import Purpose
+from lcsc.search.evaluate import Row
 from lcsc.search.frames import Record, may_win
 from lcsc.search.job import Job
 from lcsc.search.penalty import Penalty
@@ -24,7 +25,7 @@ from lcsc.search.racing import Incumbent
 from lcsc.search.retry import WINDOW
 from lcsc.search.rows import numbers
 from lcsc.search.steps import Steps
-from lcsc.searchers.base import Proposal, Session, Weighing, width_of
+from lcsc.searchers.base import Proposal, Session, Weighing, allows, width_of
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,13 @@ class Trials:
         told = {key: value for key, value in own.items() if value is not None}
         key = {"uid": proposal.uid, "vector": list(job.vector), **told}
         paid = {} if trial.penalty is None else {"penalty": trial.penalty}
-        paid |= {} if proposal.may_win else {"may_win": False}
+
+        def finished(row: Row) -> Row:
+            within = proposal.may_win and (row["value"] is None or allows(self._session, numbers(row)))
+            return {**row, **paid, **({} if within else {"may_win": False})}
+
         num = job.images[1] - job.images[0]
-        record = self._steps.record("trial", key, result, lambda row: {**row, **paid}, num)
+        record = self._steps.record("trial", key, result, finished, num)
         sampled = record.get("images", num)
         spent = sampled + (num if "recheck" in record else 0)
         self._steps.images, self.saved = self._steps.images + spent, self.saved + num - sampled

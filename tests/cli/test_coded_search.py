@@ -67,6 +67,12 @@ def test_searched_bits_are_those_of_a_whole_bank(here, lcsc):
     best = Run.open(here / "run").best
     assert best["file_bytes"] <= 27200  # where eight bits everywhere, a baseline, are nearest to the teacher
     assert 2 in best["bits"] or 3 in best["bits"]
+    trials = [json.loads(line) for line in (here / "run" / "journal.jsonl").read_text().splitlines()]
+    trials = [trial for trial in trials if trial["kind"] == "trial"]
+    within = [trial["value"] for trial in trials if trial["file_bytes"] <= 27200]
+    assert len(within) < len(trials)
+    assert min(trial["value"] for trial in trials) < min(within)  # dearer ones are lower, and do not count
+    assert Run.open(here / "run").trials()["best_so_far"].iloc[-1] == min(within)
 
     code, out, err = lcsc(*pack, "to=packed", "start=2")  # the chain that was searched
     assert (code, err) == (0, "")
