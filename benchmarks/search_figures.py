@@ -162,6 +162,35 @@ def honesty(results: list[dict]) -> Figure:
 
 
 @styled
+def cifar10(results: list[dict]) -> Figure:
+    """Report score of the winner and of each family's best baseline, a panel for each experiment."""
+    (data,) = results
+    figure = new_figure(3.4, f"CIFAR-10 on one {data['gpu']}")
+    wide = 0.98 / len(data["runs"])
+    for place, (name, run) in enumerate(data["runs"].items()):
+        ax = figure.add_axes((0.115 + place * wide, 0.15, wide - 0.14, 0.57))
+        ax.set_title(f"{name}, {run['training']['num_checkpoints']} checkpoints", fontsize=10, loc="left")
+        scores = {"LCSC": run, **run["baselines"]} if "baselines" in run else {"LCSC": run["report"]["best"]}
+        scores |= {who: row for who, row in run.get("report", {}).items() if who != "best"}
+        ranked = sorted(scores.items(), key=lambda item: -item[1]["value"])
+        for height, (who, row) in enumerate(ranked):
+            color = BLUE if who == "LCSC" else ORANGE
+            ax.errorbar(row["value"], height, xerr=1.96 * row["se"], fmt="o", markersize=5, capsize=2.5, color=color)
+            ax.annotate(f"{row['value']:.2f}", (row["value"], height), xytext=(0, 5), textcoords="offset points",
+                        ha="center", fontsize=8.5, color=color)  # fmt: skip
+        ax.set_yticks(range(len(ranked)), [who.replace("_", " ") for who, _ in ranked])
+        ax.set_ylim(-0.6, len(ranked) - 0.3)
+        ax.set_xlim(left=0)
+        ax.grid(axis="x")
+        if "unfinished" in run:
+            ax.set_xlabel("the other baselines were not scored: the time on the machine ended", fontsize=8.5)
+    accuracy = f"{100 * data['detector']['held_out_accuracy']:.1f} %"
+    short = " · trainings cut short" if data.get("note") else ""
+    subtitle(figure, f"Fréchet distance by a CNN of {accuracy} accuracy, bars 95 %{short} · lower is better")
+    return figure
+
+
+@styled
 def scaling(results: list[dict]) -> Figure:
     """Idle share against the number of workers, asynchronous and in batches."""
     (data,) = results
@@ -197,6 +226,7 @@ PICTURES = {
     "search_training_saved": (training_saved, ["search_training_saved"]),
     "search_nfe_saved": (nfe_saved, ["search_nfe_saved"]),
     "search_honesty": (honesty, ["search_honesty"]),
+    "search_cifar10": (cifar10, ["search_cifar10"]),
 }
 
 
