@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from machine import circumstances
 from searches import bank, run, words_of, write
 
 BATCHES = {"digits_consistency": 128, "mnist16_consistency": 64, "cifar10_consistency": 256}
@@ -103,7 +104,7 @@ def reached(find: Callable[[int], dict], stops: Sequence[int], row: dict) -> dic
 
 def key_of(row: dict) -> tuple:
     """What a row of the results is about."""
-    return row["experiment"], row["seed"], row["num_steps"]
+    return row["experiment"], row["seed"], row["num_steps"], row.get("num_trials", NUM_TRIALS)
 
 
 def main() -> None:
@@ -121,13 +122,15 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=NUM_TRIALS, help="steps of each descent")
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results/search_training_saved.json"))
     args = parser.parse_args()
-    rows = [measure(args.experiment, seed, args) for seed in args.seeds]
+    where = {key: circumstances()[key] for key in ("machine", "commit")}
+    rows = [where | measure(args.experiment, seed, args) for seed in args.seeds]
     mine = {key_of(row) for row in rows}
-    old = json.loads(args.to.read_text())["runs"] if args.to.exists() else []
-    rows = [row for row in old if key_of(row) not in mine] + rows
+    old = json.loads(args.to.read_text()) if args.to.exists() else {"runs": []}
+    known = {"num_trials": NUM_TRIALS, **{key: old.get(key) for key in where}}  # of rows from before they said so
+    rows = [known | row for row in old["runs"] if key_of(row) not in mine] + rows
     keys = ("experiment", "seed", "num_steps", "num_trials", "best_ema_of_full_run")
     table = [
-        {key: row.get(key) for key in keys}
+        {key: row[key] for key in keys}
         | {way: {k: v for k, v in row[way].items() if k != "searches"} for way in ("early", "planned") if way in row}
         for row in rows
     ]
