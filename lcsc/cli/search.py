@@ -20,6 +20,7 @@ from lcsc.search.problem import Problem
 from lcsc.search.progress import say
 from lcsc.search.run import run_search
 from lcsc.search.setup import PARTS, build_parts, check_before_training, open_bank, parts_of
+from lcsc.searchers.base import learns
 from lcsc.training.folder import needs_training
 
 
@@ -89,8 +90,11 @@ def idle_settings(config: Mapping[str, Any], given: Sequence[str], parts: Mappin
     if "search.drop_level" in given and not (config["search"]["prefixes"] or config["search"]["race_steps"]):
         notes.append("note: `search.drop_level` counts for nothing without `search.prefixes` or `search.race_steps`")
     budget, own = parts["budget"], parts["objective"]
-    if budget.num_images_baselines is not None and budget.first_look is None and _LOOKS & set(given):
+    learner = learns(parts["searcher"])
+    if budget.num_images_baselines is not None and (budget.first_look is None or learner) and _LOOKS & set(given):
         why = f"with {budget.race}" if budget.race else f"unless it is below `search.num_images` {budget.num_images}"
+        if budget.first_look is not None:
+            why = f"with searcher `{config['searcher']['name']}`, which learns from the baselines' scores"
         notes.append(f"note: `search.num_images_baselines` {budget.num_images_baselines} counts for nothing {why}")
     asked = "sampler.search_times" in given and "sampler" in used and config["sampler"]["search_times"]
     if asked and isinstance(own, Tunable) and not own.space().boxes:

@@ -198,7 +198,8 @@ class Linear:
         lost = 100 * energy_Z[size:].sum() / energy_Z.sum()
         return [
             f"operator.rank={size} searches the {size} longest of {energy_Z.size} directions; the others hold "
-            f"{lost:.3g} % of the checkpoints' squared distance from their mean. Baselines are scored in full."
+            f"{lost:.3g} % of the checkpoints' squared distance from their mean. Baselines are scored in full; "
+            "`searcher.radius` counts distances within these directions, from the start's nearest point there."
         ]
 
     def coefficients(self, bank: CheckpointBank, point: Point) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, field
 
 from lcsc.core.errors import ConfigError
@@ -12,6 +11,9 @@ from lcsc.operators.base import Operator
 from lcsc.search.guards import check_guards
 from lcsc.search.penalty import check_penalty
 from lcsc.search.racing import check_race
+
+#: What no score is near to, while its products with squared distances stay far from overflow.
+MOST_PENALTY = 1e12
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Budget:
         num_trials: proposals scored on the search seeds.
         num_images: images a trial.
         num_images_baselines: images of a baseline's first look, which tells whom of each family the second look is
-            worth (`lcsc.search.first_look`). None takes `num_images`, and so does a number that is not below it, and a
-            race, which begins with a full score to beat.
+            worth (`lcsc.search.first_look`). None takes `num_images`, and so do a number that is not below it, a race,
+            which begins with a full score to beat, and a searcher that learns from these scores.
         num_finalists: best trials scored again on the select seeds; of each baseline family as many, but at most 3.
         num_images_select, num_images_report: images of those, and of the final scores.
         prefixes: sizes of a race, increasing and below `num_images`: trials are scored on so many images first and
@@ -76,8 +78,11 @@ class Budget:
             raise ConfigError(f"`search.race_steps` is {self.race_steps}; it must increase, from above 0.")
         if not 0 < self.drop_level < 0.5:
             raise ConfigError(f"`search.drop_level` is {self.drop_level}; it must lie between 0 and 0.5.")
-        if not 0 <= self.penalty < math.inf:
-            raise ConfigError(f"`search.penalty` is {self.penalty}; it must be a number of at least 0.")
+        if not 0 <= self.penalty <= MOST_PENALTY:
+            raise ConfigError(
+                f"`search.penalty` is {self.penalty}; it must be a number from 0 to {MOST_PENALTY:g}. A few times the "
+                "scores is much already."
+            )
         if not isinstance(self.guards, dict | None):
             raise ConfigError(f"`search.guards` is `{self.guards}`; write shares by name: {{recall_digits: 0.05}}.")
         for name, share in (self.guards or {}).items():

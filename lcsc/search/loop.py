@@ -143,7 +143,7 @@ class Search:
         def step(key: dict[str, Any]) -> Step:
             return Step("baseline", key, Job(call, tuple(key["vector"]), Purpose.SEARCH, (0, budget.num_images)))
 
-        keys, few = list(map(key, self.problem.operator.baselines(self.problem.bank))), budget.first_look
+        keys, few = list(map(key, self.problem.operator.baselines(self.problem.bank))), self.problem.first_look
         looks = first_looks(self.steps, keys, few, budget.num_images) if few else self.steps.many(map(step, keys))
         best = None
         for record in looks:
@@ -285,7 +285,7 @@ class Search:
         if baselines is not None:
             families = Counter(record["family"] for record in baselines if record["value"] is not None)
             members = num_looks(baselines, budget.num_finalists)
-        first = len(plan) + (budget.first_look is not None)  # the anchor is looked at twice
+        first = len(plan) + (self.problem.first_look is not None)  # the anchor is looked at twice
         return num_steps(first, budget.num_trials, budget.num_finalists, members, len(families))
 
     def point(self, record: Record) -> Point:

@@ -9,7 +9,7 @@ from lcsc.core.space import SearchSpace
 from lcsc.objectives.base import Objective, joint_space, why_no_gradient, why_no_memory
 from lcsc.operators.base import Operator
 from lcsc.search.budget import Budget, check_budget
-from lcsc.searchers.base import Searcher, Start, Task
+from lcsc.searchers.base import Searcher, Start, Task, learns
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Problem:
     def space(self) -> SearchSpace:
         """What is varied: the operator's boxes, then the objective's own."""
         return joint_space(self.operator.space(self.bank), self.objective)
+
+    @property
+    def first_look(self) -> int | None:
+        """Images of a baseline's first look; None where it is on all, as for searchers that learn from its score."""
+        return None if learns(self.searcher) else self.budget.first_look
 
     def task(self, starts: tuple[Start, ...] = ()) -> Task:
         """What the searcher is given."""

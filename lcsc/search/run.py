@@ -151,7 +151,7 @@ def few_images(problem: Problem) -> list[str]:
         return []
     names, budget = ("num_images", "num_images_select", "num_images_report"), problem.budget
     looks = [("prefixes", num) for num in budget.prefixes]
-    looks += [("num_images_baselines", budget.first_look)] if budget.first_look else []
+    looks += [("num_images_baselines", problem.first_look)] if problem.first_look else []
     sizes = [*looks, *((name, getattr(budget, name)) for name in names)]
     few = " and ".join(f"`search.{name}` ({num})" for name, num in sizes if metric.rank_deficient(num))
     if not few:

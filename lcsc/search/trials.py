@@ -87,6 +87,12 @@ class Trials:
         Raises:
             EvaluationError: more than half of the last trials failed.
         """
+        batch = self._problem.budget.batch_size
+        if batch is not None and batch > width_of(self._session):
+            self._steps.progress.note(
+                f"note: `search.batch_size` {batch} counts for nothing: this searcher proposes "
+                f"{width_of(self._session):g} at a time"
+            )
         while len(self.records) < self._problem.budget.num_trials:
             recorded = self._steps.journal.next
             record = self._live() if recorded is None else self._replayed(recorded)

@@ -170,6 +170,11 @@ def ran(session: Session) -> str | None:
     return getattr(session, "ran", None)
 
 
+def learns(searcher: Searcher) -> bool:
+    """Whether a searcher compares baselines' scores with its trials': it says so (attribute `learns`)."""
+    return bool(getattr(searcher, "learns", False))
+
+
 def allows(session: Session, numbers: Mapping[str, float]) -> bool:
     """Whether a candidate that tells these numbers may win: a session that has a limit says so (method `allows`)."""
     within = getattr(session, "allows", None)

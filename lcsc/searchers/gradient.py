@@ -50,7 +50,7 @@ class GradientSession:
         """The last steps near here, the oldest first; how much an image counts falls with the distance since."""
         rows = []
         for past, at in self._memory if self._settings.reach else ():
-            weight = math.exp(-((float(np.linalg.norm(self._at - at)) / self._settings.reach) ** 2) / 2)
+            weight = math.exp(-((self.region.change(self._at - at) / self._settings.reach) ** 2) / 2)
             if weight >= LEAST and past.block is not None:
                 rows.append(Earlier(past.vector, past.block, weight))
         return tuple(rows)

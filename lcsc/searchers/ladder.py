@@ -20,6 +20,8 @@ from lcsc.searchers.rungs import Family, Rung, families, lines, next_t, paired_t
 SCORED_SHARE = EXTRAPOLATION_SHARE = 0.15
 #: How what is left after these is divided among the searched rungs that exist, tests included.
 SHARES = {"low rank": 0.375, "full": 0.375, "groups": 0.25}
+#: Fewest noise blocks on which the scored rungs are compared.
+LEAST_BLOCKS = 3
 #: Fewest trials on a line, and fewest trials of a searched rung as a multiple of its test's.
 MIN_LINE_TRIALS, MIN_SEARCH = 3, 2
 #: Noise blocks from here on are for tests; descents number theirs by trials and stay far below.
@@ -129,17 +131,17 @@ class _Session:
     def _compare_scored(self) -> Steps:
         """The rungs that come scored share their noise blocks: their tuning did not see these either."""
         first, *others = self._scored
-        self._rungs.append(dataclasses.replace(first, note="where the ladder begins"))
         distinct = {rung.vector.tobytes(): rung.vector for rung in self._scored}
-        if (
-            len(distinct) * self._settings.num_blocks > round(SCORED_SHARE * self._task.num_trials)
-            and len(distinct) > 1
-        ):
+        most = self._settings.num_blocks
+        count = min(most, round(SCORED_SHARE * self._task.num_trials) // len(distinct))
+        few = f"; those that come scored are compared on {count} blocks of noise instead of {most}"
+        self._rungs.append(dataclasses.replace(first, note=f"where the ladder begins{few if count < most else ''}"))
+        if count < min(LEAST_BLOCKS, most) and len(distinct) > 1:
             self._champion = min(self._scored, key=lambda rung: rung.value)
             note = f"not compared, {self._task.num_trials} trials are too few; the ladder begins at the best of these"
             self._rungs = [dataclasses.replace(rung, note=note) for rung in self._scored]
             return
-        blocks, scores = self._blocks(), {}
+        blocks, scores = self._blocks()[:count], {}
         for key, vector in distinct.items() if len(distinct) > 1 else ():
             scores[key] = yield from self._score(vector, blocks)
         for rung in others:
@@ -171,6 +173,8 @@ class _Session:
     def _search(self) -> Steps:
         settings, test = self._settings, 2 * self._settings.num_blocks
         failures, descent = 0, None
+        if (low := f"low rank {settings.rank}") not in (family.name for family in self._families):
+            self._skip(low, "no other than full, the space has no more coordinates")
         for place, family in enumerate(self._families):
             rest = self._families[place:]
             if failures >= settings.give_up:
@@ -263,7 +267,8 @@ class Ladder:
     Args:
         rank: coordinates of the low-rank rung, of each box.
         alpha: level of the one-sided paired t-test; a useless rung is taken this often.
-        num_blocks: blocks of noise of a comparison, each scored once for the champion and once for the rival.
+        num_blocks: blocks of noise of a comparison, each scored once for the champion and once for the rival; fewer,
+            but at least 3, for the rungs that come scored where trials are few.
         test_images: images of such a block; None takes the budget's.
         line_trials: trials on each line of extrapolation, at most; 0 leaves that rung out.
         give_up: searched rungs without a gain, one after the other, after which the climb ends.
@@ -275,6 +280,11 @@ class Ladder:
     test_images: int | None = None
     line_trials: int = 6
     give_up: int = 2
+
+    @property
+    def learns(self) -> bool:
+        """Whether trials on lines are compared with the baselines that lie on them."""
+        return self.line_trials > 0
 
     def __post_init__(self) -> None:
         least = {"rank": 1, "num_blocks": 2, "line_trials": 0, "give_up": 1}

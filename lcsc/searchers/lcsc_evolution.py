@@ -111,6 +111,7 @@ class LcscEvolution:
     first_share: float = 0.6
     mutation: float = 0.25
     mutation_scale: float = 0.065
+    learns = True  # its first population are baselines with their scores
 
     def __post_init__(self) -> None:
         if self.num_parents < 1 or self.num_children < 1 or not 0 < self.mutation_scale < math.inf:
@@ -121,6 +122,11 @@ class LcscEvolution:
         for name in ("crossover", "first_share", "mutation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"`searcher.{name}` is {getattr(self, name)}; a probability lies in [0, 1].")
+        if self.crossover == 0 and self.first_share != LcscEvolution.first_share:
+            raise ConfigError(
+                f"`searcher.first_share` is {self.first_share}, but counts for nothing with `searcher.crossover` 0. "
+                "Raise `crossover`, or leave `first_share` out."
+            )
 
     def start(self, task: Task) -> _Session:
         """Begin with the EMA-like starts; with all where there are none; see `Searcher.start`."""

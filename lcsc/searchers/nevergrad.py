@@ -283,6 +283,11 @@ class Nevergrad:
         if not 0 < self.sigma0 < math.inf:
             raise ConfigError(f"`searcher.sigma0` is {self.sigma0}; it must be above 0 and finite.")
 
+    @property
+    def learns(self) -> bool:
+        """Whether baselines are among what it breeds from."""
+        return self.warm_start
+
     def start(self, task: Task) -> NevergradSession:
         """Begin at the best start; see `Searcher.start`.
 

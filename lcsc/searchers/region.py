@@ -19,7 +19,8 @@ class Region:
         space: what is varied.
         center: the start in these coordinates, shape (size,).
         radius: largest distance of the weights from the start's; None means no limit.
-        square: what makes squared distances of weights, away @ square @ away, shape (size, size).
+        square: what makes squared distances of weights, away @ square @ away, shape (size, size); None where that is
+            the identity, or nobody knows.
     """
 
     space: SearchSpace
@@ -43,16 +44,16 @@ class Region:
         Raises:
             ConfigError: a radius where boxes refine others and do not tell how far both together move the weights.
         """
-        center = begin * space.step_lengths
-        if radius is None:
-            return cls(space, center)
-        frame = right_angles(space)
-        if frame is None:
+        center, frame = begin * space.step_lengths, right_angles(space)
+        if frame is None and radius is not None:
             finer = next(box.name for box in space.boxes if box.level > 0)
             raise ConfigError(
                 f"`searcher.radius` is {radius}, but box `{finer}` refines another one and nobody knows how far both "
                 "together move the weights. Leave it null."
             )
+        alike = len({box.lengths is None for box in space.boxes}) < 2 and all(box.level == 0 for box in space.boxes)
+        if frame is None or alike:
+            return cls(space, center, radius)
         matrix_YZ = frame.matrix_YZ / space.step_lengths
         return cls(space, center, radius, matrix_YZ.T @ matrix_YZ)
 
@@ -62,7 +63,15 @@ class Region:
 
     def distance(self, away: np.ndarray) -> float:
         """How far a move away from the start takes the weights."""
+        if self.square is None:
+            return float(np.linalg.norm(away))
         return float(np.sqrt(max(0.0, away @ self.outward(away))))
+
+    def change(self, away: np.ndarray) -> float:
+        """How far a move changes the candidate: its distance, and as much again for floats that move no weights."""
+        if self.square is None:
+            return self.distance(away)
+        return float(np.hypot(self.distance(away), np.linalg.norm(away[self.square.diagonal() == 0])))
 
     def nearest(self, at: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
         """The nearest place in the trust region, then the nearest in the boxes.

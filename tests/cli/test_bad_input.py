@@ -142,6 +142,13 @@ def test_nothing_is_trained_for_a_search_that_cannot_be(here, lcsc, words, text)
             ["note: `sampler.search_times` counts for nothing: only levels below the first are varied"],
         ),
         (["search.num_images_baselines=40", "sampler.search_times=true"], []),
+        (
+            ["search.num_images_baselines=40", "searcher=lcsc_evolution"],
+            [
+                "note: `search.num_images_baselines` 40 counts for nothing with searcher `lcsc_evolution`, which "
+                "learns from the baselines' scores"
+            ],
+        ),
     ],
 )
 def test_settings_that_count_for_nothing_are_named(words, notes):

@@ -15,6 +15,7 @@ from lcsc.searchers.base import Start, Task
 from lcsc.searchers.ladder import TEST_BLOCKS
 from lcsc.searchers.rungs import families, lines, next_t, paired_test
 
+FAMILIES = ("last", "best_single", "uniform", "ema", "wsm")
 SPACE = SearchSpace((Box("z", 6), Box("g", 3, level=1)))
 FLAT = SearchSpace((Box("z", 6),))
 
@@ -55,6 +56,25 @@ def climb(loss, num=300, **settings):
 
 def taken(session):
     return [line.split(":")[0] for line in session.account() if line.endswith(", taken")]
+
+
+@pytest.mark.parametrize(("num", "blocks"), [(200, 6), (160, 4), (120, 3), (100, 0)])
+def test_rungs_that_come_scored_share_fewer_blocks_where_trials_are_few(num, blocks):
+    loss = Quadratic([5.0] * 6, noise=0.1)
+    found = starts(loss, **{family: [place] * 6 for place, family in enumerate(FAMILIES)})
+    session = begin(num=num, found=found)
+    seen = [answer(session, loss) for _ in range(5 * blocks)]
+    assert all(proposal.block >= TEST_BLOCKS for proposal in seen)
+    assert len({(proposal.block, proposal.vector.tobytes()) for proposal in seen}) == 5 * blocks
+    lines_told = session.account()
+    assert sum("p " in line for line in lines_told) == (4 if blocks else 0)
+    assert (f"on {blocks} blocks of noise instead of 6" in lines_told[0]) == (0 < blocks < 6)
+    assert session.ask().vector.tobytes() not in {proposal.vector.tobytes() for proposal in seen}
+
+
+def test_a_low_rank_that_is_the_whole_space_is_named():
+    session = begin(num=40, found=starts(Quadratic([1.0] * 6), last=[0.0] * 6), rank=50)
+    assert "low rank 50: no other than full, the space has no more coordinates" in session.account()
 
 
 def test_too_few_images_are_refused_at_the_start():

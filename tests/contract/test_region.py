@@ -99,3 +99,19 @@ def test_a_descent_by_layer_groups_stays_within_and_ends_where_scipy_does(groupe
         session.tell(proposal.uid, value(proposal.vector), slope)
     lowest = region.vector(region.nearest(target * lengths))  # of a sum of squares in these coordinates
     assert value(session.best()) == pytest.approx(value(lowest), rel=1e-3)
+
+
+def test_images_are_remembered_by_how_far_the_weights_are(grouped):
+    """Groups that move back what all share leave the candidate where it was; times change it without moving weights."""
+    bank, _, space = grouped
+    session = build("searcher", "gradient_small").start(
+        Task(space, 9, 0, (Start(np.zeros(space.size), 1.0, "here"),), no_gradient=None, no_memory=None)
+    )
+    move = np.random.default_rng(3).normal(size=bank.num_checkpoints - 1)
+    axes = {box.name: box.natural for box in space.boxes if box.natural}
+    back = {name: -axes[name].inverse @ (axes["z"].axes @ move) for name in axes if name != "z"}
+    still = space.to_vector({"z": move, **back, "times": np.zeros(3)}) * space.step_lengths
+    assert np.linalg.norm(still) > 1
+    assert session.region.change(still) == pytest.approx(0, abs=1e-3)  # rounded short axes
+    later = space.to_vector({**space.to_point(np.zeros(space.size)), "times": np.array([0.0, 1.5, 2.0])})
+    assert session.region.change(later * space.step_lengths) == pytest.approx(5.0)  # in units of their scale, 0.5

@@ -9,12 +9,14 @@ from test_loop import Scripted, of_kind, search
 
 from lcsc.config.hydra_app import compose_config
 from lcsc.core.errors import ConfigError, EvaluationError
+from lcsc.core.registry import build
 from lcsc.core.seeds import Purpose
 from lcsc.objectives.base import Score
 from lcsc.search.budget import Budget
 from lcsc.search.progress import Progress
+from lcsc.searchers.base import learns
 
-LOOK = {"num_images_baselines": 4}
+LOOK = {"num_images_baselines": 4, "searcher": "cma"}
 #: Distances of the baselines: near, far, other.
 NEAR, FAR, OTHER = (1 + 2**0.5 * length for length in (1, 3, 2))
 
@@ -76,9 +78,25 @@ def test_the_plan_counts_the_anchor_twice(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", [{"num_images_baselines": 10}, {"num_images_baselines": 12}, {"prefixes": [3]}])
 def test_where_there_are_no_fewer_images_there_is_one_look(more):
-    assert Budget(5, 10, **LOOK).first_look == 4
-    assert Budget(5, 10, **{**LOOK, **more}).first_look is None
+    assert Budget(5, 10, num_images_baselines=4).first_look == 4
+    assert Budget(5, 10, **{"num_images_baselines": 4, **more}).first_look is None
     assert Budget(5, 10).first_look is None
+
+
+@pytest.mark.parametrize("name", ["lcsc_evolution", "de", "one_plus_one", "ladder"])
+def test_searchers_that_learn_from_baselines_get_scores_and_no_estimates(tmp_path, name, monkeypatch):
+    plans, steps = [], []
+    monkeypatch.setattr(Progress, "expect", lambda self, total: plans.append(total))
+    monkeypatch.setattr(Progress, "step", lambda self, *args: steps.append(args))
+    _, records = search(tmp_path, Biased(), **{**LOOK, "searcher": name})
+    assert not of_kind(records, "look")
+    assert [row["value"] for row in of_kind(records, "baseline")] == pytest.approx([NEAR + 4, FAR + 4, OTHER + 4])
+    assert plans[-1] == len(steps) or name == "ladder"  # which may name fewer finalists
+
+
+@pytest.mark.parametrize("settings", [{"name": "de", "warm_start": False}, {"name": "ladder", "line_trials": 0}])
+def test_searchers_that_only_begin_at_a_baseline_learn_nothing(settings):
+    assert not learns(build("searcher", settings))
 
 
 def test_too_few_images_are_refused(tmp_path):

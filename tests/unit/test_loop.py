@@ -49,12 +49,21 @@ class Scripted(Plain):
         return Score(outcome, len(images), 1, 0.1 if full else None)
 
 
-def search(tmp_path, objective, num_trials=12, **budget):
+def search(tmp_path, objective, num_trials=12, searcher="one_plus_one", **budget):
     tmp_path.mkdir(exist_ok=True)
     budget = Budget(num_trials, 10, **{"num_finalists": 3, "num_images_select": 20, "num_images_report": 30, **budget})
-    problem = Problem(None, Line(), build("searcher", "one_plus_one"), objective, budget, 0)
+    problem = Problem(None, Line(), build("searcher", searcher), objective, budget, 0)
     with Progress("loop", 0, quiet=True) as progress, Journal(tmp_path, print) as journal:
         return Search(problem, journal, progress).run(), read_records(tmp_path / "journal.jsonl")[0]
+
+
+@pytest.mark.parametrize(("name", "told"), [("ladder", True), ("one_plus_one", False)])
+def test_batches_that_a_searcher_does_not_fill_are_named(tmp_path, monkeypatch, name, told):
+    notes = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: notes.append(text))
+    search(tmp_path, Scripted(), searcher=name, batch_size=4)
+    text = "note: `search.batch_size` 4 counts for nothing: this searcher proposes 1 at a time"
+    assert (text in notes) == told
 
 
 def of_kind(records, kind):

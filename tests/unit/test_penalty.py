@@ -229,8 +229,9 @@ def test_a_failure_is_told_as_the_worst_that_was_heard(tmp_path, monkeypatch):
     [
         ({"penalty": 1.0}, Pair(), r"`search\.penalty` is 1\.0, but the operator `Pair` knows no distance of weights"),
         ({"penalty": 1.0, "prefixes": [5]}, Plane(), "but a race compares scores without a penalty"),
-        ({"penalty": -1.0}, Plane(), r"`search\.penalty` is -1\.0; it must be a number of at least 0"),
-        ({"penalty": float("nan")}, Plane(), r"`search\.penalty` is nan; it must be a number of at least 0"),
+        ({"penalty": -1.0}, Plane(), r"`search\.penalty` is -1\.0; it must be a number from 0 to 1e\+12\. "),
+        ({"penalty": float("nan")}, Plane(), r"`search\.penalty` is nan; it must be a number from 0 to 1e\+12\. "),
+        ({"penalty": 1e308}, Plane(), r"`search\.penalty` is 1e\+308; it must be a number from 0 to 1e\+12\. "),
     ],
 )
 def test_mistakes_are_named(tmp_path, settings, operator, sentence):
