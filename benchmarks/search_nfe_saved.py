@@ -9,17 +9,18 @@ consistency           the best tuned baseline at 2 evaluations, and the descent'
 "Base" is the strongest of last, best single, EMA, power EMA, uniform and minus-sqrt windows, each tuned at that number
 of evaluations; scores are those of the report seeds and the report half. Beside each winner stands the best baseline
 tuned with the winner's own sampler, so that it shows what the sampler saves and what the combination. The same line
-continues.
+continues; `--only` keeps the other parts of the results file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import spread
+from machine import circumstances, spread
 from searches import bank, run, write
 
 from lcsc.core.registry import build
@@ -93,7 +94,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(PARTS), default=list(PARTS))
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results/search_nfe_saved.json"))
     args = parser.parse_args()
-    rows = {part: [row for s in args.seeds for row in measured(part, s, args.work)] for part in args.only}
+    where = {key: circumstances()[key] for key in ("machine", "commit")}
+    old = json.loads(args.to.read_text()) if args.to.exists() else {"runs": {}}
+    kept = {part: [{key: old[key] for key in where} | row for row in found] for part, found in old["runs"].items()}
+    new = {part: [where | row for s in args.seeds for row in measured(part, s, args.work)] for part in args.only}
+    rows = {part: (kept | new)[part] for part in PARTS if part in kept | new}
     write(args.to, seeds=args.seeds, table={part: summed_up(found) for part, found in rows.items()}, runs=rows)
 
 
