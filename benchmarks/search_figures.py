@@ -87,27 +87,37 @@ def training_saved(results: list[dict]) -> Figure:
     """Report score of early searches, and the best EMA of the whole training."""
     (data,) = results
     figure = new_figure(4.2, "How early a search equals the best EMA of the whole training")
-    ax = figure.add_axes((0.075, 0.14, 0.9, 0.66))
-    plain(ax, "training steps so far")
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    runs = [run for run in data["runs"] if run["experiment"] == "digits_consistency"]  # one axis, one metric
-    for place, (run, color) in enumerate(zip(runs, (BLUE, ORANGE, GREEN, INK), strict=False)):
-        for way, line in (("planned", "o-"), ("early", "o:")):
-            found = run.get(way, {}).get("searches", {})
-            ax.plot([int(step) for step in found], [row["value"] for row in found.values()], line, color=color,
-                    linewidth=1.6 if way == "planned" else 1.0, markersize=5 if way == "planned" else 3)  # fmt: skip
-        aim, total = run["best_ema_of_full_run"], run["num_steps"]
-        ax.plot([100, total], [aim["value"]] * 2, "--", color=color, linewidth=0.9)
-        ax.plot(total, aim["value"], "D", color=color, markersize=6)
-        factor = run.get("planned", {}).get("factor_with_search")
-        said = f"{factor:.0f}x" if factor else "not reached"
-        ax.annotate(f"seed {run['seed']}, {total:,} steps: {said}", (total, aim["value"]), xytext=(-4, 6 + 12 * place),
-                    textcoords="offset points", ha="right", fontsize=8.5, color=color)  # fmt: skip
+    names = list(dict.fromkeys(run["experiment"] for run in data["runs"]))
+    for place, name in enumerate(names):  # a metric of its own each
+        wide = 0.94 / len(names)
+        ax = figure.add_axes((0.075 + place * wide, 0.14, wide - 0.04, 0.62))
+        ax.set_title(name, fontsize=10, loc="left")
+        plain(ax, "training steps so far")
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        runs = [run for run in data["runs"] if run["experiment"] == name]
+        for run, color in zip(runs, (BLUE, ORANGE, GREEN, INK), strict=False):
+            _saved(ax, run, color)
+        ax.legend(frameon=False, fontsize=8.5, loc="upper right")
     subtitle(
-        figure, "solid: LCSC of a run planned to be short · dotted: of a long run's beginning · diamonds: best EMA"
+        figure,
+        "solid: LCSC of a run planned to be short · dotted: of a long run's beginning · diamonds: best EMA · "
+        "x: image-forwards saved, search included",
     )
     return figure
+
+
+def _saved(ax: Axes, run: dict, color: str) -> None:
+    """One long run: its best EMA, and the searches of short ones."""
+    for way, line in (("planned", "o-"), ("early", "o:")):
+        found = run.get(way, {}).get("searches", {})
+        ax.plot([int(step) for step in found], [row["value"] for row in found.values()], line, color=color,
+                linewidth=1.6 if way == "planned" else 1.0, markersize=5 if way == "planned" else 3)  # fmt: skip
+    aim, total, planned = run["best_ema_of_full_run"], run["num_steps"], run.get("planned", {})
+    ax.plot([100, total], [aim["value"]] * 2, "--", color=color, linewidth=0.9)
+    factor = planned.get("factor_with_search")
+    said = f"{factor:.0f}x" if factor and factor > 10 else f"{factor:.1f}x" if factor else "not reached"
+    ax.plot(total, aim["value"], "D", color=color, markersize=6, label=f"seed {run['seed']}, {total:,} steps: {said}")
 
 
 @styled
