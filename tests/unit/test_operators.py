@@ -241,7 +241,9 @@ def test_ranks_that_leave_nothing_out_or_ask_too_much(bank):
 
 
 def test_operators_with_notes_say_them_once(bank):
-    assert notes_of(Linear(rank=1), bank)[0].startswith("note: operator.rank=1 searches the 1 longest of 4 directions")
+    (note,) = notes_of(Linear(rank=1), bank)
+    assert note.startswith("note: operator.rank=1 searches the 1 longest of 4 directions")
+    assert "`searcher.radius` counts distances within these directions, from the start's nearest point" in note
     assert notes_of(Silent(), bank) == []
 
 
