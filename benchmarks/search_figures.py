@@ -101,8 +101,8 @@ def training_saved(results: list[dict]) -> Figure:
         ax.legend(frameon=False, fontsize=8.5, loc="upper right")
     subtitle(
         figure,
-        "solid: LCSC of a run planned to be short · dotted: of a long run's beginning · diamonds: best EMA · "
-        "x: image-forwards saved, search included",
+        "solid: LCSC of runs planned short · dotted: of a long run's start · diamonds: its best EMA · "
+        "x: image-forwards saved",
     )
     return figure
 
@@ -117,7 +117,8 @@ def _saved(ax: Axes, run: dict, color: str) -> None:
     ax.plot([100, total], [aim["value"]] * 2, "--", color=color, linewidth=0.9)
     factor = planned.get("factor_with_search")
     said = f"{factor:.0f}x" if factor and factor > 10 else f"{factor:.1f}x" if factor else "not reached"
-    ax.plot(total, aim["value"], "D", color=color, markersize=6, label=f"seed {run['seed']}, {total:,} steps: {said}")
+    label = f"seed {run['seed']}, {total:,} steps, descents of {run['num_trials']}: {said}"
+    ax.plot(total, aim["value"], "D", color=color, markersize=6, label=label)
 
 
 @styled
