@@ -99,7 +99,8 @@ def main() -> None:
     kept = {part: [{key: old[key] for key in where} | row for row in found] for part, found in old["runs"].items()}
     new = {part: [where | row for s in args.seeds for row in measured(part, s, args.work)] for part in args.only}
     rows = {part: (kept | new)[part] for part in PARTS if part in kept | new}
-    write(args.to, seeds=args.seeds, table={part: summed_up(found) for part, found in rows.items()}, runs=rows)
+    seeds = {part: sorted({row["seed"] for row in found}) for part, found in rows.items()}
+    write(args.to, seeds=seeds, table={part: summed_up(found) for part, found in rows.items()}, runs=rows)
 
 
 if __name__ == "__main__":
