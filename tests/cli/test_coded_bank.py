@@ -162,6 +162,7 @@ def test_verify_tells_what_is_wrong(folder, lcsc, tmp_path):
     assert f"`{file}` is no whole coded checkpoint" in err
 
 
+@pytest.mark.faults
 def test_a_network_codes_and_is_refused_where_it_computes_otherwise(folder, lcsc, tmp_path, monkeypatch):
     from lcsc.codec import neural
 

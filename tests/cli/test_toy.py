@@ -68,7 +68,7 @@ def test_finds_the_known_optimum(run, here):
     np.testing.assert_allclose(got_P, wanted_P, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_longer_search_comes_close_to_the_truth_exactly(here, lcsc):
     """The Fréchet distance of what the exported network samples to the truth, in closed form.
 
@@ -183,7 +183,7 @@ def test_sweep_and_comparison(here, lcsc):
     assert (here / "comparison" / "comparison.html").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_two_lines_make_a_front_of_quality_against_calls(here, lcsc):
     """One set of coefficients for each NFE, all from the same bank, against the baselines tuned at that NFE."""
     words = [*TOY, "sampler=euler", "search.num_trials=3", "quiet=true"]
